@@ -1,0 +1,143 @@
+"""The nouns: IndexQuery, IndexKeys, Selection, PartialAttention, AttentionInputs.
+
+Shape letters: Q queries (all requests flattened), H indexer heads, D indexer head dim, B requests, P pages, N attention heads.
+All are frozen; tensors in them are never written after construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thresher.errors import require
+
+SPACES = ("logical", "local", "slot")
+
+
+@dataclass(frozen=True)
+class IndexQuery:
+    """What the indexer asks: one row per query token.
+
+    Attributes:
+        q: ``[Q, H, D]`` float8_e4m3fn (or any float type, unquantised), after RoPE and Hadamard.
+        weights: ``[Q, H]`` fp32, everything folded in: ``w * H**-0.5 * q_scale * D**-0.5`` (DeepSeek-V3.2, section 2).
+        positions: ``[Q]`` int64. Query i sees the keys at positions ``0..positions[i]`` of its request; -1 sees none.
+            Logical, or local on a rank's shard (then: the last local key not after the query).
+        requests: ``[Q]`` int64, the row of ``IndexKeys.page_table`` that query i belongs to.
+    """
+
+    q: Tensor
+    weights: Tensor
+    positions: Tensor
+    requests: Tensor
+
+    def __post_init__(self) -> None:
+        require(self.q.dim() == 3, "q must be [num_queries, heads, head_dim]", tuple(self.q.shape), "reshape it")
+        num, heads = self.q.shape[:2]
+        require(self.weights.shape == (num, heads), f"weights must be [{num}, {heads}]", tuple(self.weights.shape), "pass one weight per head")
+        require(self.weights.dtype == torch.float32, "weights must be float32", self.weights.dtype, "call .float()")
+        for name in ("positions", "requests"):
+            t = getattr(self, name)
+            require(t.shape == (num,) and t.dtype == torch.int64, f"{name} must be int64 [{num}]", f"{t.dtype} {tuple(t.shape)}", "convert it")
+
+    @property
+    def num_queries(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[1]
+
+    def rows(self, keep: Tensor) -> IndexQuery:
+        """The queries picked by a bool mask or an index tensor."""
+        return IndexQuery(self.q[keep], self.weights[keep], self.positions[keep], self.requests[keep])
+
+
+@dataclass(frozen=True)
+class IndexKeys:
+    """A read-only view of a paged index-key cache (or of one rank's shard of it).
+
+    Attributes:
+        pages: uint8 ``[P, page_size, 1, D + 4]``, block-planar inside a page: first ``page_size * D`` e4m3 values,
+            then ``page_size`` fp32 scales (DeepSeek-V3.2's 132-byte cache at D = 128).
+        page_table: int32 ``[B, max_pages]``; entry j of row b holds the page of positions ``j * page_size ..`` of request b, -1 where unused.
+        lengths: int64 ``[B]``, tokens held for each request.
+    """
+
+    pages: Tensor
+    page_table: Tensor
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        require(self.pages.dtype == torch.uint8 and self.pages.dim() == 4 and self.pages.shape[2] == 1, "pages must be uint8 [pages, page_size, 1, head_dim + 4]", f"{self.pages.dtype} {tuple(self.pages.shape)}", "use IndexKeyCache")
+        require(self.page_table.dtype == torch.int32 and self.page_table.dim() == 2, "page_table must be int32 [requests, max_pages]", f"{self.page_table.dtype} {tuple(self.page_table.shape)}", "convert it")
+        require(self.lengths.dtype == torch.int64 and self.lengths.shape == self.page_table.shape[:1], "lengths must be int64, one per request", f"{self.lengths.dtype} {tuple(self.lengths.shape)}", "convert it")
+
+    @property
+    def page_size(self) -> int:
+        return self.pages.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.pages.shape[3] - 4
+
+    @property
+    def num_requests(self) -> int:
+        return self.page_table.shape[0]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens each query attends to.
+
+    Attributes:
+        indices: int32 ``[Q, k]``: no duplicates, ascending, -1 padded at the end.
+        lengths: int64 ``[Q]``, how many entries of a row are valid.
+        space: index space of ``indices``: ``"logical"`` (position in the request), ``"local"`` (position in a rank's shard) or
+            ``"slot"`` (``page * page_size + offset``).
+        scores: fp32 ``[Q, k]`` beside ``indices`` (-inf where padded), or None when not asked for.
+    """
+
+    indices: Tensor
+    lengths: Tensor
+    space: str = "logical"
+    scores: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require(self.space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(self.space), "name the index space")
+        require(self.indices.dtype == torch.int32 and self.indices.dim() == 2, "indices must be int32 [num_queries, k]", f"{self.indices.dtype} {tuple(self.indices.shape)}", "convert it")
+
+    @property
+    def topk(self) -> int:
+        return self.indices.shape[1]
+
+
+@dataclass(frozen=True)
+class PartialAttention:
+    """Softmax attention over one set of keys, ready to be merged with disjoint others.
+
+    Attributes:
+        out: fp32 ``[Q, N, Dv]``; 0 where the set is empty.
+        lse: fp32 ``[Q, N]``, natural log of the sum of exponentials; -inf where the set is empty.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """The attention's own inputs, for a selector that looks at true attention mass (oracle).
+
+    Attributes:
+        q: ``[Q, N, Dk]`` attention queries, RoPE applied.
+        load_keys: ``load_keys(request) -> [length, kv_heads, Dk]`` the keys of one request in position order.
+        scale: softmax scale.
+    """
+
+    q: Tensor
+    load_keys: Callable[[int], Tensor]
+    scale: float
