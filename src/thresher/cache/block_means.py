@@ -1,0 +1,81 @@
+"""Cached means of full blocks of index keys, grown as tokens arrive (MISA, arXiv 2605.07363; HISA, arXiv 2603.28458)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from thresher.cache.index_keys import load_keys
+from thresher.errors import require
+from thresher.types import IndexKeys
+
+Pool = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class BlockMeans:
+    """The mean key of every full block of each request, in the key cache's own FP8 format.
+
+    A mean depends only on its block's keys, so means grown token by token, made at once, or made again after a rollback have the same bits.
+
+    Args:
+        block_size: tokens in a block.
+        pool: ``pool(values[N, D], scales[N], block_size) -> (e4m3 [N // block_size, D], fp32 [N // block_size])``,
+            the pooling operation (``thresher.ops.pool_keys.pool_keys``).
+    """
+
+    def __init__(self, block_size: int, pool: Pool) -> None:
+        require(block_size >= 1, "block_size must be at least 1", block_size, "pass tokens in a block")
+        self.block_size = block_size
+        self._pool = pool
+        self._means: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: IndexKeys) -> None:
+        """Pool the blocks of every request that were completed since the last call.
+
+        Raises:
+            ThresherError: a request holds fewer full blocks than were pooled (it was cut without ``rollback``).
+        """
+        for request, length in enumerate(keys.lengths.tolist()):
+            done, full = self._num_blocks(request), length // self.block_size
+            do = f"call rollback({request}, length) when the cache is cut"
+            require(done <= full, f"request {request} must hold the {done} blocks already pooled", f"{full} full blocks", do)
+            if full == done and request in self._means:
+                continue
+            values, scales = load_keys(keys, request, done * self.block_size, full * self.block_size)
+            if full > done:
+                values, scales = self._pool(values, scales, self.block_size)
+            self._append(request, values, scales)
+
+    def of(self, request: int) -> tuple[Tensor, Tensor]:
+        """The means of one request: float8_e4m3fn ``[nb, D]`` and fp32 ``[nb]``, nb its full blocks; never written later.
+
+        Raises:
+            ThresherError: ``update`` has not seen this request.
+        """
+        require(request in self._means, "update(keys) must come before of(request)", f"request {request}", "call it first")
+        return self._means[request]
+
+    def rollback(self, request: int, length: int) -> None:
+        """Forget the means of blocks that reach past the first ``length`` tokens of ``request``; 0 when its row is given to another.
+
+        Raises:
+            ThresherError: ``length`` is negative.
+        """
+        require(length >= 0, "length must be at least 0", length, "pass the tokens kept")
+        if request in self._means:
+            keep = length // self.block_size
+            values, scales = self._means[request]
+            self._means[request] = values[:keep], scales[:keep]
+
+    def _num_blocks(self, request: int) -> int:
+        return self._means[request][1].shape[0] if request in self._means else 0
+
+    def _append(self, request: int, values: Tensor, scales: Tensor) -> None:
+        if request in self._means:
+            old_values, old_scales = self._means[request]
+            # torch has no float8 concatenation on every device.
+            values = torch.cat((old_values.view(torch.uint8), values.view(torch.uint8))).view(torch.float8_e4m3fn)
+            scales = torch.cat((old_scales, scales))
+        self._means[request] = values, scales

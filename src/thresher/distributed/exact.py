@@ -1,0 +1,139 @@
+"""The exact baseline: ranks exchange their candidates' scores and keep their part of one global top-k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from thresher.cache.placement import Placement
+from thresher.cache.state import LayerState
+from thresher.distributed.shards import Shard, local_attention, local_query, localise, union
+from thresher.distributed.simulate import select_over_ranks
+from thresher.errors import require
+from thresher.selectors.base import Selector
+from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
+
+
+@dataclass(frozen=True)
+class ExactMerge:
+    """Local top-k, all-gather of (score, logical position), global top-k in the order (score descending, position ascending).
+
+    Where a score depends on the query and the key alone (DSA) the result is bit-equal to one device. Selectors whose ranks route heads,
+    choose blocks or normalise by their own tokens (MISA, HISA, the oracle) are merged by the scores their ranks report.
+
+    Attributes:
+        selector: the selector of one device; it must return scores.
+        ranks: R.
+        granularity: neighbouring tokens kept on one rank.
+
+    Raises:
+        ThresherError: ranks or granularity under 1.
+    """
+
+    selector: Selector
+    ranks: int
+    granularity: int = 1
+
+    def __post_init__(self) -> None:
+        _ = self.placement
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.ranks, self.granularity)
+
+    @property
+    def topk(self) -> int | None:
+        """The selector's own, k."""
+        return self.selector.topk
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the logical union, k; None where the selector has no bound of its own."""
+        return self.topk
+
+    def local_query(self, query: IndexQuery, rank: int) -> IndexQuery:
+        """The queries, of logical positions, as ``rank`` sees them."""
+        return local_query(query, self.placement, rank)
+
+    def candidates(self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None = None) -> tuple[Tensor, Tensor]:
+        """What ``rank`` proposes: its k best tokens.
+
+        Args:
+            query: Q queries of logical positions.
+            shard: the rank's keys and state.
+            rank: which rank this is.
+            attention: the attention's inputs with the rank's own keys.
+
+        Returns:
+            scores: fp32 ``[Q, k]``, -inf where there is no candidate.
+            logical: int32 ``[Q, k]``, -1 there.
+
+        Raises:
+            ThresherError: the selector has no topk, or returns no scores.
+        """
+        topk = self._bounded_topk()
+        picked = self.selector.shard(self.ranks, topk).select(self.local_query(query, rank), shard.keys, shard.state, attention)
+        require(picked.scores is not None, "ExactMerge needs a selector that returns scores", type(self.selector).__name__, "use IDSA")
+        assert picked.scores is not None
+        grow = (0, topk - picked.topk)
+        logical = self.placement.to_logical(rank, picked.indices.long()).to(torch.int32)
+        return torch.nn.functional.pad(picked.scores, grow, value=float("-inf")), torch.nn.functional.pad(logical, grow, value=-1)
+
+    def merged(self, all_scores: Tensor, all_logical: Tensor) -> Selection:
+        """The global top-k of all ranks' candidates.
+
+        Args:
+            all_scores: fp32 ``[R, Q, k]``, every rank's ``candidates`` in rank order.
+            all_logical: int32 ``[R, Q, k]``.
+
+        Returns:
+            A logical ``Selection`` of k columns, ascending, with scores.
+        """
+        scores, logical = (x.transpose(0, 1).flatten(1) for x in (all_scores, all_logical))
+        topk = self._bounded_topk()
+        order = _rank_keys(scores, logical).topk(min(topk, logical.shape[1]), dim=1).indices
+        scores, logical = scores.gather(1, order), logical.gather(1, order)
+        return union([Selection(logical, (logical >= 0).sum(dim=1), "local", scores)], Placement(1), topk)
+
+    def owned(self, all_scores: Tensor, all_logical: Tensor, rank: int) -> Selection:
+        """The part of ``merged`` that ``rank`` holds: a local ``Selection`` of k columns."""
+        return localise(self.merged(all_scores, all_logical), self.placement, rank)
+
+    def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
+        """Every rank's local selection, in one process; ``attention`` holds all keys."""
+        inputs = [local_attention(attention, self.placement, rank) for rank in range(len(shards))]
+        if self.topk is None:
+            # Nothing is left out for want of room, so there is nothing to compare.
+            sets = [self.selector.select(self.local_query(query, r), s.keys, s.state, inputs[r]) for r, s in enumerate(shards)]
+            return [replace(part, space="local") for part in sets]
+        proposed = [self.candidates(query, shard, rank, inputs[rank]) for rank, shard in enumerate(shards)]
+        whole = self.merged(torch.stack([p[0] for p in proposed]), torch.stack([p[1] for p in proposed]))
+        return [localise(whole, self.placement, rank) for rank in range(self.ranks)]
+
+    def select(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """The global top-k as logical positions; see ``simulate.select_over_ranks``."""
+        return select_over_ranks(self, query, keys, state, attention)
+
+    def _bounded_topk(self) -> int:
+        require(
+            self.topk is not None, "ExactMerge compares candidates of a selector with a topk", type(self.selector).__name__, "use Single"
+        )
+        assert self.topk is not None
+        return self.topk
+
+
+def _rank_keys(scores: Tensor, logical: Tensor) -> Tensor:
+    """int64, larger first in the order (score descending, position ascending); NaN below every number, no token below that.
+
+    All keys of a row but those of no token differ, so any top-k of them is the same top-k.
+    """
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    ordered = ordered.masked_fill(scores.isnan(), -(2**31))
+    keys = ordered * 2**31 + (2**31 - 1 - logical.to(torch.int64))
+    return keys.masked_fill(logical < 0, torch.iinfo(torch.int64).min)

@@ -1,0 +1,71 @@
+"""R ranks in one process: the same per-rank steps a process group runs, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from thresher.cache.placement import Placement
+from thresher.cache.state import LayerState
+from thresher.distributed.shards import Shard, split_keys, union
+from thresher.errors import require
+from thresher.ops.merge import merge
+from thresher.selectors.base import Selector
+from thresher.types import AttentionInputs, IndexKeys, IndexQuery, PartialAttention, Selection
+
+
+class OverRanks(Protocol):
+    """What ``Single``, ``IDSA`` and ``ExactMerge`` have in common."""
+
+    @property
+    def selector(self) -> Selector: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def width(self) -> int | None: ...
+
+    def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]: ...
+
+
+def run(
+    over: OverRanks, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None
+) -> tuple[PartialAttention, Selection]:
+    """Select and attend on every rank, then merge.
+
+    Args:
+        over: a ``Single``, ``IDSA`` or ``ExactMerge``.
+        query: Q queries of logical positions.
+        shards: one per rank, in rank order, each with ``attend``.
+        attention: the attention's inputs with all keys, for selectors that look at true mass.
+
+    Returns:
+        The merged attention, and the logical union of what the ranks attended to, ascending.
+
+    Raises:
+        ThresherError: not one shard per rank.
+    """
+    ranks = over.placement.ranks
+    require(len(shards) == ranks, f"there must be one shard for each of the {ranks} ranks", len(shards), "pass them in rank order")
+    sets = over.local_sets(query, shards, attention)
+    parts = [shard.attend_to(picked) for shard, picked in zip(shards, sets, strict=True)]
+    return merge(parts), union(sets, over.placement, over.width)
+
+
+def select_over_ranks(
+    over: OverRanks,
+    query: IndexQuery,
+    keys: IndexKeys,
+    state: LayerState | None = None,
+    attention: AttentionInputs | None = None,
+) -> Selection:
+    """Deal the keys over the ranks, select on each, and give the logical union; for measuring.
+
+    Every rank starts from a fresh state, so cached quantities are recomputed (the same bits). A selector without a bound of its own
+    (dense, shared) picks the same tokens wherever they live and is called once, with ``state``.
+    """
+    if over.width is None:
+        return over.selector.select(query, keys, state, attention)
+    shards = [Shard(piece, None if state is None else LayerState(state.layer)) for piece in split_keys(keys, over.placement)]
+    return union(over.local_sets(query, shards, attention), over.placement, over.width)

@@ -1,0 +1,32 @@
+"""What a device computes: one folder per operation.
+
+Each folder holds the specification and the public function (``__init__.py``) and the definition on a CPU (``reference.py``).
+"""
+
+from thresher.ops.hadamard import hadamard
+from thresher.ops.index_score import gathered_index_score, index_score, paged_index_score
+from thresher.ops.merge import merge
+from thresher.ops.pool_keys import partial_means, pool_keys
+from thresher.ops.quantize import dequantize_fp8, quantize_fp8
+from thresher.ops.rope import apply_rope
+from thresher.ops.route_heads import head_mass, route_heads
+from thresher.ops.select import select_topk
+from thresher.ops.sparse_attend import sparse_attend, sparse_attend_mla
+
+__all__ = [
+    "apply_rope",
+    "dequantize_fp8",
+    "gathered_index_score",
+    "hadamard",
+    "head_mass",
+    "index_score",
+    "merge",
+    "paged_index_score",
+    "partial_means",
+    "pool_keys",
+    "quantize_fp8",
+    "route_heads",
+    "select_topk",
+    "sparse_attend",
+    "sparse_attend_mla",
+]

@@ -1,0 +1,48 @@
+"""Block means by a sum that runs over the offset inside the block, all blocks at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thresher.ops.quantize import dequantize_fp8, quantize_fp8
+
+
+@torch.no_grad()
+def pool_reference(values: Tensor, scales: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """e4m3 ``[N // block_size, D]`` and fp32 ``[N // block_size]``."""
+    num_blocks, dim = len(values) // block_size, values.shape[1]
+    full = num_blocks * block_size
+    keys = dequantize_fp8(values[:full], scales[:full]).view(num_blocks, block_size, dim)
+    total = keys.new_zeros(num_blocks, dim)
+    for key in keys.unbind(1):
+        total.add_(key)
+    return quantize_fp8(_over(total, torch.full((num_blocks,), block_size, device=values.device)))
+
+
+@torch.no_grad()
+def partial_means_reference(values: Tensor, scales: Tensor, block_size: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 ``[Q, D]`` and fp32 ``[Q]``: running sums of every block that holds a query, read off at each query's offset."""
+    blocks, which = (positions.clamp(min=0) // block_size).unique(return_inverse=True)
+    counts = torch.where(positions < 0, 0, positions % block_size + 1)
+    totals = torch.zeros(len(positions), values.shape[1], device=values.device)
+    deepest = int(counts.max()) if len(positions) else 0
+    if deepest:
+        token = blocks[:, None] * block_size + torch.arange(deepest, device=values.device)
+        token = token.clamp(max=len(values) - 1)  # past the end: summed, and read by no query
+        keys = dequantize_fp8(values[token], scales[token])
+        rows = keys.unbind(1)
+        running = torch.zeros_like(rows[0])
+        done = 0
+        for count in counts.unique().tolist():
+            for key in rows[done:count]:
+                running.add_(key)
+            done = count
+            readers = (counts == count).nonzero()[:, 0]
+            totals[readers] = running[which[readers]]
+    return quantize_fp8(_over(totals, counts.clamp(min=1)))
+
+
+def _over(total: Tensor, counts: Tensor) -> Tensor:
+    # A tensor of counts, not a number: by a number some devices multiply with the reciprocal.
+    return total / counts.float()[:, None]

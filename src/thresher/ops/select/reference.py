@@ -1,0 +1,44 @@
+"""Top-k through integer keys that no two columns share, so no tie is left to a sorting routine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thresher.types import Selection
+
+_LOWEST = -(2**31)
+_NAN = _LOWEST + 1
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """int64 ``[Q, N]``, distinct in a row: a larger key comes first in the order (score descending, column ascending).
+
+    High half: the score's bits as an order-preserving int32, with NaN between -inf and every number. Low half: the column, inverted.
+    """
+    bits = (scores + 0.0).view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = ordered.masked_fill(scores.isnan(), _NAN).masked_fill(scores == -torch.inf, _LOWEST)
+    column = torch.arange(scores.shape[1], device=scores.device)
+    return (ordered.long() << 32) | (2**32 - 1 - column)
+
+
+def select_reference(scores: Tensor, topk: int, space: str, positions: Tensor | None) -> Selection:
+    """The selection; see ``select_topk``."""
+    num, width = scores.shape
+    candidate = scores if positions is None else scores.masked_fill(positions < 0, -torch.inf)
+    kept = min(topk, width)
+    columns = order_keys(candidate).topk(kept, dim=1, sorted=False).indices
+    chosen = candidate.gather(1, columns)
+    # Columns that are no candidate move past the end, so that one sort both orders and pads.
+    columns = columns.masked_fill(chosen == -torch.inf, width).sort(dim=1).values
+    padded = columns == width
+    columns = columns.masked_fill(padded, 0)
+
+    indices = torch.full((num, topk), -1, dtype=torch.int32, device=scores.device)
+    beside = torch.full((num, topk), -torch.inf, device=scores.device)
+    if kept:
+        where = columns if positions is None else positions.gather(1, columns)
+        indices[:, :kept] = where.int().masked_fill(padded, -1)
+        beside[:, :kept] = candidate.gather(1, columns).masked_fill(padded, -torch.inf)
+    return Selection(indices=indices, lengths=(~padded).sum(1), space=space, scores=beside)

@@ -1,0 +1,103 @@
+"""HISA: all heads score block means first, then the tokens of the best blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from thresher.cache.index_keys import pack_keys
+from thresher.errors import require
+from thresher.ops.index_score import gathered_index_score, paged_index_score
+from thresher.ops.select import select_topk
+from thresher.selectors.base import Selector, require_int
+from thresher.selectors.rows import in_chunks, longest, visible_counts
+from thresher.selectors.scan import up_to_date_means
+from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
+
+if TYPE_CHECKING:
+    from thresher.cache.state import LayerState
+
+
+@dataclass(frozen=True)
+class HISA(Selector):
+    """Hierarchical indexing (arXiv 2603.28458). Equal to DSA while the context fits in ``num_blocks * block_size`` tokens.
+
+    Attributes:
+        block_size: tokens in a block.
+        num_blocks: blocks whose tokens are scored: the first, the query's own, and the best of the full blocks between them.
+        topk: tokens kept, at most ``num_blocks * block_size``.
+    """
+
+    block_size: int = 128
+    num_blocks: int = 64
+    topk: int = 2048
+
+    def __post_init__(self) -> None:
+        require_int("block_size", self.block_size, 1)
+        require_int("num_blocks", self.num_blocks, 2)
+        require_int("topk", self.topk, 1)
+        held = self.num_blocks * self.block_size
+        require(held >= self.topk, f"num_blocks * block_size must be at least topk={self.topk}", held, "raise num_blocks or lower topk")
+
+    def shard(self, ranks: int, topk: int) -> HISA:
+        """A rank's share of the blocks (of local positions) and one more, enough for ``topk`` beside the two forced ones.
+
+        Never more than ``num_blocks``, unless ``topk`` needs them.
+        """
+        require_int("ranks", ranks, 1)
+        needed = -(-topk // self.block_size)
+        share = max(-(-self.num_blocks // ranks) + 1, needed + 2)
+        return replace(self, topk=topk, num_blocks=max(min(share, self.num_blocks), needed))
+
+    def select(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """See ``Selector.select``. Uses the state's block means."""
+        mean_keys = pack_keys(up_to_date_means(keys, self.block_size, state))
+        offsets = torch.arange(self.block_size, device=query.positions.device)
+
+        def select_rows(rows: IndexQuery, _: slice) -> Selection:
+            visible = visible_counts(rows, keys)
+            blocks = self.choose_blocks(rows, visible, mean_keys)
+            tokens = (blocks[:, :, None] * self.block_size + offsets).flatten(1)
+            hidden = (blocks < 0).repeat_interleave(self.block_size, dim=1) | (tokens >= visible[:, None])
+            tokens = tokens.masked_fill(hidden, -1)
+            return select_topk(gathered_index_score(rows, keys, tokens), self.topk, positions=tokens)
+
+        return in_chunks(query, max(self.num_blocks * self.block_size, longest(mean_keys)), select_rows)
+
+    def choose_blocks(self, query: IndexQuery, visible: Tensor, mean_keys: IndexKeys) -> Tensor:
+        """int64 ``[Q, m]``, ``m <= num_blocks``: the blocks to look into, ascending, -1 padded at the end.
+
+        Args:
+            query: Q queries.
+            visible: int64 ``[Q]``, tokens each query sees.
+            mean_keys: the means of every request's full blocks, as keys whose positions are block numbers.
+        """
+        own = (visible + self.block_size - 1) // self.block_size - 1
+        score_QM = paged_index_score(replace(query, positions=(own - 1).clamp(min=-1)), mean_keys)
+        score_QM[:, :1] = float("-inf")  # block 0 is forced, not chosen
+        first = torch.where(own > 0, 0, -1)[:, None]
+        columns = [first, own[:, None]]
+        free = min(self.num_blocks - 2, score_QM.shape[1])
+        if free > 0:
+            columns.insert(1, select_topk(score_QM, free).indices.long())
+        blocks = torch.cat(columns, dim=1)
+        none = torch.iinfo(torch.int64).max
+        blocks = blocks.masked_fill(blocks < 0, none).sort(dim=1).values
+        return blocks.masked_fill(blocks == none, -1)
+
+    def index_flops(self, length: int, heads: int, head_dim: int) -> float:
+        """``2 H D (ceil(L / B) + min(L, m B))``."""
+        return 2.0 * heads * head_dim * self.keys_scored(length)
+
+    def index_bytes(self, length: int, heads: int, head_dim: int) -> float:
+        """``(D + 4) (ceil(L / B) + min(L, m B))``."""
+        return float((head_dim + 4) * self.keys_scored(length))
+
+    def keys_scored(self, length: int) -> int:
+        """Block means and tokens scored for one query over ``length`` keys."""
+        return -(-length // self.block_size) + min(length, self.num_blocks * self.block_size)

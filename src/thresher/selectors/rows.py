@@ -1,0 +1,62 @@
+"""Work on query rows: what a query sees, bounded memory, a subset of its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from thresher.types import IndexKeys, IndexQuery, Selection
+
+# Score elements alive at once. Large enough that a launch fills a GPU at 128k keys, small enough for a laptop's memory.
+CPU_ELEMENTS = 2**24
+GPU_ELEMENTS = 2**26
+
+
+def visible_counts(query: IndexQuery, keys: IndexKeys) -> Tensor:
+    """int64 ``[Q]``: how many keys each query sees, ``min(position + 1, length)``, 0 at position -1."""
+    return torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
+
+
+def longest(keys: IndexKeys) -> int:
+    """The largest length of any request, 0 when there are none."""
+    return int(keys.lengths.max()) if keys.num_requests else 0
+
+
+def in_chunks(query: IndexQuery, columns: int, select_rows: Callable[[IndexQuery, slice], Selection]) -> Selection:
+    """Run ``select_rows`` over slices of the queries so that about ``rows * columns`` elements are alive at once.
+
+    Rows are independent, so the result does not depend on where the slices fall.
+    """
+    budget = GPU_ELEMENTS if query.q.is_cuda else CPU_ELEMENTS
+    step = max(1, budget // max(columns, 1))
+    if query.num_queries <= step:
+        return select_rows(query, slice(0, query.num_queries))
+    bounds = [slice(i, min(i + step, query.num_queries)) for i in range(0, query.num_queries, step)]
+    return concat([select_rows(query.rows(s), s) for s in bounds])  # type: ignore[arg-type]
+
+
+def concat(parts: Sequence[Selection]) -> Selection:
+    """Rows of several selections of one index space below one another, -1 padded to the widest."""
+    width = max(p.topk for p in parts)
+    scores = [pad_columns(p.scores, width, float("-inf")) for p in parts if p.scores is not None]
+    return Selection(
+        torch.cat([pad_columns(p.indices, width, -1) for p in parts]),
+        torch.cat([p.lengths for p in parts]),
+        parts[0].space,
+        torch.cat(scores) if len(scores) == len(parts) else None,
+    )
+
+
+def pad_columns(x: Tensor, width: int, value: float) -> Tensor:
+    """``x [Q, n]`` with columns of ``value`` added up to ``width``."""
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value) if x.shape[1] < width else x
+
+
+def keep_heads(query: IndexQuery, heads: Tensor) -> IndexQuery:
+    """The query with only the heads int64 ``[Q, h]`` of each row, in the given (ascending) order."""
+    rows = torch.arange(query.num_queries, device=heads.device)[:, None]
+    # fp8 tensors cannot be gathered on every device; their bytes can
+    q = query.q.view(torch.uint8)[rows, heads].view(query.q.dtype) if query.q.element_size() == 1 else query.q[rows, heads]
+    return IndexQuery(q, query.weights.gather(1, heads), query.positions, query.requests)
