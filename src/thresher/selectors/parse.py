@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from thresher.errors import ThresherError, require
 from thresher.selectors.base import Selector
@@ -19,6 +19,8 @@ from thresher.selectors.oracle import Oracle
 from thresher.selectors.random import Random
 from thresher.selectors.shared import Shared
 from thresher.selectors.window import Window
+
+T = TypeVar("T")
 
 SELECTORS: Mapping[str, type[Selector]] = MappingProxyType(
     {
@@ -49,6 +51,7 @@ def _parse_bool(text: str) -> bool:
 READERS: Mapping[Any, tuple[Callable[[str], Any], str]] = MappingProxyType(
     {
         int: (int, "an int"),
+        int | None: (int, "an int"),
         float: (float, "a number"),
         str: (str, "text"),
         bool: (_parse_bool, "true or false"),
@@ -57,20 +60,28 @@ READERS: Mapping[Any, tuple[Callable[[str], Any], str]] = MappingProxyType(
 )
 
 
-def parse(text: str, selectors: Mapping[str, type[Selector]] = SELECTORS) -> Selector:
+def parse(text: str, selectors: Mapping[str, type[Selector]] = SELECTORS, defaults: Mapping[str, object] = MappingProxyType({})) -> Selector:
     """The selector that ``name:option=value,option=value`` describes.
 
     Args:
         text: a name of ``selectors``, then the options of its class that differ from their defaults. Tuples are joined by ``+``.
         selectors: names and their classes; pass ``{**SELECTORS, "mine": Mine}`` to add one.
+        defaults: option -> value used where a class has that option and the text does not name it.
 
     Raises:
         ThresherError: an unknown name or option, a value of the wrong type, a missing option, or a value the class refuses.
     """
+    return parse_named(text, selectors, "a selector", {}, defaults)
+
+
+def parse_named(
+    text: str, classes: Mapping[str, type[T]], what: str, given: Mapping[str, object], defaults: Mapping[str, object] = MappingProxyType({})
+) -> T:
+    """One of ``classes`` (frozen dataclasses) from ``name:option=value,...``; fields in ``given`` are set by the caller and are no options."""
     name, colon, rest = (part.strip() for part in text.partition(":"))
-    require(name in selectors, f"a selector must be one of {', '.join(selectors)}", repr(name), "write name or name:option=value,...")
-    cls = selectors[name]
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    require(name in classes, f"{what} must be one of {', '.join(classes)}", repr(name), "write name or name:option=value,...")
+    cls: Any = classes[name]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in given}
     types = get_type_hints(cls)
     options = ", ".join(fields) or "none"
     require(not colon or rest != "", "options must follow the colon", repr(text), "drop the colon or write option=value")
@@ -81,9 +92,11 @@ def parse(text: str, selectors: Mapping[str, type[Selector]] = SELECTORS) -> Sel
         require(equals != "" and value != "", f"{option} must have a value", repr(item), f"write {option}=value")
         require(option not in values, f"{option} must be given once", repr(text), "remove one of them")
         values[option] = _read(option, value, types[option])
+    values = {**{option: value for option, value in defaults.items() if option in fields}, **values}
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
     require(not missing, f"{name} needs {', '.join(missing)}", repr(text), f"write {name}:" + ",".join(f"{m}=..." for m in missing))
-    return cls(**values)
+    made: T = cls(**values, **{option: value for option, value in given.items() if option in {f.name for f in dataclasses.fields(cls)}})
+    return made
 
 
 def to_text(selector: Selector, selectors: Mapping[str, type[Selector]] = SELECTORS) -> str:

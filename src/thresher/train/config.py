@@ -18,18 +18,18 @@ class WarmupConfig:
         active_heads: heads that ``spread`` may concentrate on.
         spread: weight of the share of head mass outside them.
         balance: weight of the imbalance of head use.
-        copies: share of sequences with planted copies.
+        copies: planted copies of earlier passages in each sequence (see ``data.plant_copies``).
         seed: of data order, query places and initial weights.
     """
 
-    steps: int = 1500
+    steps: int = 2600
     sequences: int = 1
     length: int = 8192
-    queries: int = 1024
-    lr: float = 1e-3
+    queries: int = 512
+    lr: float = 4e-3
     warmup_steps: int = 100
     active_heads: int = 6
     spread: float = 3.0
     balance: float = 0.5
-    copies: float = 0.5
+    copies: int = 100
     seed: int = 0

@@ -45,15 +45,16 @@ class Corpus:
     Args:
         streams: name -> int64 tokens ``[n]`` of one kind of text, documents joined.
         length: tokens in one training sequence.
-        copies: share of training sequences that get planted copies, in [0, 1].
+        copies: planted copies in a training sequence (``plant_copies``).
+        digits: int64, the token ids of the digits.
         seed: of the one generator that draws everything.
     """
 
-    def __init__(self, streams: dict[str, Tensor], length: int, copies: float, seed: int) -> None:
+    def __init__(self, streams: dict[str, Tensor], length: int, copies: int, digits: Tensor, seed: int) -> None:
         require(len(streams) > 0, "there must be some training text", "none", "name text files")
         for name, tokens in streams.items():
             require(len(tokens) * 0.1 > length, f"text '{name}' must hold over {length * 10} tokens", len(tokens), "add text or shorten the sequences")
-        self.streams, self.length, self.copies = streams, length, copies
+        self.streams, self.length, self.copies, self.digits = streams, length, copies, digits
         self.rng = np.random.default_rng(seed)
 
     def batches(self) -> Iterator[Tensor]:
@@ -63,8 +64,7 @@ class Corpus:
             tokens = self.streams[names[self.rng.integers(len(names))]]
             start = int(self.rng.integers(int(len(tokens) * 0.9) - self.length))
             sequence = tokens[start : start + self.length].clone()
-            if self.rng.random() < self.copies:
-                plant_copies(sequence, self.rng)
+            plant_copies(sequence, self.rng, self.copies, self.digits)
             yield sequence
 
     def held_out(self, per_stream: int) -> list[Tensor]:
@@ -78,16 +78,24 @@ class Corpus:
                 start = low + (high - low) * i // max(1, per_stream)
                 sequence = tokens[start : start + self.length].clone()
                 if i % 2:
-                    plant_copies(sequence, rng)
+                    plant_copies(sequence, rng, self.copies, self.digits)
                 out.append(sequence)
         return out
 
 
-def plant_copies(sequence: Tensor, rng: np.random.Generator, count: int = 24) -> None:
-    """Overwrite ``count`` spans of ``sequence [n]`` in place, each with a copy of 12 to 64 tokens from anywhere before it."""
+def plant_copies(sequence: Tensor, rng: np.random.Generator, count: int, digits: Tensor) -> None:
+    """Overwrite ``count`` spans of ``sequence [n]`` in place, each with a copy of 16 to 64 tokens from anywhere before it.
+
+    One source in three first gets a number of 3 to 6 random ``digits`` (token ids) written into it, since prose holds few: what is
+    to be found again must not be guessable.
+    """
     length = len(sequence)
     for _ in range(count):
-        size = int(rng.integers(12, 65))
+        size = int(rng.integers(16, 65))
         target = int(rng.integers(2 * size, length - size))
         source = int(rng.integers(0, target - size))
+        if rng.random() < 1 / 3:
+            places = int(rng.integers(3, 7))
+            at = source + int(rng.integers(size // 2, size - places + 1))
+            sequence[at : at + places] = digits[torch.from_numpy(rng.integers(0, len(digits), places))]
         sequence[target : target + size] = sequence[source : source + size].clone()

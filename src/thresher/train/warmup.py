@@ -13,18 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from thresher.models.indexer import Indexer, IndexerConfig
+from thresher.models.indexer import Indexer
 from thresher.models.llama import LayerInput, Llama, causal_attention
 from thresher.train.config import WarmupConfig
 from thresher.train.data import Corpus
 from thresher.train.loss import layer_loss
-
-
-def new_indexers(config: IndexerConfig, num_layers: int, seed: int) -> nn.ModuleList:
-    """One freshly initialised indexer a layer, fp32, the same for the same seed on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.ModuleList(Indexer(config) for _ in range(num_layers))
 
 
 def learning_rate(config: WarmupConfig, step: int) -> float:
