@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
 from thresher.errors import ThresherError
 
@@ -32,8 +33,62 @@ def _hint(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="thresher", description="Decides which tokens of a long context a DSA model attends to.")
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_demo(commands)
+    _add_generate(commands)
     _add_train(commands)
     return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("demo", help="a real model, a long text, every selector, a picture")
+    parser.add_argument("--out", default="runs/demo", help="run directory (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of context and question (default: 2048 4096 7680)")
+    parser.add_argument("--depths", type=float, nargs="+", help="where the fact is planted, in [0, 1] (default: 0.1 0.5 0.9)")
+    _add_model(parser)
+    parser.set_defaults(run=_demo)
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("generate", help="go on with a text under a selector")
+    parser.add_argument("--prompt-file", required=True, metavar="FILE", help="UTF-8 text to go on with")
+    parser.add_argument(
+        "--selector", default="dsa", help="name:option=value,... or a layer plan such as '0-1=dense;2-29=dsa' (default: %(default)s)"
+    )
+    parser.add_argument("--placement", default="single", help="single, idsa:ranks=R or exact:ranks=R (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--compare", metavar="SELECTOR", help="decode again under this selector and say where the texts part")
+    _add_model(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--weights", metavar="FILE", help="trained indexers (.safetensors, its .json beside it; default: the package's own)"
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from thresher.eval.demo import run_demo
+    from thresher.eval.needle import DEPTHS, LENGTHS
+
+    print(run_demo(args.out, args.lengths or LENGTHS, args.depths or DEPTHS, args.device, args.overwrite, _weights(args)))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from thresher.models.generate import run_generate
+
+    def write(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    run_generate(args.selector, args.placement, args.prompt_file, args.max_tokens, args.compare, args.device, write, _weights(args))
+
+
+def _weights(args: argparse.Namespace) -> Path:
+    from thresher.models.checkpoint import SHIPPED
+
+    return Path(args.weights) if args.weights else SHIPPED
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,7 +96,13 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stages = parser.add_subparsers(required=True, metavar="stage")
     warmup = stages.add_parser("warmup", help="train a lightning indexer on every layer of SmolLM2, everything else frozen")
     warmup.add_argument("--out", default="runs/warmup", help="run directory (default: %(default)s)")
-    warmup.add_argument("--text", action="append", default=[], metavar="FILE", help="a text to learn from besides the standard library's sources; may be repeated")
+    warmup.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a text to learn from besides the standard library's sources; may be repeated",
+    )
     warmup.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     warmup.add_argument("--seconds", type=float, default=float("inf"), help="stop after about this long; go on later with --resume")
     warmup.add_argument("--resume", action="store_true", help="go on with a run directory that exists")
@@ -56,7 +117,9 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
     from thresher.train.config import WarmupConfig
 
     for field in fields(WarmupConfig):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="(default: %(default)s)")
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=type(field.default), default=field.default, help="(default: %(default)s)"
+        )
 
 
 def _warmup(args: argparse.Namespace) -> None:

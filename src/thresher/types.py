@@ -37,11 +37,15 @@ class IndexQuery:
     def __post_init__(self) -> None:
         require(self.q.dim() == 3, "q must be [num_queries, heads, head_dim]", tuple(self.q.shape), "reshape it")
         num, heads = self.q.shape[:2]
-        require(self.weights.shape == (num, heads), f"weights must be [{num}, {heads}]", tuple(self.weights.shape), "pass one weight per head")
+        require(
+            self.weights.shape == (num, heads), f"weights must be [{num}, {heads}]", tuple(self.weights.shape), "pass one weight per head"
+        )
         require(self.weights.dtype == torch.float32, "weights must be float32", self.weights.dtype, "call .float()")
         for name in ("positions", "requests"):
             t = getattr(self, name)
-            require(t.shape == (num,) and t.dtype == torch.int64, f"{name} must be int64 [{num}]", f"{t.dtype} {tuple(t.shape)}", "convert it")
+            require(
+                t.shape == (num,) and t.dtype == torch.int64, f"{name} must be int64 [{num}]", f"{t.dtype} {tuple(t.shape)}", "convert it"
+            )
 
     @property
     def num_queries(self) -> int:
@@ -51,8 +55,8 @@ class IndexQuery:
     def num_heads(self) -> int:
         return self.q.shape[1]
 
-    def rows(self, keep: Tensor) -> IndexQuery:
-        """The queries picked by a bool mask or an index tensor."""
+    def rows(self, keep: Tensor | slice) -> IndexQuery:
+        """The queries picked by a bool mask, an index tensor or a slice."""
         return IndexQuery(self.q[keep], self.weights[keep], self.positions[keep], self.requests[keep])
 
 
@@ -62,8 +66,8 @@ class IndexKeys:
 
     Attributes:
         pages: uint8 ``[P, page_size, 1, D + 4]``, block-planar inside a page: first ``page_size * D`` e4m3 values,
-            then ``page_size`` fp32 scales (DeepSeek-V3.2's 132-byte cache at D = 128).
-        page_table: int32 ``[B, max_pages]``; entry j of row b holds the page of positions ``j * page_size ..`` of request b, -1 where unused.
+            then ``page_size`` fp32 scales (132 bytes a token at D = 128, as in DeepSeek-V3.2).
+        page_table: int32 ``[B, max_pages]``; entry j of row b is the page of request b's positions ``j * page_size ..``, -1 where unused.
         lengths: int64 ``[B]``, tokens held for each request.
     """
 
@@ -72,9 +76,24 @@ class IndexKeys:
     lengths: Tensor
 
     def __post_init__(self) -> None:
-        require(self.pages.dtype == torch.uint8 and self.pages.dim() == 4 and self.pages.shape[2] == 1, "pages must be uint8 [pages, page_size, 1, head_dim + 4]", f"{self.pages.dtype} {tuple(self.pages.shape)}", "use IndexKeyCache")
-        require(self.page_table.dtype == torch.int32 and self.page_table.dim() == 2, "page_table must be int32 [requests, max_pages]", f"{self.page_table.dtype} {tuple(self.page_table.shape)}", "convert it")
-        require(self.lengths.dtype == torch.int64 and self.lengths.shape == self.page_table.shape[:1], "lengths must be int64, one per request", f"{self.lengths.dtype} {tuple(self.lengths.shape)}", "convert it")
+        require(
+            self.pages.dtype == torch.uint8 and self.pages.dim() == 4 and self.pages.shape[2] == 1,
+            "pages must be uint8 [pages, page_size, 1, head_dim + 4]",
+            f"{self.pages.dtype} {tuple(self.pages.shape)}",
+            "use IndexKeyCache",
+        )
+        require(
+            self.page_table.dtype == torch.int32 and self.page_table.dim() == 2,
+            "page_table must be int32 [requests, max_pages]",
+            f"{self.page_table.dtype} {tuple(self.page_table.shape)}",
+            "convert it",
+        )
+        require(
+            self.lengths.dtype == torch.int64 and self.lengths.shape == self.page_table.shape[:1],
+            "lengths must be int64, one per request",
+            f"{self.lengths.dtype} {tuple(self.lengths.shape)}",
+            "convert it",
+        )
 
     @property
     def page_size(self) -> int:
@@ -108,7 +127,12 @@ class Selection:
 
     def __post_init__(self) -> None:
         require(self.space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(self.space), "name the index space")
-        require(self.indices.dtype == torch.int32 and self.indices.dim() == 2, "indices must be int32 [num_queries, k]", f"{self.indices.dtype} {tuple(self.indices.shape)}", "convert it")
+        require(
+            self.indices.dtype == torch.int32 and self.indices.dim() == 2,
+            "indices must be int32 [num_queries, k]",
+            f"{self.indices.dtype} {tuple(self.indices.shape)}",
+            "convert it",
+        )
 
     @property
     def topk(self) -> int:

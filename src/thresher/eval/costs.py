@@ -15,7 +15,13 @@ def index_cost(plan: Sequence[OverRanks], length: int, heads: int, head_dim: int
     flops = moved = 0.0
     for method in plan:
         ranks = method.placement.ranks
-        selector = method.local_selector if isinstance(method, IDSA | ExactMerge) else method.selector
+        selector = method.selector
+        if isinstance(method, IDSA):
+            selector = method.local_selector
+        elif isinstance(method, ExactMerge) and selector.topk is not None:
+            selector = selector.shard(ranks, selector.topk)
         flops += ranks * selector.index_flops(length // ranks, heads, head_dim)
         moved += ranks * selector.index_bytes(length // ranks, heads, head_dim)
-    return flops / (len(plan) * whole.index_flops(length, heads, head_dim)), moved / (len(plan) * whole.index_bytes(length, heads, head_dim))
+    return flops / (len(plan) * whole.index_flops(length, heads, head_dim)), moved / (
+        len(plan) * whole.index_bytes(length, heads, head_dim)
+    )

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,9 @@ class Row:
     seconds_per_token: list[float] = field(default_factory=list)
 
 
-def run_demo(out: str, lengths: Sequence[int], depths: Sequence[float], device: str = "cpu", overwrite: bool = False, weights: Path = SHIPPED) -> str:
+def run_demo(
+    out: str, lengths: Sequence[int], depths: Sequence[float], device: str = "cpu", overwrite: bool = False, weights: Path = SHIPPED
+) -> str:
     """Ask the model about the planted fact at every length and depth under every selector, and write the run directory.
 
     The context's prefill is dense and shared; the question and the answer run under the selector. Recall and mass are measured at the
@@ -56,7 +59,9 @@ def run_demo(out: str, lengths: Sequence[int], depths: Sequence[float], device: 
     """
     from tqdm import tqdm
 
-    require(bool(lengths and depths), "the demo needs a length and a depth", f"{len(lengths)} and {len(depths)}", "name at least one of each")
+    require(
+        bool(lengths and depths), "the demo needs a length and a depth", f"{len(lengths)} and {len(depths)}", "name at least one of each"
+    )
     run = create_run_dir(out, overwrite=overwrite)
     record = load_record(weights)
     indexers = load_indexers(weights, device)
@@ -85,7 +90,8 @@ def run_demo(out: str, lengths: Sequence[int], depths: Sequence[float], device: 
     config = model.config
     metrics = {
         "selectors": {
-            name: _metrics(name, row, plans[longest][name], probe, longest, indexers[0].config) for name, row in rows.items()  # type: ignore[arg-type]
+            name: _metrics(name, row, plans[longest][name], probe, longest, indexers[0].config)
+            for name, row in rows.items()  # type: ignore[arg-type]
         },
         "recall_by_layer": {name: probe.recall_by_layer(name) for name in watched},
         "mass_by_layer": {name: probe.mass_by_layer(name) for name in watched},
@@ -118,7 +124,7 @@ def _answer(decoder: Decoder, plan: list[OverRanks], needle: Needle, row: Row, t
         if found(needle.number, answer) and not answer[-1].isdigit():
             break  # nothing that follows can undo it
     answer = tokenizer.decode(ids)
-    row.seconds_per_token += [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
+    row.seconds_per_token += [later - earlier for earlier, later in pairwise(moments)]
     row.answers[needle.length, needle.depth] = answer
     row.found[needle.length, needle.depth] = found(needle.number, answer)
     if dealt is decoder:
@@ -145,7 +151,9 @@ def _metrics(name: str, row: Row, plan: list[OverRanks], probe: Probe, length: i
     }
 
 
-def _config(lengths: Sequence[int], depths: Sequence[float], device: str, record: dict[str, Any], plans: dict[int, dict[str, list[OverRanks]]]) -> dict[str, object]:
+def _config(
+    lengths: Sequence[int], depths: Sequence[float], device: str, record: dict[str, Any], plans: dict[int, dict[str, list[OverRanks]]]
+) -> dict[str, object]:
     return {
         "lengths": list(lengths),
         "depths": list(depths),

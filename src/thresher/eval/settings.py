@@ -69,4 +69,8 @@ def describe(plan: Sequence[OverRanks]) -> str | list[str]:
 
 def _text(method: OverRanks) -> str:
     inner = to_text(method.selector)
-    return inner if isinstance(method, Single) else f"{inner} @ idsa:ranks={method.placement.ranks},local_topk={(method.width or 0) // method.placement.ranks}"
+    return (
+        inner
+        if isinstance(method, Single)
+        else f"{inner} @ idsa:ranks={method.placement.ranks},local_topk={(method.width or 0) // method.placement.ranks}"
+    )

@@ -35,7 +35,10 @@ def demo_table(selectors: Mapping[str, Mapping[str, Any]], length: int, num_laye
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    rows = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    rows = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
     rule = "  ".join("-" * w for w in widths)
     notes = f"""
 found     the planted number stands in the first 16 tokens of the answer, of {cases} cases

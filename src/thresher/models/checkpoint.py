@@ -39,12 +39,19 @@ def save_indexers(path: Path, indexers: nn.ModuleList, record: dict[str, Any]) -
 def load_record(path: Path = SHIPPED) -> dict[str, Any]:
     """The record beside the weights file ``path``."""
     beside = path.with_suffix(".json")
-    require(path.is_file() and beside.is_file(), "the weights file and its .json record must exist", path, "train them: thresher train warmup")
+    require(
+        path.is_file() and beside.is_file(), "the weights file and its .json record must exist", path, "train them: thresher train warmup"
+    )
     try:
         record = json.loads(beside.read_text())
     except ValueError as error:
         raise ThresherError(f"the record must be JSON; got {beside} ({error}); fetch the weights again") from None
-    require(isinstance(record, dict) and {"sha256", "num_layers", "indexer"} <= record.keys(), "the record must name sha256, num_layers and indexer", beside, "fetch the weights again")
+    require(
+        isinstance(record, dict) and {"sha256", "num_layers", "indexer"} <= record.keys(),
+        "the record must name sha256, num_layers and indexer",
+        beside,
+        "fetch the weights again",
+    )
     return record
 
 
@@ -58,14 +65,21 @@ def load_indexers(path: Path = SHIPPED, device: str | torch.device = "cpu") -> n
 
     record = load_record(path)
     got = _sha256(path)
-    require(got == record["sha256"], f"the weights file {path.name} must have sha256 {record['sha256'][:16]}...", f"{got[:16]}...", "it is corrupt: fetch it again")
+    require(
+        got == record["sha256"],
+        f"the weights file {path.name} must have sha256 {record['sha256'][:16]}...",
+        f"{got[:16]}...",
+        "it is corrupt: fetch it again",
+    )
     with torch.device("meta"):
         indexers = nn.ModuleList(Indexer(IndexerConfig(**record["indexer"])) for _ in range(record["num_layers"]))
     tensors = {name: tensor.float() for name, tensor in load_file(path, device=str(device)).items()}
     try:
         indexers.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise ThresherError(f"the weights must fit the record's sizes; got {str(error).splitlines()[-1].strip()}; fetch them again") from None
+        raise ThresherError(
+            f"the weights must fit the record's sizes; got {str(error).splitlines()[-1].strip()}; fetch them again"
+        ) from None
     return indexers.requires_grad_(False).eval()
 
 

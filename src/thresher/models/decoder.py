@@ -134,7 +134,10 @@ class Decoder:
         return self.model.logits(self.model(ids, positions, attend))
 
     def generate(self, ids: Tensor, plan: Sequence[OverRanks], max_tokens: int, observer: Observer | None = None) -> Iterator[int]:
-        """Run ``ids [T]`` and then decode greedily: yields token ids until the end-of-sequence token or ``max_tokens``."""
+        """Run ``ids [T]``, the ``observer`` looking on, and then decode greedily.
+
+        Yields token ids until the end-of-sequence token or ``max_tokens`` of them.
+        """
         logits = self.step(ids, plan, observer)[-1]
         for count in range(max_tokens):
             token = int(logits.argmax())
@@ -142,7 +145,7 @@ class Decoder:
                 return
             yield token
             if count + 1 < max_tokens:
-                logits = self.step(torch.tensor([token], device=ids.device), plan, observer)[-1]
+                logits = self.step(torch.tensor([token], device=ids.device), plan)[-1]
 
     def rollback(self, length: int) -> None:
         """Forget every token past the first ``length``."""
@@ -169,7 +172,12 @@ class Decoder:
     def _append(self, num_tokens: int) -> list[Tensor]:
         """Slots of the next tokens on each rank (each rank gets its own tokens only)."""
         end = self.length + num_tokens
-        require(end <= self.capacity, f"the text must fit the model's {self.capacity} tokens", f"{end} tokens", "shorten the prompt or generate less")
+        require(
+            end <= self.capacity,
+            f"the text must fit the model's {self.capacity} tokens",
+            f"{end} tokens",
+            "shorten the prompt or generate less",
+        )
         slots = []
         for rank, table in enumerate(self.tables):
             slots.append(table.append(0, self._local_length(end, rank) - table.length(0)))
@@ -185,7 +193,9 @@ class Decoder:
         values, scales = indexer.index_keys(given.hidden, given.positions)
         self._store_tokens(given.layer, slots, given.positions, values, scales, given.k, given.v)
 
-    def _store_tokens(self, layer: int, slots: list[Tensor], positions: Tensor, values: Tensor, scales: Tensor, k: Tensor, v: Tensor) -> None:
+    def _store_tokens(
+        self, layer: int, slots: list[Tensor], positions: Tensor, values: Tensor, scales: Tensor, k: Tensor, v: Tensor
+    ) -> None:
         owner = self.placement.owner(positions)
         for rank, piece in enumerate(self.layers[layer]):
             mine = slice(None) if len(slots) == 1 else owner == rank
@@ -222,4 +232,3 @@ class Decoder:
             return keys
 
         return load
-

@@ -84,5 +84,10 @@ class Indexer(nn.Module):
     def index_keys(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys as the cache stores them: e4m3 ``[T, D]`` and fp32 scales ``[T]``, of ``hidden [T, hidden]``."""
         keys = self.keys(hidden, positions)
-        require(bool(torch.isfinite(keys).all()), "index keys must be finite", "NaN or inf in them", "check the model's weights and the prompt's hidden states")
+        require(
+            bool(torch.isfinite(keys).all()),
+            "index keys must be finite",
+            "NaN or inf in them",
+            "check the model's weights and the prompt's hidden states",
+        )
         return quantize_fp8(hadamard(keys))

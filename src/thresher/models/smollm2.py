@@ -77,7 +77,9 @@ def load_tokenizer(path: Path | None = None) -> Any:
     kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
     tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, merges))
     # SmolLM2 splits every digit off, then applies GPT-2's byte-level pattern.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])  # type: ignore[no-untyped-call,unused-ignore]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )  # type: ignore[no-untyped-call,unused-ignore]
     tokenizer.decoder = decoders.ByteLevel()
     control = 3
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == control])

@@ -60,7 +60,9 @@ READERS: Mapping[Any, tuple[Callable[[str], Any], str]] = MappingProxyType(
 )
 
 
-def parse(text: str, selectors: Mapping[str, type[Selector]] = SELECTORS, defaults: Mapping[str, object] = MappingProxyType({})) -> Selector:
+def parse(
+    text: str, selectors: Mapping[str, type[Selector]] = SELECTORS, defaults: Mapping[str, object] = MappingProxyType({})
+) -> Selector:
     """The selector that ``name:option=value,option=value`` describes.
 
     Args:
@@ -77,7 +79,7 @@ def parse(text: str, selectors: Mapping[str, type[Selector]] = SELECTORS, defaul
 def parse_named(
     text: str, classes: Mapping[str, type[T]], what: str, given: Mapping[str, object], defaults: Mapping[str, object] = MappingProxyType({})
 ) -> T:
-    """One of ``classes`` (frozen dataclasses) from ``name:option=value,...``; fields in ``given`` are set by the caller and are no options."""
+    """One of ``classes`` (frozen dataclasses) from ``name:option=value,...``; fields in ``given`` are the caller's to set."""
     name, colon, rest = (part.strip() for part in text.partition(":"))
     require(name in classes, f"{what} must be one of {', '.join(classes)}", repr(name), "write name or name:option=value,...")
     cls: Any = classes[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from thresher.errors import require
 from thresher.selectors.base import Selector
@@ -39,13 +40,20 @@ class LayerPlan:
         return cls((selector,) * num_layers)
 
     @classmethod
-    def from_text(cls, text: str, num_layers: int, selectors: Mapping[str, type[Selector]] = SELECTORS) -> LayerPlan:
+    def from_text(
+        cls,
+        text: str,
+        num_layers: int,
+        selectors: Mapping[str, type[Selector]] = SELECTORS,
+        defaults: Mapping[str, object] = MappingProxyType({}),
+    ) -> LayerPlan:
         """A plan such as ``0-1=dense;2-29=dsa:topk=512;5=shared:layer=4``.
 
         Args:
             text: entries ``layer=selector`` or ``first-last=selector`` (both ends included), parted by ``;``. Later entries win.
             num_layers: layers of the model; each must be covered, and no entry may go past them.
             selectors: names and classes, as in ``parse``.
+            defaults: as in ``parse``.
 
         Raises:
             ThresherError: an entry that cannot be read, a layer out of range or left out, or a selector ``parse`` refuses.
@@ -58,7 +66,7 @@ class LayerPlan:
             first, last = int(match[1]), int(match[2] or match[1])
             bounds = f"layers of an entry must be ascending and below {num_layers}"
             require(first <= last < num_layers, bounds, repr(entry.strip()), f"name layers 0-{num_layers - 1}")
-            selector = parse(match[3], selectors)
+            selector = parse(match[3], selectors, defaults)
             layers.update(dict.fromkeys(range(first, last + 1), selector))
         missing = [i for i in range(num_layers) if i not in layers]
         require(

@@ -53,7 +53,12 @@ class Corpus:
     def __init__(self, streams: dict[str, Tensor], length: int, copies: int, digits: Tensor, seed: int) -> None:
         require(len(streams) > 0, "there must be some training text", "none", "name text files")
         for name, tokens in streams.items():
-            require(len(tokens) * 0.1 > length, f"text '{name}' must hold over {length * 10} tokens", len(tokens), "add text or shorten the sequences")
+            require(
+                len(tokens) * 0.1 > length,
+                f"text '{name}' must hold over {length * 10} tokens",
+                len(tokens),
+                "add text or shorten the sequences",
+            )
         self.streams, self.length, self.copies, self.digits = streams, length, copies, digits
         self.rng = np.random.default_rng(seed)
 

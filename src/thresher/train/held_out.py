@@ -19,7 +19,7 @@ COMPARED = ("dsa", "oracle", "misa", "misa_rerank", "hisa", "idsa", "misa_static
 
 
 def mean_head_weights(model: Llama, indexers: nn.ModuleList, sequences: Sequence[Tensor]) -> list[list[float]]:
-    """Per layer and head, the mean absolute folded weight ``|w * q_scale|`` over all tokens of the sequences: what ``misa_static`` goes by."""
+    """Per layer and head, the mean ``|w * q_scale|`` over all tokens of the sequences: what ``misa_static`` goes by."""
     sums = [torch.zeros(_at(indexers, 0).config.num_heads, dtype=torch.float64) for _ in indexers]
 
     def look(given: LayerInput) -> None:
@@ -30,7 +30,9 @@ def mean_head_weights(model: Llama, indexers: nn.ModuleList, sequences: Sequence
     return [row.tolist() for row in sums]
 
 
-def evaluate(model: Llama, indexers: nn.ModuleList, sequences: Sequence[Tensor], head_weights: Sequence[Sequence[float]]) -> dict[str, dict[str, list[float]]]:
+def evaluate(
+    model: Llama, indexers: nn.ModuleList, sequences: Sequence[Tensor], head_weights: Sequence[Sequence[float]]
+) -> dict[str, dict[str, list[float]]]:
     """Recall and mass by layer on held-out sequences of one length, for each sequence's last ``NUM_QUERIES`` queries.
 
     Returns:

@@ -30,7 +30,7 @@ def new_indexers(config: IndexerConfig, model: Llama, seed: int) -> nn.ModuleLis
 
 
 def slow_pairs(config: IndexerConfig, heads: int, kv_heads: int, head_dim: int) -> int:
-    """How many RoPE pairs of each attention head fit: two dims a pair, every group in the indexer's unrotated dims, every head in its bottleneck."""
+    """How many RoPE pairs of an attention head fit: every group into the indexer's unrotated dims, every head into its bottleneck."""
     return min((config.head_dim - config.rotary_dim) // (2 * kv_heads), config.q_rank // (2 * heads), head_dim // 2)
 
 

@@ -22,18 +22,26 @@ from thresher.eval.rundir import create_run_dir, write_json
 from thresher.models.checkpoint import load_indexers, load_record, save_indexers
 from thresher.models.indexer import IndexerConfig
 from thresher.models.smollm2 import load_model, load_tokenizer
+from thresher.train.config import WarmupConfig
 from thresher.train.data import Corpus, read_documents, stdlib_files
 from thresher.train.held_out import evaluate, mean_head_weights
-from thresher.train.config import WarmupConfig
 from thresher.train.initial import new_indexers
-from thresher.train.warmup import train
+from thresher.train.warmup import Progress, train
 
 EVALUATED_LENGTH = 7680
 MAX_STDLIB_CHARS = 6_000_000
 
 
 def warmup_run(
-    out: str, texts: Sequence[str], config: WarmupConfig, seconds: float, resume: bool, device: str, say: Callable[[str], None], gguf: str | None = None, init: str | None = None
+    out: str,
+    texts: Sequence[str],
+    config: WarmupConfig,
+    seconds: float,
+    resume: bool,
+    device: str,
+    say: Callable[[str], None],
+    gguf: str | None = None,
+    init: str | None = None,
 ) -> Path:
     """Train the indexers for SmolLM2-135M-Instruct and write a run directory.
 
@@ -80,7 +88,13 @@ def warmup_run(
         "warmup": asdict(config),
         "data": sources,
         "init": load_record(Path(init)) if init else None,
-        "last_call": {"seconds": round(time.monotonic() - began, 1), "device": _device_name(device), "torch": torch.__version__, "python": platform.python_version(), "commit": _commit()},
+        "last_call": {
+            "seconds": round(time.monotonic() - began, 1),
+            "device": _device_name(device),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "commit": _commit(),
+        },
         "final_loss": log[-1],
         "held_out": {"length": EVALUATED_LENGTH, "sequences": len(held_out), **evaluate(model, indexers, held_out, weights)},
         "head_weights": [[round(value, 6) for value in row] for row in weights],
@@ -118,8 +132,9 @@ def draw(log: Sequence[dict[str, Any]], path: Path) -> None:
     loss_curve(path, curves, "KL to the head-summed attention, nats a query", "Dense warm-up of the indexers")
 
 
-def _progress(line: dict[str, object], config: WarmupConfig) -> str:
-    return "step {step}/{steps}  KL {kl:.3f} nats  outside the active heads {spread:.1%}  {seconds:.0f} s".format(steps=config.steps, **line)  # type: ignore[arg-type]
+def _progress(line: Progress, config: WarmupConfig) -> str:
+    figures = f"KL {line.kl:.3f} nats  outside the active heads {line.spread:.1%}  {line.seconds:.0f} s"
+    return f"step {line.step}/{config.steps}  {figures}"
 
 
 def _device_name(device: str) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,16 @@ from thresher.models.llama import LayerInput, Llama, causal_attention
 from thresher.train.config import WarmupConfig
 from thresher.train.data import Corpus
 from thresher.train.loss import layer_loss
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is shown now and then: steps done, KL in nats and spread as a fraction (means over layers), seconds since the call."""
+
+    step: int
+    kl: float
+    spread: float
+    seconds: float
 
 
 def learning_rate(config: WarmupConfig, step: int) -> float:
@@ -33,7 +43,7 @@ def train(
     corpus: Corpus,
     config: WarmupConfig,
     run: Path,
-    report: Callable[[dict[str, object]], None],
+    report: Callable[[Progress], None],
     seconds: float = float("inf"),
 ) -> int:
     """Train until ``config.steps`` or for about ``seconds``; go on from ``run/state.safetensors`` where it exists.
@@ -64,7 +74,7 @@ def train(
             line = {"step": step, "lr": learning_rate(config, step - 1), "kl": kl, "spread": spread, "imbalance": imbalance}
             with open(run / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            report({"step": step, "kl": float(np.mean(kl)), "spread": float(np.mean(spread)), "seconds": time.monotonic() - began})
+            report(Progress(step, float(np.mean(kl)), float(np.mean(spread)), time.monotonic() - began))
     save_state(run, indexers, optimizer, step, config)
     return step
 
@@ -113,7 +123,9 @@ def load_state(run: Path, indexers: nn.ModuleList, optimizer: torch.optim.Optimi
         names = set(file.keys())
         for name, p in indexers.named_parameters():
             p.data.copy_(file.get_tensor(f"weight.{name}"))
-            state = {key: file.get_tensor(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in names}
+            state = {
+                key: file.get_tensor(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in names
+            }
             if state:
                 optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
         return int(file.metadata()["step"])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def _inv_freq(theta: float, rotary_dim: int, device: torch.device) -> Tensor:
+    """fp32 ``[rotary_dim / 2]``, rounded once from fp64. Kept, since a decoder asks for it in every layer of every step."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+    return (theta**-exponent).float()
 
 
 def rope_reference(x: Tensor, positions: Tensor, theta: float, rotary_dim: int, interleaved: bool) -> Tensor:
     """A tensor like x ``[T, ..., D]``."""
     if rotary_dim == 0:
         return x
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=x.device) / rotary_dim
-    inv_freq = (theta**-exponent).float()
-    angle = positions.to(x.device, torch.float32)[:, None] * inv_freq
+    angle = positions.to(x.device, torch.float32)[:, None] * _inv_freq(theta, rotary_dim, x.device)
     angle = angle.view(len(positions), *[1] * (x.dim() - 2), rotary_dim // 2)
     cos, sin = angle.cos(), angle.sin()
 
