@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thresher.ops.quantize.reference import decode_e4m3
+from thresher.cache.fp8 import decode_e4m3
 
 
 def chunk_elements(device: torch.device) -> int:
