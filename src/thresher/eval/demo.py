@@ -62,6 +62,7 @@ def run_demo(
     require(
         bool(lengths and depths), "the demo needs a length and a depth", f"{len(lengths)} and {len(depths)}", "name at least one of each"
     )
+    require(max(lengths) > 2 * TOPK, f"the longest length must exceed {2 * TOPK} tokens, twice what is kept", max(lengths), "ask for more")
     run = create_run_dir(out, overwrite=overwrite)
     record = load_record(weights)
     indexers = load_indexers(weights, device)

@@ -127,8 +127,9 @@ def loss_curve(path: str | Path, losses: Mapping[str, Sequence[tuple[int, float]
         axes.plot(steps, values, label=name, markersize=4, linewidth=1.2, **style)
     if all(loss > 0 for points in losses.values() for _, loss in points):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(_log_ticks())
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     _finish(axes, "step", ylabel, title, outside=False)
     return _save(figure, path)
 
@@ -141,6 +142,12 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _log_ticks() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1.0, 2.0, 5.0))
 
 
 def _rectangle(x: float, y: float, width: float, height: float, colour: str) -> Any:

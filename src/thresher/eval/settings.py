@@ -18,7 +18,7 @@ RANKS = 4
 ACTIVE_HEADS = 8
 RERANK_HEADS = 4
 MISA_BLOCK = 64
-HISA_BLOCK = 16
+HISA_BLOCK = 8
 
 
 def candidates(length: int) -> int:

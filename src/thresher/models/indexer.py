@@ -26,7 +26,7 @@ class IndexerConfig:
     num_heads: int = 32
     head_dim: int = 64
     q_rank: int = 128
-    rotary_dim: int = 16
+    rotary_dim: int = 32
     rope_theta: float = 100000.0
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from thresher.errors import require
+from thresher.train.config import WarmupConfig
 
 _SKIPPED = {"site-packages", "pydoc_data", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 """Parts of the standard library left out: ``pydoc_data`` is the demo's text, the tests are mostly tables of numbers."""
@@ -44,23 +45,20 @@ class Corpus:
 
     Args:
         streams: name -> int64 tokens ``[n]`` of one kind of text, documents joined.
-        length: tokens in one training sequence.
-        copies: planted copies in a training sequence (``plant_copies``).
+        config: seed, and how copies are planted.
         digits: int64, the token ids of the digits.
-        seed: of the one generator that draws everything.
+        length: tokens in a sequence; ``config.length`` if None.
     """
 
-    def __init__(self, streams: dict[str, Tensor], length: int, copies: int, digits: Tensor, seed: int) -> None:
+    def __init__(self, streams: dict[str, Tensor], config: WarmupConfig, digits: Tensor, length: int | None = None) -> None:
+        self.streams, self.config, self.digits = streams, config, digits
+        self.length = length or config.length
+        require(self.length > 130, "sequences must hold over 130 tokens", self.length, "raise --length")
         require(len(streams) > 0, "there must be some training text", "none", "name text files")
         for name, tokens in streams.items():
-            require(
-                len(tokens) * 0.1 > length,
-                f"text '{name}' must hold over {length * 10} tokens",
-                len(tokens),
-                "add text or shorten the sequences",
-            )
-        self.streams, self.length, self.copies, self.digits = streams, length, copies, digits
-        self.rng = np.random.default_rng(seed)
+            enough = len(tokens) * 0.1 > self.length
+            require(enough, f"text '{name}' must hold over {self.length * 10} tokens", len(tokens), "add text or shorten the sequences")
+        self.rng = np.random.default_rng(config.seed)
 
     def batches(self) -> Iterator[Tensor]:
         """Endless training sequences ``[length]``, drawn evenly from the streams' first nine tenths."""
@@ -69,7 +67,8 @@ class Corpus:
             tokens = self.streams[names[self.rng.integers(len(names))]]
             start = int(self.rng.integers(int(len(tokens) * 0.9) - self.length))
             sequence = tokens[start : start + self.length].clone()
-            plant_copies(sequence, self.rng, self.copies, self.digits)
+            if self.rng.random() < self.config.planted:
+                plant_copies(sequence, self.rng, self.config, self.digits)
             yield sequence
 
     def held_out(self, per_stream: int) -> list[Tensor]:
@@ -83,23 +82,23 @@ class Corpus:
                 start = low + (high - low) * i // max(1, per_stream)
                 sequence = tokens[start : start + self.length].clone()
                 if i % 2:
-                    plant_copies(sequence, rng, self.copies, self.digits)
+                    plant_copies(sequence, rng, self.config, self.digits)
                 out.append(sequence)
         return out
 
 
-def plant_copies(sequence: Tensor, rng: np.random.Generator, count: int, digits: Tensor) -> None:
-    """Overwrite ``count`` spans of ``sequence [n]`` in place, each with a copy of 16 to 64 tokens from anywhere before it.
+def plant_copies(sequence: Tensor, rng: np.random.Generator, config: WarmupConfig, digits: Tensor) -> None:
+    """Overwrite ``config.copies`` spans of ``sequence [n]`` in place, each with a copy of 12 to 64 tokens from anywhere before it.
 
-    One source in three first gets a number of 3 to 6 random ``digits`` (token ids) written into it, since prose holds few: what is
-    to be found again must not be guessable.
+    A share ``config.numbers`` of the sources first gets a number of 3 to 6 random ``digits`` (token ids) written into its second half,
+    since prose holds few: what is to be found again must not be guessable.
     """
     length = len(sequence)
-    for _ in range(count):
-        size = int(rng.integers(16, 65))
+    for _ in range(config.copies):
+        size = int(rng.integers(12, 65))
         target = int(rng.integers(2 * size, length - size))
         source = int(rng.integers(0, target - size))
-        if rng.random() < 1 / 3:
+        if config.numbers and rng.random() < config.numbers:
             places = int(rng.integers(3, 7))
             at = source + int(rng.integers(size // 2, size - places + 1))
             sequence[at : at + places] = digits[torch.from_numpy(rng.integers(0, len(digits), places))]

@@ -1,4 +1,4 @@
-"""Where training starts: an indexer that already holds the slow part of the attention it is to imitate.
+"""Where training starts: at random, or with the slow part of the attention that the indexer is to imitate.
 
 Started at random, an indexer learns recency and topic within a few hundred steps, but hardly learns to find an exact earlier passage:
 the match needs its query, its key and its bottleneck to agree on token identity all at once (docs/lab-log.md has the figures). A dense
@@ -16,13 +16,20 @@ from thresher.models.indexer import Indexer, IndexerConfig
 from thresher.models.llama import Llama, LlamaLayer
 
 
-def new_indexers(config: IndexerConfig, model: Llama, seed: int) -> nn.ModuleList:
-    """One indexer for each layer of ``model``, fp32 on its device; the same for the same seed everywhere."""
+def new_indexers(config: IndexerConfig, model: Llama, seed: int, start: str) -> nn.ModuleList:
+    """One indexer for each layer of ``model``, fp32 on its device; the same for the same seed everywhere.
+
+    Args:
+        config: sizes.
+        model: the dense model.
+        seed: of the random part.
+        start: "random", or "attention" to copy the slow RoPE pairs in.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         indexers = nn.ModuleList(Indexer(config) for _ in model.layers)
     indexers.to(model.device)
-    for indexer, layer in zip(indexers, model.layers, strict=True):
+    for indexer, layer in zip(indexers, model.layers, strict=True) if start == "attention" else ():
         assert isinstance(indexer, Indexer)
         assert isinstance(layer, LlamaLayer)
         copy_slow_pairs(indexer, layer)

@@ -69,16 +69,18 @@ def warmup_run(
     streams, sources = read_streams(texts, tokenizer)
     digits = torch.tensor([tokenizer.token_to_id(digit) for digit in "0123456789"])
     write_json(run / "config.json", {"warmup": asdict(config), "data": sources})
-    indexer_config = IndexerConfig(hidden_size=model.config.hidden_size, rope_theta=model.config.rope_theta)
-    indexers = load_indexers(Path(init)).requires_grad_(True) if init else new_indexers(indexer_config, model, config.seed)
-    indexers.to(device)
-    corpus = Corpus(streams, config.length, config.copies, digits, config.seed)
+    if init:
+        indexers = load_indexers(Path(init), device).requires_grad_(True)
+    else:
+        sizes = IndexerConfig(model.config.hidden_size, rotary_dim=config.rotary_dim, rope_theta=model.config.rope_theta)
+        indexers = new_indexers(sizes, model, config.seed, config.start)
+    corpus = Corpus(streams, config, digits)
     began = time.monotonic()
     done = train(model, indexers, corpus, config, run, lambda line: say(_progress(line, config)), seconds)
     if done < config.steps:
         say(f"stopped at step {done} of {config.steps}; go on with --resume")
         return run
-    held_out = Corpus(streams, EVALUATED_LENGTH, config.copies, digits, config.seed).held_out(2)
+    held_out = Corpus(streams, config, digits, EVALUATED_LENGTH).held_out(2)
     indexers.to(torch.bfloat16).float()  # judge what will be stored
     weights = mean_head_weights(model, indexers, held_out)
     say(f"evaluating on {len(held_out)} held-out sequences of {EVALUATED_LENGTH} tokens")

@@ -13,11 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from thresher.errors import require
+from thresher.eval.rundir import write_text
 from thresher.models.indexer import Indexer
 from thresher.models.llama import LayerInput, Llama, causal_attention
 from thresher.train.config import WarmupConfig
 from thresher.train.data import Corpus
 from thresher.train.loss import layer_loss
+
+LOGGED_EVERY = 20
+SAVED_EVERY = 500
 
 
 @dataclass(frozen=True)
@@ -48,35 +53,67 @@ def train(
 ) -> int:
     """Train until ``config.steps`` or for about ``seconds``; go on from ``run/state.safetensors`` where it exists.
 
-    Writes ``run/log.jsonl`` (one line every 20 steps: step, lr, kl/spread/imbalance per layer, means over those steps) and, at the end
-    of the call, ``run/state.safetensors`` (weights and Adam moments). Returns the number of steps done so far.
+    Writes ``run/state.safetensors`` (weights and Adam moments) every ``SAVED_EVERY`` steps and at the end of the call, and
+    ``run/log.jsonl``: a line every ``LOGGED_EVERY`` steps and at the end of the call, with step, lr, and kl, spread and imbalance by layer,
+    means over the steps since the line before.
+
+    Returns:
+        the number of steps done so far, earlier calls included.
+
+    Raises:
+        ThresherError: the state in ``run`` is of another configuration.
     """
     run.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.Adam(indexers.parameters(), lr=config.lr, betas=(0.9, 0.99), fused=model.device.type == "cuda")
-    step = load_state(run, indexers, optimizer)
+    step = load_state(run, indexers, optimizer, config)
+    log = RunLog(run / "log.jsonl", step)
     batches = corpus.batches()
     rng = np.random.default_rng(config.seed + 1)
     for _ in range(step * config.sequences):  # the data goes on where it stopped
         next(batches)
         sample_queries(config, rng)
-    began, log = time.monotonic(), []
+    began = time.monotonic()
     while step < config.steps and time.monotonic() - began < seconds:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         optimizer.zero_grad(set_to_none=True)
         for _ in range(config.sequences):
-            log.append(accumulate(model, indexers, next(batches), sample_queries(config, rng), config))
+            log.add(accumulate(model, indexers, next(batches), sample_queries(config, rng), config))
         optimizer.step()
         step += 1
-        if step % 20 == 0 or step == config.steps:
-            kl, spread, imbalance = torch.stack(log).mean(0).tolist()
-            log.clear()
-            line = {"step": step, "lr": learning_rate(config, step - 1), "kl": kl, "spread": spread, "imbalance": imbalance}
-            with open(run / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            report(Progress(step, float(np.mean(kl)), float(np.mean(spread)), time.monotonic() - began))
+        if step % LOGGED_EVERY == 0:
+            kl, spread = log.write(step, learning_rate(config, step - 1))
+            report(Progress(step, kl, spread, time.monotonic() - began))
+        if step % SAVED_EVERY == 0:
+            save_state(run, indexers, optimizer, step, config)
+    if log.waiting:
+        log.write(step, learning_rate(config, step - 1))
     save_state(run, indexers, optimizer, step, config)
     return step
+
+
+class RunLog:
+    """``log.jsonl``: what was measured, averaged from line to line. Lines past ``step``, of a run that was cut short, are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.waiting: list[Tensor] = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_text(path, "".join(line + "\n" for line in kept))
+
+    def add(self, measured: Tensor) -> None:
+        """``measured [3, layers]``: kl, spread, imbalance of one sequence."""
+        self.waiting.append(measured)
+
+    def write(self, step: int, lr: float) -> tuple[float, float]:
+        """Write a line; returns kl and spread, means over layers."""
+        kl, spread, imbalance = torch.stack(self.waiting).mean(0).tolist()
+        self.waiting.clear()
+        line = {"step": step, "lr": lr, "kl": kl, "spread": spread, "imbalance": imbalance}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return float(np.mean(kl)), float(np.mean(spread))
 
 
 def accumulate(model: Llama, indexers: nn.ModuleList, tokens: Tensor, queries: Tensor, config: WarmupConfig) -> Tensor:
@@ -112,7 +149,7 @@ def save_state(run: Path, indexers: nn.ModuleList, optimizer: torch.optim.Optimi
     os.replace(temporary, run / "state.safetensors")
 
 
-def load_state(run: Path, indexers: nn.ModuleList, optimizer: torch.optim.Optimizer) -> int:
+def load_state(run: Path, indexers: nn.ModuleList, optimizer: torch.optim.Optimizer, config: WarmupConfig) -> int:
     """Go on from ``run/state.safetensors`` if it is there; returns the step it was written at, else 0."""
     from safetensors import safe_open
 
@@ -120,6 +157,9 @@ def load_state(run: Path, indexers: nn.ModuleList, optimizer: torch.optim.Optimi
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        same = json.loads(metadata["config"]) == asdict(config)
+        require(same, "a run goes on with the settings it began with", f"other ones than in {path}", "give the same, or another --out")
         names = set(file.keys())
         for name, p in indexers.named_parameters():
             p.data.copy_(file.get_tensor(f"weight.{name}"))
@@ -128,7 +168,7 @@ def load_state(run: Path, indexers: nn.ModuleList, optimizer: torch.optim.Optimi
             }
             if state:
                 optimizer.state[p] = {key: value.to(p.device) for key, value in state.items()}
-        return int(file.metadata()["step"])
+        return int(metadata["step"])
 
 
 def sample_queries(config: WarmupConfig, rng: np.random.Generator) -> Tensor:

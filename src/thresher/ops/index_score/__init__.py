@@ -36,7 +36,7 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
         ends: ``[Q]`` int64, one past the last key, at most N. An empty range scores nothing.
 
     Returns:
-        fp32 ``[Q, N]``, -inf outside ``[start, end)``. Never -0.0 while scales are positive.
+        fp32 ``[Q, N]``, -inf outside ``[start, end)``. A sum of zeros is +0.0.
 
     Raises:
         ThresherError: a shape, dtype or range that does not fit.
