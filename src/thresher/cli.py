@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from thresher.errors import ThresherError
+from thresher.errors import ThresherError, require
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 when done, 2 for a caller's mistake, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
+        _check_device(args.device)
         args.run(args)
     except (ThresherError, ModuleNotFoundError) as error:
         print(f"thresher: {_hint(error)}", file=sys.stderr)
@@ -23,6 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("thresher: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        require(torch.cuda.is_available(), "--device cuda needs a CUDA device", "none on this machine", "use --device cpu")
 
 
 def _hint(error: Exception) -> str:

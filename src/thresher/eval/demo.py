@@ -24,7 +24,7 @@ from thresher.eval.settings import TOPK, describe, methods
 from thresher.eval.table import demo_table
 from thresher.models.checkpoint import SHIPPED, load_indexers, load_record
 from thresher.models.decoder import Decoder
-from thresher.models.smollm2 import load_model, load_tokenizer
+from thresher.models.smollm2 import CONFIG, load_model, load_tokenizer
 
 CONTROLS = ("random", "dsa_wide", "misa_static", "misa_random")
 
@@ -62,10 +62,14 @@ def run_demo(
     require(
         bool(lengths and depths), "the demo needs a length and a depth", f"{len(lengths)} and {len(depths)}", "name at least one of each"
     )
+    require(all(0 <= depth <= 1 for depth in depths), "depth must be between 0 and 1", list(depths), "pass fractions of the text")
+    limit = CONFIG.max_position_embeddings - ANSWER_TOKENS
+    require(max(lengths) <= limit, f"lengths must leave room for the answer, at most {limit} tokens", max(lengths), "ask for less")
     require(max(lengths) > 2 * TOPK, f"the longest length must exceed {2 * TOPK} tokens, twice what is kept", max(lengths), "ask for more")
+    record, indexers = load_record(weights), load_indexers(weights, device)
+    known = len(record.get("head_weights", ())) == len(indexers)
+    require(known, "the record must hold head_weights for each layer", weights, "take one that thresher train wrote")
     run = create_run_dir(out, overwrite=overwrite)
-    record = load_record(weights)
-    indexers = load_indexers(weights, device)
     tokenizer, model = load_tokenizer(), load_model(device=device)
     plans = {length: methods(length, record["head_weights"]) for length in lengths}
     longest = max(lengths)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from thresher.errors import ThresherError, require
-from thresher.models.indexer import Indexer, IndexerConfig
+from thresher.models.indexer import Indexer, IndexerConfig, indexer_at
 
 SHIPPED = Path(__file__).parent / "weights" / "smollm2-135m-indexers.safetensors"
 """The indexers for SmolLM2-135M-Instruct that come with the package."""
@@ -25,13 +25,11 @@ def save_indexers(path: Path, indexers: nn.ModuleList, record: dict[str, Any]) -
     """
     from safetensors.torch import save_file
 
-    first = indexers[0]
-    assert isinstance(first, Indexer)
     tensors = {name: p.detach().to(torch.bfloat16).cpu().contiguous() for name, p in indexers.named_parameters()}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary)
     temporary.replace(path)
-    record = {"sha256": _sha256(path), "num_layers": len(indexers), "indexer": asdict(first.config), **record}
+    record = {"sha256": _sha256(path), "num_layers": len(indexers), "indexer": asdict(indexer_at(indexers, 0).config), **record}
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path.with_suffix(".json"))
 
@@ -61,6 +59,7 @@ def load_indexers(path: Path = SHIPPED, device: str | torch.device = "cpu") -> n
     Raises:
         ThresherError: a missing file, a checksum that does not fit, or tensors of other names or shapes than the record's sizes say.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     record = load_record(path)
@@ -71,12 +70,12 @@ def load_indexers(path: Path = SHIPPED, device: str | torch.device = "cpu") -> n
         f"{got[:16]}...",
         "it is corrupt: fetch it again",
     )
-    with torch.device("meta"):
-        indexers = nn.ModuleList(Indexer(IndexerConfig(**record["indexer"])) for _ in range(record["num_layers"]))
-    tensors = {name: tensor.float() for name, tensor in load_file(path, device=str(device)).items()}
     try:
+        with torch.device("meta"):
+            indexers = nn.ModuleList(Indexer(IndexerConfig(**record["indexer"])) for _ in range(record["num_layers"]))
+        tensors = {name: tensor.float() for name, tensor in load_file(path, device=str(device)).items()}
         indexers.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, SafetensorError) as error:
         raise ThresherError(
             f"the weights must fit the record's sizes; got {str(error).splitlines()[-1].strip()}; fetch them again"
         ) from None

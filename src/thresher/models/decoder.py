@@ -20,7 +20,7 @@ from thresher.cache.state import LayerState
 from thresher.distributed.shards import Shard
 from thresher.distributed.simulate import OverRanks, run
 from thresher.errors import require
-from thresher.models.indexer import Indexer
+from thresher.models.indexer import indexer_at
 from thresher.models.llama import LayerInput, Llama, causal_attention
 from thresher.ops import sparse_attend
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, PartialAttention, Selection
@@ -63,9 +63,7 @@ class Decoder:
         pages = -(-per_rank // PAGE_SIZE)
         self.tables = [PageTable(1, pages, PAGE_SIZE, model.device) for _ in range(self.placement.ranks)]
         selections: list[dict[int, Selection]] = [{} for _ in self.tables]
-        first = indexers[0]
-        assert isinstance(first, Indexer)
-        dim = first.config.head_dim
+        dim = indexer_at(indexers, 0).config.head_dim
         self.layers = [
             [
                 RankLayer(
@@ -121,9 +119,7 @@ class Decoder:
 
         def attend(given: LayerInput) -> Tensor:
             self._store(given, slots)
-            indexer = self.indexers[given.layer]
-            assert isinstance(indexer, Indexer)
-            query = indexer.index_query(given.hidden, given.positions)
+            query = indexer_at(self.indexers, given.layer).index_query(given.hidden, given.positions)
             attention = AttentionInputs(given.q, self._whole_keys(given.layer), given.q.shape[-1] ** -0.5)
             if observer is not None:
                 rank = self.layers[given.layer][0]
@@ -131,7 +127,11 @@ class Decoder:
             part, _ = run(plan[given.layer], query, self._shards(given, query), attention)
             return part.out
 
-        return self.model.logits(self.model(ids, positions, attend))
+        try:
+            return self.model.logits(self.model(ids, positions, attend))
+        except BaseException:
+            self.rollback(self.length - len(ids))  # a step that failed leaves nothing behind
+            raise
 
     def generate(self, ids: Tensor, plan: Sequence[OverRanks], max_tokens: int, observer: Observer | None = None) -> Iterator[int]:
         """Run ``ids [T]``, the ``observer`` looking on, and then decode greedily.
@@ -188,9 +188,7 @@ class Decoder:
         return int(self.placement.local_length(torch.tensor([length]), rank)[0])
 
     def _store(self, given: LayerInput, slots: list[Tensor]) -> None:
-        indexer = self.indexers[given.layer]
-        assert isinstance(indexer, Indexer)
-        values, scales = indexer.index_keys(given.hidden, given.positions)
+        values, scales = indexer_at(self.indexers, given.layer).index_keys(given.hidden, given.positions)
         self._store_tokens(given.layer, slots, given.positions, values, scales, given.k, given.v)
 
     def _store_tokens(

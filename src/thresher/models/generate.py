@@ -13,7 +13,7 @@ from thresher.distributed.simulate import OverRanks
 from thresher.errors import ThresherError, require
 from thresher.models.checkpoint import SHIPPED, load_indexers
 from thresher.models.decoder import Decoder
-from thresher.models.smollm2 import load_model, load_tokenizer
+from thresher.models.smollm2 import CONFIG, load_model, load_tokenizer
 from thresher.selectors import LayerPlan
 from thresher.selectors.parse import parse
 
@@ -83,9 +83,9 @@ def run_generate(
     indexers = load_indexers(weights, device)
     plan = plan_from_text(selector, placement, len(indexers))
     other = plan_from_text(compare, "single", len(indexers)) if compare else None
-    tokenizer, model = load_tokenizer(), load_model(device=device)
+    tokenizer = load_tokenizer()
     ids = tokenizer.encode(text).ids
-    limit = model.config.max_position_embeddings
+    limit = CONFIG.max_position_embeddings
     fits = len(ids) + max_tokens <= limit
     require(
         fits,
@@ -93,6 +93,7 @@ def run_generate(
         f"{len(ids)} + {max_tokens}",
         "shorten the prompt or ask for fewer tokens",
     )
+    model = load_model(device=device)
     with torch.inference_mode():
         decoder = Decoder(model, indexers)
         if len(ids) > 1:

@@ -91,3 +91,10 @@ class Indexer(nn.Module):
             "check the model's weights and the prompt's hidden states",
         )
         return quantize_fp8(hadamard(keys))
+
+
+def indexer_at(indexers: nn.ModuleList, layer: int) -> Indexer:
+    """The indexer of one layer, typed."""
+    indexer = indexers[layer]
+    assert isinstance(indexer, Indexer)
+    return indexer

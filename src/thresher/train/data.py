@@ -53,7 +53,7 @@ class Corpus:
     def __init__(self, streams: dict[str, Tensor], config: WarmupConfig, digits: Tensor, length: int | None = None) -> None:
         self.streams, self.config, self.digits = streams, config, digits
         self.length = length or config.length
-        require(self.length > 130, "sequences must hold over 130 tokens", self.length, "raise --length")
+        require(self.length > 192, "sequences must hold over 192 tokens", self.length, "raise --length")
         require(len(streams) > 0, "there must be some training text", "none", "name text files")
         for name, tokens in streams.items():
             enough = len(tokens) * 0.1 > self.length

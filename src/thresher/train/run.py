@@ -20,7 +20,7 @@ from thresher.errors import require
 from thresher.eval.plots import loss_curve
 from thresher.eval.rundir import create_run_dir, write_json
 from thresher.models.checkpoint import load_indexers, load_record, save_indexers
-from thresher.models.indexer import IndexerConfig
+from thresher.models.indexer import IndexerConfig, indexer_at
 from thresher.models.smollm2 import load_model, load_tokenizer
 from thresher.train.config import WarmupConfig
 from thresher.train.data import Corpus, read_documents, stdlib_files
@@ -74,6 +74,8 @@ def warmup_run(
     else:
         sizes = IndexerConfig(model.config.hidden_size, rotary_dim=config.rotary_dim, rope_theta=model.config.rope_theta)
         indexers = new_indexers(sizes, model, config.seed, config.start)
+    heads = indexer_at(indexers, 0).config.num_heads
+    require(config.active_heads <= heads, f"active_heads must be at most the indexer's {heads} heads", config.active_heads, "lower it")
     corpus = Corpus(streams, config, digits)
     began = time.monotonic()
     done = train(model, indexers, corpus, config, run, lambda line: say(_progress(line, config)), seconds)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from thresher.errors import require
 from thresher.eval.rundir import write_text
-from thresher.models.indexer import Indexer
+from thresher.models.indexer import indexer_at
 from thresher.models.llama import LayerInput, Llama, causal_attention
 from thresher.train.config import WarmupConfig
 from thresher.train.data import Corpus
@@ -99,7 +99,8 @@ class RunLog:
         self.path = path
         self.waiting: list[Tensor] = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]  # a crash may have cut the last one
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             write_text(path, "".join(line + "\n" for line in kept))
 
     def add(self, measured: Tensor) -> None:
@@ -122,8 +123,7 @@ def accumulate(model: Llama, indexers: nn.ModuleList, tokens: Tensor, queries: T
     tokens, queries = tokens.to(model.device), queries.to(model.device)
 
     def attend(given: LayerInput) -> Tensor:
-        indexer = indexers[given.layer]
-        assert isinstance(indexer, Indexer)
+        indexer = indexer_at(indexers, given.layer)
         with torch.enable_grad():  # layers share nothing, so each is done with as soon as its backward has run
             loss = layer_loss(indexer, given, queries, config.active_heads)
             total = loss.kl + config.spread * loss.spread + config.balance * loss.imbalance
