@@ -90,14 +90,12 @@ class Decoder:
         """
         require(self.length == 0, "prefill starts a request", f"{self.length} tokens held", "call rollback(0) first")
         require(len(ids) > 0, "the context must hold a token", 0, "pass a text")
-        slots = self._append(len(ids))
 
-        def attend(given: LayerInput) -> Tensor:
+        def attend(given: LayerInput, slots: list[Tensor]) -> Tensor:
             self._store(given, slots)
             return causal_attention(given)
 
-        hidden = self.model(ids, torch.arange(len(ids), device=ids.device), attend)
-        return self.model.logits(hidden[-1])
+        return self.model.logits(self._grow(ids, attend)[-1])
 
     def step(self, ids: Tensor, plan: Sequence[OverRanks], observer: Observer | None = None) -> Tensor:
         """Run T further tokens, each attending to what ``plan[layer]`` picks for it.
@@ -114,24 +112,20 @@ class Decoder:
         for method in plan:
             same = method.placement == self.placement
             require(same, f"the plan's placement must be the decoder's, {self.placement}", method.placement, "make the decoder for it")
-        positions = torch.arange(self.length, self.length + len(ids), device=ids.device)
-        slots = self._append(len(ids))
+        for rank in self.layers[0]:
+            rank.state.selections.clear()  # one dict serves all layers of a rank
 
-        def attend(given: LayerInput) -> Tensor:
+        def attend(given: LayerInput, slots: list[Tensor]) -> Tensor:
             self._store(given, slots)
             query = indexer_at(self.indexers, given.layer).index_query(given.hidden, given.positions)
             attention = AttentionInputs(given.q, self._whole_keys(given.layer), given.q.shape[-1] ** -0.5)
             if observer is not None:
                 rank = self.layers[given.layer][0]
                 observer.look(given.layer, query, self._keys(0, rank), attention, rank.state)
-            part, _ = run(plan[given.layer], query, self._shards(given, query), attention)
+            part, _ = run(plan[given.layer], query, self._shards(given), attention)
             return part.out
 
-        try:
-            return self.model.logits(self.model(ids, positions, attend))
-        except BaseException:
-            self.rollback(self.length - len(ids))  # a step that failed leaves nothing behind
-            raise
+        return self.model.logits(self._grow(ids, attend))
 
     def generate(self, ids: Tensor, plan: Sequence[OverRanks], max_tokens: int, observer: Observer | None = None) -> Iterator[int]:
         """Run ``ids [T]``, the ``observer`` looking on, and then decode greedily.
@@ -169,6 +163,16 @@ class Decoder:
             other._store_tokens(layer, slots, every, values, scales, mine.kv.k[source], mine.kv.v[source])
         return other
 
+    def _grow(self, ids: Tensor, attend: Callable[[LayerInput, list[Tensor]], Tensor]) -> Tensor:
+        """Hidden states ``[T, hidden]`` of the next T tokens; ``attend`` also gets their slots. A failure leaves nothing behind."""
+        start = self.length
+        slots = self._append(len(ids))
+        try:
+            return self.model(ids, torch.arange(start, self.length, device=ids.device), lambda given: attend(given, slots))
+        except BaseException:
+            self.rollback(start)
+            raise
+
     def _append(self, num_tokens: int) -> list[Tensor]:
         """Slots of the next tokens on each rank (each rank gets its own tokens only)."""
         end = self.length + num_tokens
@@ -204,7 +208,7 @@ class Decoder:
         table = self.tables[rank]
         return piece.index.view(table.table, table.lengths)
 
-    def _shards(self, given: LayerInput, query: IndexQuery) -> list[Shard]:
+    def _shards(self, given: LayerInput) -> list[Shard]:
         shards = []
         for rank, piece in enumerate(self.layers[given.layer]):
 
