@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _check_device(device: str) -> None:
+def _check_device(device: str | None) -> None:
     if device == "cuda":
         import torch
 
@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_train(commands)
+    _add_bench(commands)
+    info = commands.add_parser("info", help="versions, devices, and which implementations can run here")
+    info.set_defaults(run=_info, device="cpu")
     return parser
 
 
@@ -137,3 +140,44 @@ def _warmup(args: argparse.Namespace) -> None:
     config = WarmupConfig(**{field.name: getattr(args, field.name) for field in fields(WarmupConfig)})
     run = warmup_run(args.out, args.text, config, args.seconds, args.resume, args.device, print, args.gguf, args.init)
     print(f"written to {run}")
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("bench", help="check a case against the reference, then time it, beside a peer if one is named")
+    parser.add_argument("--list", action="store_true", help="print the named cases, inputs and peers")
+    parser.add_argument("--case", nargs="+", default=[], metavar="NAME", help="such as decode-8x128k-h64; see --list")
+    parser.add_argument("--selector", default="dsa", help="name:option=value,... (default: %(default)s)")
+    parser.add_argument("--inputs", nargs="+", default=["normal"], metavar="NAME", help="see --list; cruel for all three (default: normal)")
+    parser.add_argument("--recorded", type=Path, metavar="FILE", help="safetensors file of the recorded inputs")
+    parser.add_argument("--op", help="one part of a case's work: index_score or select_topk (default: the whole)")
+    parser.add_argument("--peer", metavar="NAME", help="what to time beside it; see --list")
+    parser.add_argument("--impl", default="auto", help="auto, reference or triton (default: %(default)s)")
+    parser.add_argument("--timing", choices=["graph", "events"], help="(default: graph, events for a prefill)")
+    parser.add_argument("--repeats", type=int, default=50, help="samples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="append records here (default: benchmarks/results on a GPU, nowhere on a CPU)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="(default: cuda)")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import torch
+
+    from thresher.bench.run import Settings, listing, run_bench
+
+    if args.list:
+        print(listing(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))))
+        return
+    args.device = args.device or "cuda"
+    _check_device(args.device)
+    require(bool(args.case), "--case must name at least one case", "none", "see thresher bench --list")
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in ("cases", "inputs")}
+    run_bench(Settings(cases=tuple(args.case), inputs=tuple(args.inputs), **given), print)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from thresher.bench.info import info
+
+    print(info())

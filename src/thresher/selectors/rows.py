@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from thresher.ops.dispatch import can_read
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 # Score elements alive at once. Large enough that a launch fills a GPU at 128k keys, small enough for a laptop's memory.
@@ -20,7 +21,9 @@ def visible_counts(query: IndexQuery, keys: IndexKeys) -> Tensor:
 
 
 def longest(keys: IndexKeys) -> int:
-    """The largest length of any request, 0 when there are none."""
+    """The largest length of any request, 0 when there are none; what the page table has room for while a CUDA graph is recorded."""
+    if not can_read(keys.lengths.device):
+        return keys.page_table.shape[1] * keys.page_size
     return int(keys.lengths.max()) if keys.num_requests else 0
 
 

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 
 from thresher.errors import require
+from thresher.ops.dispatch import can_read, choose, device_of, no_gradient
 from thresher.ops.merge.reference import merge_reference
 from thresher.types import PartialAttention
 
 
-def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
+def merge(parts: Sequence[PartialAttention], impl: str = "auto") -> PartialAttention:
     """Attention over the union of the parts' sets, exactly when those are disjoint.
 
     Sums run over the parts in the given order, so every rank that holds the same list gets the same bits.
@@ -27,12 +28,14 @@ def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
 
     Args:
         parts: at least one, all with ``out`` fp32 ``[Q, N, Dv]`` and ``lse`` fp32 ``[Q, N]``.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
 
     Returns:
         The merged part, of the same shapes.
 
     Raises:
-        ThresherError: no parts, shapes or dtypes that differ, or an lse of +inf (some kernels mark empty rows so).
+        ThresherError: no parts, shapes, dtypes or devices that differ, an lse of +inf (some kernels mark empty rows so), or an impl that
+            cannot run.
     """
     require(len(parts) >= 1, "parts must hold at least one PartialAttention", 0, "pass one per rank")
     shape = parts[0].out.shape
@@ -49,5 +52,8 @@ def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
             f"{part.out.dtype}, {part.lse.dtype}",
             "call .float()",
         )
-        require(not bool((part.lse == torch.inf).any()), "lse must be below +inf", "+inf", "mark empty rows with -inf")
-    return merge_reference(parts)
+        device = device_of(first_part=parts[0].out, out=part.out, lse=part.lse)
+        if can_read(device):
+            require(not bool((part.lse == torch.inf).any()), "lse must be below +inf", "+inf", "mark empty rows with -inf")
+    kernel = choose("merge", impl, parts[0].out.device, lambda _: no_gradient(*(x for part in parts for x in (part.out, part.lse))))
+    return merge_reference(parts) if kernel is None else kernel(parts)

@@ -15,30 +15,34 @@ import torch
 from torch import Tensor
 
 from thresher.errors import require
+from thresher.ops.dispatch import can_read, choose, device_of
 from thresher.ops.pool_keys.reference import partial_means_reference, pool_reference
 
 
-def pool_keys(values: Tensor, scales: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def pool_keys(values: Tensor, scales: Tensor, block_size: int, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Means of the full blocks; the tokens after the last full block are left out.
 
     Args:
         values: float8_e4m3fn ``[N, D]``, the keys of one request in position order.
         scales: fp32 ``[N]``.
         block_size: tokens a block, at least 1.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
 
     Returns:
         e4m3 ``[N // block_size, D]`` and fp32 ``[N // block_size]``. A block has the same bits whatever stands around it.
 
     Raises:
-        ThresherError: a shape or dtype that does not fit, or keys that hold NaN.
+        ThresherError: a shape, dtype or device that does not fit, keys that hold NaN (which a cache refuses, and only the reference
+            looks for), or an impl that cannot run.
 
     Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
     """
-    _check(values, scales, block_size)
-    return pool_reference(values, scales, block_size)
+    device = _check(values, scales, block_size)
+    kernel = choose("pool_keys", impl, device, lambda module: module.unsupported(values.shape[1]))
+    return pool_reference(values, scales, block_size) if kernel is None else kernel(values, scales, block_size)
 
 
-def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """The mean of each query's own block as far as the query sees it: tokens ``[t // block_size * block_size, t]``.
 
     Args:
@@ -46,6 +50,7 @@ def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Te
         scales: fp32 ``[N]``.
         block_size: tokens a block, at least 1.
         positions: ``[Q]`` int64, in -1..N - 1; -1 gives a zero mean.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
 
     Returns:
         e4m3 ``[Q, D]`` and fp32 ``[Q]``; at the last position of a block the same bits as ``pool_keys``.
@@ -53,18 +58,24 @@ def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Te
     Raises:
         ThresherError: as for ``pool_keys``, or a position outside -1..N - 1.
     """
-    _check(values, scales, block_size)
+    device = _check(values, scales, block_size)
+    device_of(values=values, positions=positions)
     ok = positions.dim() == 1 and positions.dtype == torch.int64
     require(ok, "positions must be int64 [num_queries]", f"{positions.dtype} {tuple(positions.shape)}", "convert them")
-    if len(positions):
+    if len(positions) and can_read(device):
         low, high = int(positions.min()), int(positions.max())
         require(low >= -1 and high < len(values), f"positions must be in -1..{len(values) - 1}", f"{low}..{high}", "append the keys first")
+    kernel = choose("partial_means", impl, device, lambda module: module.unsupported(values.shape[1]))
+    if kernel is not None:
+        means: tuple[Tensor, Tensor] = kernel(values, scales, block_size, positions)
+        return means
     return partial_means_reference(values, scales, block_size, positions)
 
 
-def _check(values: Tensor, scales: Tensor, block_size: int) -> None:
+def _check(values: Tensor, scales: Tensor, block_size: int) -> torch.device:
     require(block_size >= 1, "block_size must be at least 1", block_size, "pass tokens per block")
     ok = values.dim() == 2 and values.dtype == torch.float8_e4m3fn
     require(ok, "values must be float8_e4m3fn [num_keys, head_dim]", f"{values.dtype} {tuple(values.shape)}", "use quantize_fp8")
     ok = scales.shape == values.shape[:1] and scales.dtype == torch.float32
     require(ok, f"scales must be float32 [{len(values)}]", f"{scales.dtype} {tuple(scales.shape)}", "pass one scale per key")
+    return device_of(values=values, scales=scales)

@@ -1,0 +1,1 @@
+"""Named cases, timing beside peers, and the records that performance figures come from."""

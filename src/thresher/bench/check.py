@@ -1,0 +1,179 @@
+"""The check that comes before any time: some rows of a run against the reference on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thresher.bench.inputs import SCALE
+from thresher.bench.work import Work, slots_of
+from thresher.cache.index_keys import planes
+from thresher.ops import paged_index_score, select_topk, sparse_attend_mla
+from thresher.ops.dispatch import using
+from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
+
+ROWS = 4
+SIMILARITY = 5e-6
+# Bits that a matrix unit keeps of an FP8 dot product (docs/numerics.md).
+BITS = {"cuda": 14, "cpu": 24}
+# Share of a row's tokens that may differ. The bound on scores alone is too wide to tell a good kernel from a poor one.
+ODD_SHARE = 0.01
+
+
+def check_work(work: Work) -> str | None:
+    """Why a run is wrong, in one line, or None: rows spread over the case agree with the reference, and a second run has the same bits."""
+    got = work.run()
+    if not _same_bits(got, work.run()):
+        return "a second run gives other bits"
+    rows = sample_rows(work.case.rows)
+    with using("reference"):
+        if work.op == "select_topk":
+            assert work.scores is not None
+            return _same_selection(_rows(got, rows), select_topk(work.scores[rows].cpu(), work.case.topk))
+        if work.op == "sparse_attend_mla":
+            assert work.attend is not None
+            assert work.attend.slots is not None
+            return _same_attention(work, _rows(got, rows), rows, work.attend.slots[rows])
+        assert work.index is not None
+        query, keys = rows_to_cpu(work.index.query, work.index.keys, rows)
+        if work.op == "index_score":
+            return _same_scores(_rows(got, rows), paged_index_score(query, keys))
+        assert work.selector is not None
+        picked = got
+        if work.op == "layer":  # its attention is checked on its own selection, and that selection like any other
+            picked = replace(work, op="select").run()
+            slots = slots_of(picked, work.index.query, work.index.keys)
+            why = _same_attention(work, _rows(got, rows), rows, slots[rows])
+            if why is not None:
+                return why
+        want = work.selector.select(query, keys)
+        bits = BITS["cuda" if work.index.query.q.is_cuda else "cpu"]
+        return selections_agree(_rows(picked, rows), want, score_bound(query, keys, bits), query, keys)
+
+
+def sample_rows(num: int) -> Tensor:
+    """int64, at most ``ROWS`` of them: the first, the last and some between."""
+    return torch.linspace(0, num - 1, min(num, ROWS)).round().long().unique()
+
+
+def rows_to_cpu(query: IndexQuery, keys: IndexKeys, rows: Tensor) -> tuple[IndexQuery, IndexKeys]:
+    """Some queries with only the pages of their requests, on a CPU."""
+    some = query.rows(rows.to(query.q.device))
+    requests, renumbered = some.requests.unique(return_inverse=True)
+    table = keys.page_table[requests]
+    pages, place = table.clamp(min=0).unique(return_inverse=True)
+    few = IndexKeys(keys.pages[pages].cpu(), place.int().masked_fill(table < 0, -1).cpu(), keys.lengths[requests].cpu())
+    return IndexQuery(some.q.cpu(), some.weights.cpu(), some.positions.cpu(), renumbered.cpu()), few
+
+
+def score_bound(query: IndexQuery, keys: IndexKeys, bits: int) -> Tensor:
+    """fp64 ``[Q]``: e of docs/numerics.md, how far a kernel's score may be from the reference's, for dot products kept to ``bits`` bits."""
+    pages = keys.pages.clone()
+    planes(pages)[0].view(torch.uint8).bitwise_and_(0x7F)
+    size = replace(query, q=query.q.float().abs(), weights=query.weights.abs())
+    largest = paged_index_score(size, replace(keys, pages=pages)).amax(1).clamp(min=0).double()
+    u, v, n = 2.0**-24, 2.0 ** (1 - bits), 2 * query.q.shape[2]
+    delta, gamma = n * v / (1 - n * v), query.num_heads * u / (1 - query.num_heads * u)
+    return (delta + u + gamma * (2 + delta + u)) * largest
+
+
+def selections_agree(got: Selection, want: Selection, bound: Tensor, query: IndexQuery, keys: IndexKeys) -> str | None:
+    """Why two selections of the same selector do not agree as docs/numerics.md defines it, or None.
+
+    Args:
+        got: Q rows, on a CPU, with its own scores.
+        want: the reference's rows.
+        bound: ``[Q]``, e of each row.
+        query, keys: what was selected from.
+    """
+    if got.indices.shape != want.indices.shape:
+        return f"the selection is {tuple(got.indices.shape)}, not {tuple(want.indices.shape)}"
+    visible = torch.minimum(query.positions + 1, keys.lengths[query.requests])
+    for row in range(len(got.indices)):
+        mine = got.indices[row].tolist()
+        kept = [p for p in mine if p >= 0]
+        if mine != sorted(set(kept)) + [-1] * (len(mine) - len(kept)) or int(got.lengths[row]) != len(kept):
+            return f"row {row}: not ascending, distinct and -1 padded with the right length"
+        if kept and kept[-1] >= int(visible[row]):
+            return f"row {row}: position {kept[-1]} is out of sight"
+        theirs = [p for p in want.indices[row].tolist() if p >= 0]
+        if len(kept) != len(theirs):
+            return f"row {row}: {len(kept)} tokens, not {len(theirs)}"
+        odd = len(set(kept) - set(theirs))
+        if odd > max(1, int(ODD_SHARE * len(theirs))):
+            return f"row {row}: {odd} of {len(theirs)} tokens differ"
+        if odd and (got.scores is None or want.scores is None):
+            return f"row {row}: {odd} tokens differ, and no scores to excuse it"
+        if odd:
+            far = _farthest(got, want, row, set(theirs) - set(kept), set(kept) - set(theirs))
+            if not far <= 3 * float(bound[row]):
+                return f"row {row}: a token that differs scores {far:.3g} from the k-th, over {3 * float(bound[row]):.3g}"
+    return None
+
+
+def _farthest(got: Selection, want: Selection, row: int, lost: set[int], extra: set[int]) -> float:
+    """The largest distance from the reference's k-th score, each token by the score its own side gives it (so one e more than 2e)."""
+    assert got.scores is not None
+    assert want.scores is not None
+    kth = float(want.scores[row][want.indices[row] >= 0].min())
+    pairs = [(want, lost), (got, extra)]
+    return max(
+        abs(float(side.scores[row, column]) - kth)  # type: ignore[index]
+        for side, tokens in pairs
+        for column, token in enumerate(side.indices[row].tolist())
+        if token in tokens
+    )
+
+
+def _same_selection(got: Selection, want: Selection) -> str | None:
+    same = torch.equal(got.indices, want.indices) and torch.equal(got.lengths, want.lengths)
+    return None if same else "the selection is not the reference's on the same scores"
+
+
+def _same_scores(got: Tensor, want: Tensor) -> str | None:
+    width = max(got.shape[1], want.shape[1])
+    got, want = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=-torch.inf) for x in (got, want))
+    if not torch.equal(got == -torch.inf, want == -torch.inf):
+        return "other keys are masked than the reference masks"
+    x, y = (s.double().masked_fill(want == -torch.inf, 0.0).flatten() for s in (got, want))
+    off = 1 - float(2 * (x @ y) / (x @ x + y @ y)) if bool(y.any()) else float(x.abs().max())
+    return None if off <= SIMILARITY else f"scores are off by {off:.2g}, over {SIMILARITY:.2g}"
+
+
+def _same_attention(work: Work, got: PartialAttention, rows: Tensor, slots: Tensor) -> str | None:
+    """FlashMLA's own tolerances: 1e-3 absolute or 2.01/128 relative, 5e-6 of cosine; lse 8.01/65536 relative."""
+    assert work.attend is not None
+    used, place = slots.clamp(min=0).long().unique(return_inverse=True)
+    local = place.int().masked_fill(slots < 0, -1).cpu()
+    q, latents = work.attend.q[rows.to(slots.device)].cpu(), work.attend.latents[used].cpu()
+    want = sparse_attend_mla(q, latents, local, SCALE)
+    if not torch.equal(got.lse == -torch.inf, want.lse == -torch.inf):
+        return "other rows are empty than the reference's"
+    full = want.lse != -torch.inf
+    if not torch.allclose(got.lse[full], want.lse[full], rtol=8.01 / 65536, atol=1e-6):
+        return f"lse is off by {float((got.lse[full] - want.lse[full]).abs().max()):.2g}"
+    if not torch.allclose(got.out, want.out, rtol=2.01 / 128, atol=1e-3):
+        return f"outputs are off by {float((got.out - want.out).abs().max()):.2g}"
+    x, y = got.out.double().flatten(), want.out.double().flatten()
+    off = 1 - float(2 * (x @ y) / (x @ x + y @ y).clamp(min=1e-30)) if bool(y.any()) else 0.0
+    return None if off <= SIMILARITY else f"outputs are off by {off:.2g} of cosine, over {SIMILARITY:.2g}"
+
+
+def _rows(result: Any, rows: Tensor) -> Any:
+    """The rows of a result, on a CPU."""
+    if isinstance(result, Tensor):
+        return result[rows.to(result.device)].cpu()
+    if isinstance(result, PartialAttention):
+        return PartialAttention(_rows(result.out, rows), _rows(result.lse, rows))
+    scores = None if result.scores is None else _rows(result.scores, rows)
+    return Selection(_rows(result.indices, rows), _rows(result.lengths, rows), result.space, scores)
+
+
+def _same_bits(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one.view(torch.int32), two.view(torch.int32)) if one.dtype == torch.float32 else torch.equal(one, two)
+    names = ("out", "lse") if isinstance(one, PartialAttention) else ("indices", "lengths")
+    return all(_same_bits(getattr(one, name), getattr(two, name)) for name in names)

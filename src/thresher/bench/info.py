@@ -1,0 +1,65 @@
+"""``thresher info``: what is here, and what can run on it."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import thresher
+from thresher.bench.peers import PEERS, module_versions, peer_reason
+from thresher.ops.dispatch import TABLE, installed, interpreting, preferred, reason
+
+# Module -> what it is for.
+OPTIONAL = {
+    "triton": "kernels",
+    "deep_gemm": "a peer",
+    "flash_mla": "a peer",
+    "flashinfer": "a peer",
+    "vllm": "a peer",
+    "transformers": "a reference in tests",
+    "gguf": "the demo",
+    "tokenizers": "the demo",
+    "matplotlib": "the demo's pictures",
+    "lm_eval": "task scores",
+}
+
+
+def info() -> str:
+    """Versions, devices, optional packages, and for each operation what each implementation can do here; touches no device's memory."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [
+        f"thresher {thresher.__version__}, Python {platform.python_version()}",
+        f"torch {torch.__version__}",
+        f"triton {_version('triton')}" + (", interpreting on the CPU" if interpreting() else ""),
+        "devices:",
+        *(f"  {line}" for line in _devices()),
+        "optional packages:",
+        *(f"  {module}: {_version(module)} ({what})" for module, what in OPTIONAL.items()),
+        f"operations, for tensors on {device.type} (* is what auto takes):",
+        *(f"  {line}" for operation in TABLE for line in _operation(operation, device)),
+        "peers of thresher bench:",
+        *(f"  {name}: {peer_reason(name, device) or 'ok'}" for name in PEERS),
+    ]
+    return "\n".join(lines)
+
+
+def _devices() -> list[str]:
+    lines = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(index)
+        lines.append(f"cuda:{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB, compute capability {card.major}.{card.minor}")
+    return lines
+
+
+def _version(module: str) -> str:
+    if not installed(module):
+        return "not installed"
+    return ", ".join(f"{dist} {number}" if dist != module else number for dist, number in module_versions(module).items()) or "installed"
+
+
+def _operation(operation: str, device: torch.device) -> list[str]:
+    taken = preferred(operation, device)
+    return [
+        f"{operation:<22}{'*' if name == taken else ' '} {name}: {reason(operation, name, device) or 'ok'}" for name in TABLE[operation]
+    ]

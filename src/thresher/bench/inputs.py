@@ -1,0 +1,159 @@
+"""The inputs of a case, by name, from a seed; queries and keys quantised as the indexer quantises them.
+
+``normal``: normal queries, keys and weights. ``cruel-plateaus``: all keys are copies of a few, so that most scores are ties.
+``cruel-ascending`` and ``cruel-descending``: scores that never fall, or never rise, along the context. ``recorded``: a model's own, from
+a safetensors file with ``q`` fp ``[requests, Q, H, D]``, ``k`` ``[requests, N, D]`` and ``weights`` ``[requests, Q, H]`` (before any factor
+is folded in), where the queries are those of the last Q tokens; a case takes the last of them that it needs.
+
+The same seed gives the same inputs on the same kind of device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thresher.bench.cases import Case
+from thresher.cache import IndexKeyCache, PageTable
+from thresher.errors import ThresherError, require
+from thresher.ops.quantize import quantize_fp8
+from thresher.types import IndexKeys, IndexQuery
+
+CRUEL = ("cruel-plateaus", "cruel-ascending", "cruel-descending")
+INPUTS = ("normal", *CRUEL, "recorded")
+LATENT_DIM = 576
+# Softmax scale of V3.2's attention: 128 + 64 dims a head before absorption.
+SCALE = 192**-0.5
+PLATEAUS = 7
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Index inputs of a case: one query for each row."""
+
+    query: IndexQuery
+    keys: IndexKeys
+
+
+@dataclass(frozen=True)
+class AttendInputs:
+    """``q`` bf16 ``[Q, N, 576]``, ``latents`` bf16 ``[S, 576]``, ``slots`` int32 ``[Q, k]`` (None where they are selected first)."""
+
+    q: Tensor
+    latents: Tensor
+    slots: Tensor | None
+
+
+def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded: Path | None = None, copy: int = 0) -> Inputs:
+    """Index query and paged keys of a case.
+
+    Args:
+        case: not an mla-decode.
+        name: one of ``INPUTS``.
+        seed: of everything drawn, mixed lengths included.
+        device: where to make them.
+        recorded: the file of ``recorded`` inputs.
+        copy: 0, 1, ...: the same lengths, other numbers (but for ``recorded``).
+
+    Raises:
+        ThresherError: an unknown name, or a file that is missing or too small for the case.
+    """
+    require(name in INPUTS, f"inputs must be one of {', '.join(INPUTS)}, or cruel for all three", repr(name), "check the spelling")
+    lengths = case.lengths(seed)
+    source = _Recorded(recorded, case, lengths) if name == "recorded" else _Drawn(case, name, _draw(seed, copy, device))
+    table = PageTable(len(lengths), sum(-(-length // 64) for length in lengths), device=device)
+    cache = IndexKeyCache(table.num_pages, case.head_dim, device=device)
+    for request, length in enumerate(lengths):
+        cache.store(table.append(request, length), *quantize_fp8(source.keys(request, length).to(device)))
+    q_QHD, weights_QH = (x.to(device) for x in source.queries())
+    q, q_scales = quantize_fp8(q_QHD)
+    weights = weights_QH.float() * q_scales * (case.heads * case.head_dim) ** -0.5
+    if case.kind == "prefill":
+        positions = torch.arange(lengths[0] - case.rows, lengths[0], device=device)
+        requests = torch.zeros(case.rows, dtype=torch.int64, device=device)
+    else:
+        positions = torch.tensor(lengths, device=device) - 1
+        requests = torch.arange(case.rows, device=device)
+    return Inputs(IndexQuery(q, weights, positions, requests), cache.view(table.table, table.lengths))
+
+
+def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 0) -> AttendInputs:
+    """Normal attention queries and latents; for mla-decode also ``topk`` distinct ascending slots a row, within the row's own request."""
+    generator = _draw(seed, copy, device)
+    lengths = case.lengths(seed)
+    held = [-(-length // 64) * 64 for length in lengths]
+    latents = torch.randn(sum(held), LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
+    q = torch.randn(case.rows, case.attention_heads, LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
+    if case.kind != "mla-decode":
+        return AttendInputs(q, latents, None)
+    slots = torch.full((case.rows, case.topk), -1, dtype=torch.int32, device=device)
+    start = 0
+    for row, length in enumerate(lengths):
+        picked = torch.randperm(length, generator=generator, device=device)[: case.topk].sort().values
+        slots[row, : len(picked)] = (start + picked).int()
+        start += held[row]
+    return AttendInputs(q, latents, slots)
+
+
+def _draw(seed: int, copy: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed + 1_000_003 * copy)
+
+
+class _Drawn:
+    def __init__(self, case: Case, name: str, generator: torch.Generator) -> None:
+        self.case, self.name, self.generator, self.device = case, name, generator, generator.device
+
+    def keys(self, request: int, length: int) -> Tensor:
+        """fp32 ``[length, D]``."""
+        dim = self.case.head_dim
+        if self.name == "normal":
+            return self.randn(length, dim)
+        if self.name == "cruel-plateaus":
+            return self.randn(PLATEAUS, dim)[torch.arange(length, device=self.device) // 3 % PLATEAUS]
+        # Every dim of a growing multiple of one positive vector rounds to FP8 without ever falling, and so does the score.
+        ramp = torch.exp2(torch.linspace(-8, 8, length, device=self.device))
+        ramp = ramp.flip(0) if self.name == "cruel-descending" else ramp
+        return ramp[:, None] * (0.5 + torch.rand(dim, generator=self.generator, device=self.device))
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """fp32 ``[Q, H, D]`` and ``[Q, H]``; positive where scores must be monotonic."""
+        q, weights = self.randn(self.case.rows, self.case.heads, self.case.head_dim), self.randn(self.case.rows, self.case.heads)
+        return (q, weights) if self.name in ("normal", "cruel-plateaus") else (q.abs(), weights.abs())
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+
+class _Recorded:
+    def __init__(self, path: Path | None, case: Case, lengths: list[int]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if path is None:
+            raise ThresherError("recorded inputs must come from a file; got none; pass --recorded FILE")
+        try:
+            held = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ThresherError(f"recorded inputs must be a safetensors file; got {path} ({error}); record them first") from None
+        missing = {"q", "k", "weights"} - set(held)
+        require(not missing, "recorded inputs must hold q, k and weights", f"{path} without {', '.join(sorted(missing))}", "record them")
+        self.q, self.k, self.weights = held["q"], held["k"], held["weights"]
+        requests, rows = len(lengths), case.rows if case.kind == "prefill" else 1
+        need = f"q [{requests}+, {rows}+, {case.heads}, {case.head_dim}], k [{requests}+, {max(lengths)}+, {case.head_dim}]"
+        ok = self.q.dim() == 4 and self.k.dim() == 3 and self.weights.shape == self.q.shape[:3] and len(self.q) == len(self.k)
+        ok = ok and len(self.q) >= requests and self.q.shape[1] >= rows and self.q.shape[2:] == (case.heads, case.head_dim)
+        ok = ok and self.k.shape[1] >= max(lengths) and self.k.shape[2] == case.head_dim
+        got = f"q {tuple(self.q.shape)}, k {tuple(self.k.shape)}, weights {tuple(self.weights.shape)}"
+        require(ok, f"{case.name} needs {need}, and weights like q", got, "choose a smaller case")
+        self.requests, self.rows = requests, rows
+
+    def keys(self, request: int, length: int) -> Tensor:
+        return self.k[request, -length:].float()
+
+    def queries(self) -> tuple[Tensor, Tensor]:
+        return self.q[: self.requests, -self.rows :].float().flatten(0, 1), self.weights[: self.requests, -self.rows :].float().flatten(
+            0, 1
+        )

@@ -1,0 +1,166 @@
+"""``thresher bench``: check, then time, then record."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thresher.bench.cases import CASES, Case, parse_case
+from thresher.bench.check import check_work
+from thresher.bench.floor import floor_us, useful_work
+from thresher.bench.inputs import CRUEL, INPUTS
+from thresher.bench.peers import PEERS, Peer, find_peer, module_versions, peer_reason, versions
+from thresher.bench.record import Record, append, ratio_of, results_path, source_state, today
+from thresher.bench.timing import Step, interleave, num_copies
+from thresher.bench.work import Work, check_inputs, check_op, default_op, make_work, resolved
+from thresher.errors import ThresherError
+from thresher.ops.dispatch import AUTO, check_impl
+from thresher.selectors.base import Selector
+from thresher.selectors.parse import parse
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for; see ``thresher bench --help``.
+
+    Attributes:
+        cases, inputs: names; "cruel" stands for all three cruel inputs.
+        selector: text, for the ops that select.
+        op: None for the whole job of each case.
+        peer: None to time ours alone.
+        timing: "graph" or "events"; None for graphs in decode and events in prefill.
+        out: a file to append to; None for the results folder on a GPU, and for nothing on a CPU.
+        recorded: the file of recorded inputs.
+    """
+
+    cases: tuple[str, ...]
+    selector: str = "dsa"
+    inputs: tuple[str, ...] = ("normal",)
+    op: str | None = None
+    peer: str | None = None
+    impl: str = AUTO
+    device: str = "cuda"
+    seed: int = 0
+    repeats: int = 50
+    timing: str | None = None
+    out: Path | None = None
+    recorded: Path | None = None
+
+
+def run_bench(settings: Settings, write: Callable[[str], None], peers: Mapping[str, Peer] = PEERS) -> list[Record]:
+    """Check and time every case under every input; each record is written as soon as it is there.
+
+    Raises:
+        ThresherError: an option that does not fit (before anything runs), or a check that fails (no time is taken then).
+    """
+    device = torch.device(settings.device)
+    cases = [parse_case(name) for name in settings.cases]
+    names = [name for asked in settings.inputs for name in (CRUEL if asked == "cruel" else (asked,))]
+    check_impl(settings.impl)
+    for case in cases:
+        op = settings.op or default_op(case)
+        check_op(case, op)
+        for name in names:
+            check_inputs(case, name)
+        if settings.peer is not None:
+            find_peer(settings.peer, op, device, peers)
+        _selector(settings, case, op)
+    records = []
+    for case in cases:
+        for name in names:
+            record = _measure(settings, case, name, device, peers)
+            path = settings.out or (results_path(record.gpu, record.date) if device.type == "cuda" else None)
+            if path is not None:
+                append(path, record)
+            write(line_of(record))
+            records.append(record)
+    return records
+
+
+def line_of(record: Record) -> str:
+    """One line for the terminal."""
+    text = f"{record.case} {record.op} {record.selector or ''} {record.inputs} {record.impl}: {record.time_us['p50']:.1f} us".replace(
+        "  ", " "
+    )
+    if record.peer_time_us is not None:
+        text += f", {record.peer} {record.peer_time_us['p50']:.1f} us, ratio {record.ratio:.2f}"
+    return text + (f", floor {record.floor_us:.1f} us" if record.floor_us is not None else "")
+
+
+def listing(device: torch.device) -> str:
+    """Named cases, inputs and peers, with what keeps a peer from running."""
+    lines = ["cases:", *(f"  {name}" for name in CASES), "inputs:", *(f"  {name}" for name in INPUTS), "peers:"]
+    return "\n".join([*lines, *(f"  {name}: {peer.what}; {peer_reason(name, device) or 'ok'}" for name, peer in PEERS.items())])
+
+
+def _selector(settings: Settings, case: Case, op: str) -> Selector | None:
+    return parse(settings.selector, defaults={"topk": case.topk}) if op in ("select", "layer") else None
+
+
+def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, peers: Mapping[str, Peer]) -> Record:
+    op = settings.op or default_op(case)
+    selector = _selector(settings, case, op)
+    timing = settings.timing or ("events" if case.kind == "prefill" else "graph")
+    timing = timing if device.type == "cuda" else "clock"
+    lengths = case.lengths(settings.seed)
+    flops, moved = useful_work(case, op, selector, lengths)
+
+    def make(copy: int) -> Work:
+        return make_work(case, op, selector, settings.impl, inputs, settings.seed, device, settings.recorded, copy)
+
+    first = make(0)
+    why = check_work(first)
+    if why is not None:
+        raise ThresherError(f"{case.name} under {inputs} inputs must agree with the reference; got: {why}; no time is taken on a red check")
+    peak = _peak_bytes(first, device)
+    copies = [first, *(make(copy) for copy in range(1, num_copies(moved, device)))]
+    ways: dict[str, list[Step]] = {"ours": [work.run for work in copies]}
+    if settings.peer is not None:
+        prepare = find_peer(settings.peer, op, device, peers)
+        ways[settings.peer] = [prepare(work) for work in copies]
+    times = {name: asdict(taken) for name, taken in interleave(ways, device, settings.repeats, timing).items()}
+    theirs = times[settings.peer] if settings.peer is not None else None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    options: dict[str, Any] = asdict(selector) if selector is not None else {}
+    commit, dirty = source_state()
+    return Record(
+        case=case.name,
+        op=op,
+        selector=settings.selector.partition(":")[0].strip() if selector is not None else None,
+        settings={**options, "timing": timing, "copies": len(copies), "repeats": settings.repeats},
+        inputs=inputs,
+        seed=settings.seed,
+        impl=resolved(settings.impl, device),
+        peer=settings.peer,
+        time_us=times["ours"],
+        peer_time_us=theirs,
+        ratio=ratio_of(times["ours"], theirs),
+        useful_flops=flops,
+        useful_bytes=moved,
+        floor_us=floor_us(gpu, op, flops, moved),
+        peak_bytes=peak,
+        rows_redone=None,
+        ranks=1,
+        gpu=gpu,
+        torch=torch.__version__,
+        triton=next(iter(module_versions("triton").values()), None),
+        peer_versions=versions(settings.peer, peers),
+        commit=commit,
+        dirty=dirty,
+        date=today(),
+    )
+
+
+def _peak_bytes(work: Work, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work.run()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device) - before)

@@ -1,0 +1,67 @@
+"""README's performance table, generated from the records: ``python -m thresher.bench.table README.md benchmarks/results``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from thresher.bench.record import Record, read
+from thresher.errors import require
+
+BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
+END = "<!-- end of performance -->"
+COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date")
+
+
+def load(folder: Path) -> list[Record]:
+    """All records of ``*.jsonl`` in a folder, oldest first; none when there is no such folder."""
+    records = [record for path in sorted(folder.glob("*.jsonl")) for record in read(path)]
+    return sorted(records, key=lambda record: record.date)
+
+
+def table(records: Sequence[Record]) -> str:
+    """A Markdown table: the newest record of everything that was timed, medians. A record of an uncommitted tree is marked with *."""
+    newest = {_key(record): record for record in records}
+    rows = [_cells(record) for _, record in sorted(newest.items(), key=lambda item: item[0])]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def updated(text: str, records: Sequence[Record]) -> str:
+    """A page with the table of ``records`` between its marks; the page as it is when there are no records.
+
+    Raises:
+        ThresherError: there are records, and not one pair of marks.
+    """
+    if not records:
+        return text
+    marks = (text.count(BEGIN), text.count(END))
+    require(marks == (1, 1) and text.index(BEGIN) < text.index(END), f"the page must hold {BEGIN} and {END} once", marks, "add them")
+    head, _, rest = text.partition(BEGIN)
+    return f"{head}{BEGIN}\n{table(records)}{END}{rest.partition(END)[2]}"
+
+
+def _key(record: Record) -> tuple[str, ...]:
+    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in ("copies", "repeats"))
+    ours = (record.gpu, record.op, record.case, record.selector or "", str(options), record.inputs, record.impl)
+    return (*ours, record.peer or "", str(record.ranks))
+
+
+def _cells(record: Record) -> tuple[str, ...]:
+    star = "*" if record.dirty else ""
+    theirs = ("-", "-", "-")
+    if record.peer is not None and record.peer_time_us is not None:
+        theirs = (record.peer, _us(record.peer_time_us["p50"]), f"{record.ratio:.2f}")
+    floor = "-" if record.floor_us is None else _us(record.floor_us)
+    ours = (record.case, record.op, record.selector or "-", record.inputs, record.impl, _us(record.time_us["p50"]) + star)
+    return (*ours, *theirs, floor, record.gpu, record.date)
+
+
+def _us(time: float) -> str:
+    return f"{time:.1f}" if time < 1000 else f"{time:.0f}"
+
+
+if __name__ == "__main__":
+    page, results = (Path(argument) for argument in sys.argv[1:3])
+    page.write_text(updated(page.read_text(encoding="utf-8"), load(results)), encoding="utf-8")

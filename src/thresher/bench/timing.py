@@ -1,0 +1,108 @@
+"""Times of several ways in one process: interleaved, over inputs that do not stay in the L2 cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from thresher.errors import ThresherError, require
+
+Step = Callable[[], object]
+WARM_UPS = 3
+TIMINGS = ("graph", "events", "clock")
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Microseconds of one run."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Quantiles:
+        """Of at least one sample, by linear interpolation, to the nanosecond."""
+        at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        return cls(*(round(x, 3) for x in torch.quantile(torch.tensor(samples, dtype=torch.float64), at).tolist()))
+
+
+def num_copies(bytes_read: float, device: torch.device) -> int:
+    """How many copies of an input to rotate, so that between two uses of a byte at least three times the L2 cache is read."""
+    if device.type != "cuda":
+        return 2
+    l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return min(-(-3 * l2 // max(int(bytes_read), 1)), 256)
+
+
+def interleave(ways: Mapping[str, Sequence[Step]], device: torch.device, repeats: int, timing: str) -> dict[str, Quantiles]:
+    """Time every way, one sample of each in turn, ``repeats`` times.
+
+    A sample runs each of the way's steps once (one for every copy of the input) and counts their mean.
+
+    Args:
+        ways: name -> its steps; all leave their work on the current stream.
+        device: where the steps run.
+        repeats: samples, after ``WARM_UPS`` that do not count.
+        timing: "graph" (all steps of a sample in one CUDA graph) or "events" (launched one by one), both on a CUDA
+            device; "clock" is the host's, on a CPU.
+
+    Raises:
+        ThresherError: a timing that does not fit the device, or a step that cannot be recorded in a CUDA graph.
+    """
+    require(repeats >= 1, "repeats must be at least 1", repeats, "20 or more give steady figures")
+    on_gpu = device.type == "cuda"
+    fitting = TIMINGS[:2] if on_gpu else TIMINGS[2:]
+    require(timing in fitting, f"timing on {device.type} must be one of {', '.join(fitting)}", repr(timing), "decode cases use graph")
+    runs = {name: _graph(name, steps) if timing == "graph" else _sequence(steps) for name, steps in ways.items()}
+    sample = _event_us if on_gpu else _clock_us
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(WARM_UPS + repeats):
+        for name, run in runs.items():
+            took = sample(run) / len(ways[name])
+            if turn >= WARM_UPS:
+                samples[name].append(took)
+    return {name: Quantiles.of(taken) for name, taken in samples.items()}
+
+
+def _sequence(steps: Sequence[Step]) -> Step:
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def _graph(name: str, steps: Sequence[Step]) -> Step:
+    """A replay of all steps. They run once before, on a side stream, so that compilation and first allocations are not recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _sequence(steps)()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            _sequence(steps)()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        raise ThresherError(f"{name} must be recordable in a CUDA graph; got {why}; pass --timing events") from None
+    return graph.replay
+
+
+def _event_us(run: Step) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end)
+
+
+def _clock_us(run: Step) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - start)

@@ -1,0 +1,166 @@
+"""One copy of a case's inputs, and the run that is timed: from the FP8 query and the cached keys to the int32 selection or the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thresher.bench.cases import Case
+from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, make_attend_inputs, make_inputs
+from thresher.cache import LayerState, load_keys
+from thresher.errors import require
+from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla
+from thresher.ops.dispatch import AUTO, TABLE, preferred, using
+from thresher.selectors.base import Selector
+from thresher.types import IndexKeys, IndexQuery, Selection
+
+# op -> kinds of case it is timed on; the first op of a kind is its default.
+OPS = {
+    "select": ("prefill", "decode"),
+    "index_score": ("prefill", "decode"),
+    "select_topk": ("prefill", "decode"),
+    "layer": ("layer",),
+    "sparse_attend_mla": ("mla-decode",),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one copy is made of; ``run`` does it once.
+
+    Attributes:
+        case: the case.
+        op: a key of ``OPS``.
+        selector: for "select" and "layer", else None.
+        impl: of every operation inside.
+        index: index inputs, None for an mla-decode.
+        attend: attention inputs of "layer" and "sparse_attend_mla".
+        contiguous: a prefill's keys and ranges, for "index_score": ``(k, k_scales, starts, ends)``.
+        scores: fp32 ``[Q, N]``, for "select_topk".
+        state: what a decoding step finds from the steps before it.
+    """
+
+    case: Case
+    op: str
+    selector: Selector | None
+    impl: str
+    index: Inputs | None
+    attend: AttendInputs | None
+    contiguous: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    scores: Tensor | None
+    state: LayerState | None
+
+    def run(self) -> Any:
+        """The timed run; a ``Selection``, scores, or a ``PartialAttention``."""
+        with using(self.impl):
+            return _RUNS[self.op](self)
+
+
+def make_work(
+    case: Case,
+    op: str,
+    selector: Selector | None,
+    impl: str,
+    inputs: str,
+    seed: int,
+    device: torch.device,
+    recorded: Path | None = None,
+    copy: int = 0,
+) -> Work:
+    """Make a copy's inputs.
+
+    Raises:
+        ThresherError: an op that is not timed on this kind of case, and what ``make_inputs`` refuses.
+    """
+    check_op(case, op)
+    check_inputs(case, inputs)
+    needs_attention = case.kind in ("layer", "mla-decode")
+    index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
+    attend = make_attend_inputs(case, seed, device, copy) if needs_attention else None
+    contiguous = scores = state = None
+    if index is not None and op == "index_score" and case.kind == "prefill":
+        ends = index.query.positions + 1
+        contiguous = (*load_keys(index.keys, 0), torch.zeros_like(ends), ends)
+    if index is not None and op == "select_topk":
+        with using(impl):
+            scores = paged_index_score(index.query, index.keys)
+    if case.kind != "prefill" and op in ("select", "layer"):
+        state = LayerState(0)
+    return Work(case, op, selector, impl, index, attend, contiguous, scores, state)
+
+
+def check_op(case: Case, op: str) -> None:
+    """Raise ``ThresherError`` unless ``op`` is timed on this kind of case."""
+    fitting = [name for name, kinds in OPS.items() if case.kind in kinds]
+    require(op in fitting, f"the op of a {case.kind} case must be one of {', '.join(fitting)}", repr(op), "choose another op or case")
+
+
+def check_inputs(case: Case, name: str) -> None:
+    """Raise ``ThresherError`` unless a case has inputs of this name; an attention has no scores to be cruel with."""
+    names = ("normal",) if case.kind == "mla-decode" else INPUTS
+    require(name in names, f"inputs of {case.name} must be one of {', '.join(names)}", repr(name), "choose other inputs")
+
+
+def default_op(case: Case) -> str:
+    """The whole job of a case: to select, to attend, or both."""
+    return next(name for name, kinds in OPS.items() if case.kind in kinds)
+
+
+def resolved(impl: str, device: torch.device) -> str:
+    """What ``impl`` stands for on a device: the implementations of all operations, joined by + where they differ."""
+    if impl != AUTO:
+        return impl
+    return "+".join(sorted({preferred(operation, device) for operation in TABLE}))
+
+
+def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
+    """int32 ``[Q, k]``: where the picked positions lie in a cache that shares the keys' page table; -1 stays -1."""
+    position = picked.indices.clamp(min=0).long()
+    page = keys.page_table[query.requests[:, None], position // keys.page_size]
+    return (page * keys.page_size + position % keys.page_size).int().masked_fill(picked.indices < 0, -1)
+
+
+def _select(work: Work) -> Selection:
+    assert work.index is not None
+    assert work.selector is not None
+    return work.selector.select(work.index.query, work.index.keys, work.state)
+
+
+def _index_score(work: Work) -> Tensor:
+    assert work.index is not None
+    query = work.index.query
+    if work.contiguous is None:
+        return paged_index_score(query, work.index.keys)
+    return index_score(query.q, query.weights, *work.contiguous)
+
+
+def _select_topk(work: Work) -> Selection:
+    assert work.scores is not None
+    return select_topk(work.scores, work.case.topk)
+
+
+def _attend(work: Work) -> Any:
+    assert work.attend is not None
+    assert work.attend.slots is not None
+    return sparse_attend_mla(work.attend.q, work.attend.latents, work.attend.slots, SCALE)
+
+
+def _layer(work: Work) -> Any:
+    assert work.attend is not None
+    assert work.index is not None
+    slots = slots_of(_select(work), work.index.query, work.index.keys)
+    return sparse_attend_mla(work.attend.q, work.attend.latents, slots, SCALE)
+
+
+_RUNS: dict[str, Callable[[Work], Any]] = {
+    "select": _select,
+    "index_score": _index_score,
+    "select_topk": _select_topk,
+    "sparse_attend_mla": _attend,
+    "layer": _layer,
+}

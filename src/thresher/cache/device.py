@@ -1,0 +1,204 @@
+"""Triton functions that kernels of several operations share: the FP8 rule, and ordered sums over keys.
+
+Imported by kernel modules alone, so that the package needs no Triton without a GPU.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thresher.types import IndexKeys
+
+# The interpreter computes wrongly in bf16 and rounds wrongly to bf16 and e4m3; kernels take explicit steps there.
+INTERPRET = bool(triton.knobs.runtime.interpret)
+
+
+class Rows(NamedTuple):
+    """Where FP8 vectors lie, as a kernel takes it: row r of page p begins at ``p * value_stride + r * D`` of ``values``, its scale at
+    ``p * scale_stride + scale_start + r`` of ``scales``. With page_size 0 there are no pages: ``table`` holds first rows, one a request.
+    """
+
+    values: Tensor
+    scales: Tensor
+    table: Tensor
+    table_width: int
+    num_pages: int
+    page_size: int
+    value_stride: int
+    scale_stride: int
+    scale_start: int
+
+
+def paged_rows(keys: IndexKeys) -> Rows:
+    """Index keys in pages; the cache's memory is read in place."""
+    pages, size, dim = keys.pages, keys.page_size, keys.head_dim
+    num, width = pages.shape[0], size * (dim + 4)
+    flat = pages.view(-1)
+    table = keys.page_table.contiguous()
+    values, scales = flat.view(torch.float8_e4m3fn), flat.view(torch.float32)
+    return Rows(values, scales, table, table.shape[1], num, size, width, width // 4, size * dim // 4)
+
+
+def flat_rows(values: Tensor, scales: Tensor, starts: Tensor) -> Rows:
+    """Rows ``[N, D]`` one after the other; those of request b begin at ``starts[b]`` (int64)."""
+    return Rows(values.contiguous(), scales.contiguous(), starts, 0, values.shape[0], 0, 0, 0, 0)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches go to this tensor's GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def keys_under_way(page_size: int, block_size: int) -> int:
+    """How many loads ``ordered_mean`` starts at once: as many as lie in one page from any start it can have, which needs one look-up."""
+    fits = (n for n in (32, 16, 8) if page_size % n == 0 and block_size % n == 0)
+    return 4 if INTERPRET else next(fits, 8)
+
+
+@triton.jit
+def round_to_bf16(x, INTERPRET: tl.constexpr):
+    """fp32 rounded to bf16, to nearest even, as its 16 bits."""
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x != x, 0x7FC0, rounded).to(tl.int16)
+    else:
+        rounded = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    return rounded
+
+
+@triton.jit
+def round_like(x, ptr, INTERPRET: tl.constexpr):
+    """x rounded to the type behind ``ptr``, as fp32."""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        rounded = (round_to_bf16(x, INTERPRET).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif ptr.dtype.element_ty == tl.float16:
+        rounded = x.to(tl.float16).to(tl.float32)
+    else:
+        rounded = x
+    return rounded
+
+
+@triton.jit
+def quantize_tile(x, INTERPRET: tl.constexpr):
+    """fp32 ``[R, D]`` to e4m3 codes uint8 ``[R, D]`` and scales fp32 ``[R]``: ``cache.fp8.quantize_fp8``, to the bit.
+
+    The scale comes from the bits of the largest magnitude, all in integers, so NaN and infinity are seen too; such a row is stored as NaN
+    under scale 1, since a kernel cannot refuse it.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    top = tl.max(magnitude, 1)
+    finite = top < 0x7F800000
+    floored = tl.maximum(top, 0x38D1B717)  # fp32 1e-4
+    # amax / 448 rounded up to a power of two: amax = 1.f * 2**(e - 127), 448 = 1.75 * 2**8; one step more when 1.f > 1.75.
+    exponent = (floored >> 23) - 8 + tl.where((floored & 0x7FFFFF) > 0x600000, 1, 0)
+    exponent = tl.where(finite, exponent, 127)
+    scales = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.where(finite[:, None], x, 0.0) * inverse[:, None]
+    if INTERPRET:
+        bits = scaled.to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
+        # Below 2**-6 e4m3 is a grid of 2**-9: adding 2**23 rounds to it.
+        small = (tl.abs(scaled) * 512.0 + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+        codes = (tl.where(magnitude < 0x3C800000, small, normal) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    else:
+        codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return tl.where(finite[:, None], codes, 0x7F).to(tl.uint8), scales
+
+
+@triton.jit
+def find_rows(
+    table_ptr,
+    request,
+    index,
+    ok,
+    table_width,
+    num_pages,
+    DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    SCALE_START: tl.constexpr,
+):
+    """Offsets (int64) of the values and the scale of rows ``index`` of a request, and which of them exist. See ``Rows``."""
+    if PAGE_SIZE == 0:
+        row = tl.load(table_ptr + request) + index
+        value_at, scale_at = row * DIM, row
+        ok = ok & (row >= 0) & (row < num_pages)
+    else:
+        column = index // PAGE_SIZE
+        ok = ok & (index >= 0) & (column < table_width)
+        page = tl.load(table_ptr + request.to(tl.int64) * table_width + column, mask=ok, other=-1).to(tl.int64)
+        ok = ok & (page >= 0) & (page < num_pages)
+        row = index - column * PAGE_SIZE
+        value_at, scale_at = page * VALUE_STRIDE + row * DIM, page * SCALE_STRIDE + SCALE_START + row
+    return value_at, scale_at, ok
+
+
+@triton.jit
+def ordered_mean(
+    values_ptr,
+    scales_ptr,
+    table_ptr,
+    request,
+    start,
+    count,
+    table_width,
+    num_pages,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    SCALE_START: tl.constexpr,
+    UNROLL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Mean of the keys at positions ``start .. start + count - 1`` of a request, quantised: codes ``[1, D]`` and scale ``[1]``.
+
+    ``start`` is a multiple of the block size. The fp32 sum runs in position order from +0.0. A key's value times its scale is exact, so a
+    fused multiply-add has the same bits.
+    Keys that the table does not hold count as zeros; no key at all gives a zero mean.
+    """
+    d = tl.arange(0, BLOCK_D)[None, :]
+    total = tl.zeros([1, BLOCK_D], tl.float32)
+    # A run of UNROLL keys that starts at a multiple of UNROLL lies in one page.
+    ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or (PAGE_SIZE % UNROLL == 0 and BLOCK_SIZE % UNROLL == 0)
+    for base in range(0, count, UNROLL):
+        value_at, scale_at, found = find_rows(
+            table_ptr, request, start + base, base < count, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
+        )
+        for step in tl.static_range(UNROLL):
+            if not ONE_PAGE and step > 0:
+                value_at, scale_at, found = find_rows(
+                    table_ptr,
+                    request,
+                    start + base + step,
+                    base + step < count,
+                    table_width,
+                    num_pages,
+                    DIM,
+                    PAGE_SIZE,
+                    VALUE_STRIDE,
+                    SCALE_STRIDE,
+                    SCALE_START,
+                )
+            ok = found & (base + step < count)
+            value = tl.load(values_ptr + value_at + d, mask=ok & (d < DIM), other=0.0).to(tl.float32)
+            total += value * tl.load(scales_ptr + scale_at, mask=ok, other=0.0)
+            if ONE_PAGE:
+                value_at += DIM
+                scale_at += 1
+    # "/" is an approximate division on a GPU.
+    mean = tl.div_rn(total, tl.zeros([1, BLOCK_D], tl.float32) + tl.maximum(count, 1).to(tl.float32))
+    return quantize_tile(mean, INTERPRET)

@@ -1,0 +1,394 @@
+"""Quantise-and-store on a GPU: RoPE, Hadamard, e4m3 with its scale, and the write into the paged cache, in one launch.
+
+Every step has the bits of its reference: RoPE products and sums are rounded one by one (no fused multiply-add) and the result is rounded
+to the input's type, the Hadamard butterflies run in the reference's order, the scale is integer arithmetic. Only the device's own cosine
+and sine can differ from another device's, by an ulp.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from thresher.cache.device import INTERPRET, on_device, quantize_tile, round_like, round_to_bf16
+from thresher.cache.latents import FP8_BYTES, GROUP, LATENT_DIM, ROPE_DIM
+from thresher.errors import require
+
+# The latent record as constants that a kernel may read.
+LATENT, TAIL, SHARE, RECORD = (tl.constexpr(n) for n in (LATENT_DIM, ROPE_DIM, GROUP, FP8_BYTES))
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_DIM = 8192
+# Elements of a program's tile: 8 or 16 rows of 128 are enough loads in flight, and the butterflies stay in registers.
+TILE = 2048
+NUM_WARPS = 4
+
+
+@triton.jit
+def _load(ptrs, mask):
+    """fp32 from any float type; no arithmetic is done in bf16, which the interpreter gets wrong."""
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_rotated(
+    x_ptr, row_at, ok, positions, freq_ptr, d, DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, INTERPRET: tl.constexpr
+):
+    """Rows ``[R, D]`` in fp32, the first ROTARY dims rotated. ``row_at``, ``ok`` and ``positions`` are ``[R, 1]`` (or ``[1, 1]``)."""
+    ok = ok & (d < DIM)
+    x = _load(x_ptr + row_at + d, ok)
+    if ROTARY > 0:
+        inside = d < ROTARY
+        if INTERLEAVED:
+            partner, pair, first = d ^ 1, d // 2, d % 2 == 0
+        else:
+            first = d < ROTARY // 2
+            partner, pair = tl.where(first, d + ROTARY // 2, d - ROTARY // 2), d % (ROTARY // 2)
+        other = _load(x_ptr + row_at + partner, ok & inside)
+        angle = positions.to(tl.float32) * tl.load(freq_ptr + pair, mask=inside, other=0.0)
+        turned = other * tl.sin(angle)
+        rotated = x * tl.cos(angle) + tl.where(first, -turned, turned)
+        x = tl.where(inside, round_like(rotated, x_ptr, INTERPRET), x)
+    return x
+
+
+@triton.jit
+def _butterfly(x, HALF: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """``(low + high, low - high)`` of dims HALF apart."""
+    pairs = tl.reshape(x, [ROWS, DIM // (2 * HALF), 2, HALF])
+    bits = pairs.to(tl.int32, bitcast=True)
+    # The sum of both bit patterns less one's own is the other's: one exchange between threads instead of two float sums.
+    other = (tl.expand_dims(tl.sum(bits, 2), 2) - bits).to(tl.float32, bitcast=True)
+    low = (tl.arange(0, 2) == 0)[None, None, :, None]
+    return tl.reshape(tl.where(low, pairs + other, other - pairs), [ROWS, DIM])
+
+
+@triton.jit
+def _hadamard(x, FACTOR: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr):
+    """Butterflies at distance 1, 2, 4 ..., the reference's order, then times ``DIM**-0.5``."""
+    for step in tl.static_range(LOG_DIM):
+        x = _butterfly(x, 2**step, ROWS, DIM)
+    return x * FACTOR
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, codes_ptr, scales_ptr, num_rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    ok = (row < num_rows)[:, None] & (d < DIM)
+    codes, scales = quantize_tile(_load(x_ptr + row[:, None] * DIM + d, ok), INTERPRET)
+    tl.store(codes_ptr + row[:, None] * DIM + d, codes, mask=ok)
+    tl.store(scales_ptr + row, scales, mask=row < num_rows)
+
+
+@triton.jit
+def _keys_kernel(
+    x_ptr,
+    positions_ptr,
+    slots_ptr,
+    freq_ptr,
+    pages_ptr,
+    scales_ptr,
+    num_tokens,
+    num_slots,
+    x_stride,
+    PAGE_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    LOG_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DIM)[None, :]
+    exists = token < num_tokens
+    slot = tl.load(slots_ptr + token, mask=exists, other=-1).to(tl.int64)
+    ok = (slot >= 0) & (slot < num_slots)
+    position = tl.load(positions_ptr + token, mask=exists, other=0)
+    x = _load_rotated(x_ptr, token[:, None] * x_stride, ok[:, None], position[:, None], freq_ptr, d, DIM, ROTARY, INTERLEAVED, INTERPRET)
+    codes, scales = quantize_tile(_hadamard(x, FACTOR, ROWS, DIM, LOG_DIM), INTERPRET)
+    slot = tl.where(ok, slot, 0)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+    tl.store(pages_ptr + (page * (PAGE_SIZE * (DIM + 4)) + offset * DIM)[:, None] + d, codes, mask=ok[:, None])
+    tl.store(scales_ptr + page * (PAGE_SIZE * (DIM + 4) // 4) + PAGE_SIZE * DIM // 4 + offset, scales, mask=ok)
+
+
+@triton.jit
+def _queries_kernel(
+    x_ptr,
+    positions_ptr,
+    weights_ptr,
+    freq_ptr,
+    codes_ptr,
+    folded_ptr,
+    x_stride_t,
+    x_stride_h,
+    weights_stride,
+    factor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    LOG_DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, DIM)[None, :]
+    ok = head < HEADS
+    position = tl.load(positions_ptr + token + tl.zeros([1, 1], tl.int32))
+    row_at = token * x_stride_t + head[:, None].to(tl.int64) * x_stride_h
+    x = _load_rotated(x_ptr, row_at, ok[:, None], position, freq_ptr, d, DIM, ROTARY, INTERLEAVED, INTERPRET)
+    codes, scales = quantize_tile(_hadamard(x, FACTOR, ROWS, DIM, LOG_DIM), INTERPRET)
+    weights = _load(weights_ptr + token * weights_stride + head, ok)
+    tl.store(codes_ptr + (token * HEADS + head[:, None]) * DIM + d, codes, mask=ok[:, None])
+    tl.store(folded_ptr + token * HEADS + head, weights * factor * scales, mask=ok)
+
+
+@triton.jit
+def _latents_kernel(
+    latent_ptr,
+    rope_ptr,
+    positions_ptr,
+    slots_ptr,
+    freq_ptr,
+    bytes_ptr,
+    floats_ptr,
+    halves_ptr,
+    num_tokens,
+    num_slots,
+    latent_stride,
+    rope_stride,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """A record is LATENT codes, one fp32 scale per SHARE of them, TAIL bf16; a row of the first tile is one group."""
+    GROUPS: tl.constexpr = LATENT // SHARE
+    row = tl.arange(0, TOKENS * GROUPS)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + row // GROUPS
+    exists = token < num_tokens
+    slot = tl.load(slots_ptr + token, mask=exists, other=-1).to(tl.int64)
+    ok = (slot >= 0) & (slot < num_slots)
+    column = (row % GROUPS)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    x = _load(latent_ptr + token[:, None] * latent_stride + column, ok[:, None])
+    codes, scales = quantize_tile(x, INTERPRET)
+    slot = tl.where(ok, slot, 0)
+    tl.store(bytes_ptr + slot[:, None] * RECORD + column, codes, mask=ok[:, None])
+    tl.store(floats_ptr + slot * (RECORD // 4) + LATENT // 4 + row % GROUPS, scales, mask=ok)
+
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    exists = token < num_tokens
+    slot = tl.load(slots_ptr + token, mask=exists, other=-1).to(tl.int64)
+    ok = (slot >= 0) & (slot < num_slots)
+    d = tl.arange(0, TAIL)[None, :]
+    position = tl.zeros([TOKENS], tl.int64)
+    if ROTARY > 0:
+        position = tl.load(positions_ptr + token, mask=exists, other=0).to(tl.int64)
+    x = _load_rotated(
+        rope_ptr, token[:, None] * rope_stride, ok[:, None], position[:, None], freq_ptr, d, TAIL, ROTARY, INTERLEAVED, INTERPRET
+    )
+    slot = tl.where(ok, slot, 0)
+    tl.store(halves_ptr + slot[:, None] * (RECORD // 2) + (RECORD // 2 - TAIL) + d, round_to_bf16(x, INTERPRET), mask=ok[:, None])
+
+
+def unsupported(dtype: torch.dtype, head_dim: int, rotate: bool = False) -> str | None:
+    """Why these kernels cannot run, or None.
+
+    Args:
+        dtype: of the vectors.
+        head_dim: of the vectors.
+        rotate: whether a Hadamard rotation comes first, as for keys and queries.
+    """
+    if dtype not in FLOATS:
+        return f"x must be bfloat16, float16 or float32 for the Triton kernel, got {dtype}"
+    if not 1 <= head_dim <= MAX_DIM:
+        return f"head_dim must be in 1..{MAX_DIM} for the Triton kernel, got {head_dim}"
+    if rotate and (head_dim < 4 or head_dim & (head_dim - 1)):
+        return f"head_dim must be a power of two, at least 4, for the Triton kernel, got {head_dim}"
+    return None
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``thresher.ops.quantize.quantize_fp8``; a vector with NaN or infinity becomes NaN under scale 1 instead of an error."""
+    dim = x.shape[-1]
+    rows = x.reshape(-1, dim).contiguous()
+    values = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+    block_d = triton.next_power_of_2(dim)
+    per_program = max(1, TILE // block_d)
+    if len(rows):
+        with on_device(x):
+            _rows_kernel[(triton.cdiv(len(rows), per_program),)](
+                rows, values, scales, len(rows), DIM=dim, BLOCK_D=block_d, ROWS=per_program, INTERPRET=INTERPRET, num_warps=NUM_WARPS
+            )
+    return values.view(x.shape).view(torch.float8_e4m3fn), scales.view(x.shape[:-1])
+
+
+def store_index_keys(pages: Tensor, slots: Tensor, x: Tensor, positions: Tensor, theta: float, rotary_dim: int, style: str) -> None:
+    """``IndexKeyCache.store(slots, *quantize_fp8(hadamard(apply_rope(x, positions, theta, rotary_dim, style))))`` in one launch.
+
+    Args:
+        pages: uint8 ``[P, page_size, 1, D + 4]``, contiguous, ``IndexKeyCache.pages``.
+        slots: int64 or int32 ``[T]``, distinct; a token whose slot is outside the cache is left out.
+        x: ``[T, D]`` bf16, fp16 or fp32, D a power of two; rows may be strided.
+        positions: int64 or int32 ``[T]``.
+        theta: base of the RoPE frequencies.
+        rotary_dim: how many leading dims rotate; even, at most D, 0 for none.
+        style: ``"half"`` or ``"interleaved"``.
+
+    A key with NaN or infinity is stored as NaN under scale 1: a kernel cannot refuse it.
+    """
+    require(pages.is_contiguous(), "pages must be contiguous", f"strides {pages.stride()}", "pass IndexKeyCache.pages")
+    (num, dim), page_size = x.shape, pages.shape[1]
+    require(pages.shape[3] == dim + 4, f"pages must hold keys of {dim} dims", tuple(pages.shape), "use the cache of this indexer")
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows = max(1, TILE // dim)
+    # A few tokens: spread them over more programs rather than idle most of one.
+    rows = min(rows, triton.next_power_of_2(triton.cdiv(max(num, 1), 132)))
+    flat = pages.view(-1)
+    if not num or not flat.numel():
+        return
+    with on_device(x):
+        _keys_kernel[(triton.cdiv(num, rows),)](
+            x,
+            positions.contiguous(),
+            slots.contiguous(),
+            _inv_freq(theta, rotary_dim, x.device),
+            flat,
+            flat.view(torch.float32),
+            num,
+            pages.shape[0] * page_size,
+            x.stride(0),
+            PAGE_SIZE=page_size,
+            ROWS=rows,
+            num_warps=min(NUM_WARPS, max(1, rows * dim // 128)),
+            **_rotation(dim, rotary_dim, style),
+        )
+
+
+def quantize_queries(
+    x: Tensor, weights: Tensor, positions: Tensor, theta: float, rotary_dim: int, style: str, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same front end for queries: values of ``quantize_fp8(hadamard(apply_rope(x, ...)))`` and ``weights * factor * scales``.
+
+    Args:
+        x: ``[T, H, D]`` bf16, fp16 or fp32, D a power of two; tokens and heads may be strided.
+        weights: ``[T, H]``, any of the same types.
+        positions: int64 or int32 ``[T]``.
+        theta: base of the RoPE frequencies.
+        rotary_dim: how many leading dims rotate; even, at most D, 0 for none.
+        style: ``"half"`` or ``"interleaved"``.
+        factor: a constant to fold in, e.g. ``(H * D) ** -0.5``; taken in fp32, multiplied before the scale.
+
+    Returns:
+        float8_e4m3fn ``[T, H, D]`` and fp32 ``[T, H]``: ``q`` and ``weights`` of an ``IndexQuery``.
+    """
+    num, heads, dim = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    weights = weights if weights.stride(1) == 1 else weights.contiguous()
+    values = torch.empty(num, heads, dim, dtype=torch.uint8, device=x.device)
+    folded = torch.empty(num, heads, dtype=torch.float32, device=x.device)
+    rows = min(max(1, TILE // dim), triton.next_power_of_2(heads))
+    if num and heads:
+        with on_device(x):
+            _queries_kernel[(num, triton.cdiv(heads, rows))](
+                x,
+                positions.contiguous(),
+                weights,
+                _inv_freq(theta, rotary_dim, x.device),
+                values,
+                folded,
+                x.stride(0),
+                x.stride(1),
+                weights.stride(0),
+                float(factor),
+                HEADS=heads,
+                ROWS=rows,
+                num_warps=min(NUM_WARPS, max(1, rows * dim // 128)),
+                **_rotation(dim, rotary_dim, style),
+            )
+    return values.view(torch.float8_e4m3fn), folded
+
+
+def store_latents(
+    data: Tensor,
+    slots: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    positions: Tensor | None = None,
+    theta: float = 10000.0,
+    style: str = "interleaved",
+) -> None:
+    """``LatentCache.store(slots, latent, rope)`` in one launch; with ``positions`` the 64 RoPE dims are rotated first.
+
+    Args:
+        data: uint8 ``[P, page_size, 1, 656]``, contiguous, ``LatentCache.data``.
+        slots: int64 or int32 ``[T]``, distinct; a token whose slot is outside the cache is left out.
+        latent: ``[T, 512]`` bf16, fp16 or fp32; rows may be strided.
+        rope: ``[T, 64]``, likewise.
+        positions: int64 or int32 ``[T]``, or None when ``rope`` is rotated already.
+        theta: base of the RoPE frequencies.
+        style: ``"half"`` or ``"interleaved"`` (MLA's own).
+    """
+    ok = data.is_contiguous() and data.shape[-1] == FP8_BYTES
+    require(ok, f"data must be contiguous [pages, page_size, 1, {FP8_BYTES}]", tuple(data.shape), "pass LatentCache(fp8=True).data")
+    latent = latent if latent.stride(1) == 1 else latent.contiguous()
+    rope = rope if rope.stride(1) == 1 else rope.contiguous()
+    num, rotary = len(slots), 0 if positions is None else ROPE_DIM
+    flat = data.view(-1)
+    if not num or not flat.numel():
+        return
+    tokens = min(4, triton.next_power_of_2(triton.cdiv(num, 132)))
+    slots = slots.contiguous()
+    with on_device(latent):
+        _latents_kernel[(triton.cdiv(num, tokens),)](
+            latent,
+            rope,
+            slots if positions is None else positions.contiguous(),
+            slots,
+            _inv_freq(theta, rotary, latent.device),
+            flat,
+            flat.view(torch.float32),
+            flat.view(torch.int16),
+            num,
+            data.shape[0] * data.shape[1],
+            latent.stride(0),
+            rope.stride(0),
+            ROTARY=rotary,
+            INTERLEAVED=style == "interleaved",
+            TOKENS=tokens,
+            INTERPRET=INTERPRET,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def _rotation(dim: int, rotary_dim: int, style: str) -> dict[str, object]:
+    # Unfused, so that a product is rounded before it is added, as PyTorch does.
+    return {
+        "DIM": dim,
+        "LOG_DIM": dim.bit_length() - 1,
+        "ROTARY": rotary_dim,
+        "INTERLEAVED": style == "interleaved",
+        "FACTOR": dim**-0.5,
+        "INTERPRET": INTERPRET,
+        "enable_fp_fusion": False,
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _inv_freq(theta: float, rotary_dim: int, device: torch.device) -> Tensor:
+    """fp32 ``[rotary_dim / 2]``, rounded once from fp64, as ``ops/rope`` has it."""
+    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / max(rotary_dim, 1)
+    return (theta**-exponent).float()

@@ -1,0 +1,140 @@
+"""Records: the fields, the file, and that no figure disagrees with its times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from thresher.bench.record import RESULTS, Record, append, read, results_path, source_state
+from thresher.bench.table import BEGIN, END, load, table, updated
+from thresher.errors import ThresherError
+
+ROOT = Path(__file__).parents[2]
+FIELDS = (
+    "case op selector settings inputs seed impl peer time_us peer_time_us ratio useful_flops useful_bytes floor_us peak_bytes rows_redone "
+    "ranks gpu torch triton peer_versions commit dirty date"
+)
+
+
+def make(**changes):
+    values = {
+        **{"case": "decode-1x1m-h64", "op": "select", "selector": "dsa", "settings": {"topk": 2048, "timing": "graph"}, "inputs": "normal"},
+        **{"seed": 0, "impl": "triton", "peer": "deep_gemm+vllm", "time_us": {"p20": 49.0, "p50": 50.0, "p80": 52.5}},
+        **{"peer_time_us": {"p20": 64.0, "p50": 64.8, "p80": 66.0}, "ratio": 1.296, "useful_flops": 1.7e10, "useful_bytes": 1.38e8},
+        **{"floor_us": 32.4, "peak_bytes": 10, "rows_redone": 0, "ranks": 1, "gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"},
+        **{"peer_versions": {"a": "1"}, "commit": "abc", "dirty": False, "date": "2026-01-02"},
+    }
+    return Record(**{**values, **changes})
+
+
+ALONE = {"peer": None, "peer_time_us": None, "ratio": None, "peer_versions": {}}
+
+
+def test_the_fields_of_a_line_in_order(tmp_path):
+    append(tmp_path / "a.jsonl", make())
+    assert " ".join(json.loads((tmp_path / "a.jsonl").read_text())) == FIELDS
+
+
+def test_records_read_back_and_files_only_grow(tmp_path):
+    path = tmp_path / "deep" / "a.jsonl"
+    append(path, make())
+    before = path.read_bytes()
+    append(path, make(**ALONE))
+    assert path.read_bytes().startswith(before)
+    assert read(path) == [make(), make(**ALONE)]
+
+
+def write_many(path):
+    for _ in range(50):
+        append(path, make(settings={"long": "x" * 3000}))
+
+
+def test_two_processes_do_not_mix_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(path,)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert len(read(path)) == 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"ratio": 1.3}, "ratio must be 1.296"),
+        ({"ratio": None}, "ratio must be 1.296"),
+        ({"time_us": {"p20": 51.0, "p50": 50.0, "p80": 52.0}}, "time_us must hold ascending"),
+        ({"time_us": {"p20": 49.0, "p50": 50.0}}, "time_us must hold ascending"),
+        ({"time_us": {"p20": 0.0, "p50": 50.0, "p80": 52.0}}, "time_us must hold ascending"),
+        ({"peer": None}, "a peer and its times come together"),
+        ({"peer_time_us": None, "ratio": None}, "a peer and its times come together"),
+    ],
+)
+def test_a_record_that_contradicts_itself(changes, words, tmp_path):
+    with pytest.raises(ThresherError, match=words):
+        make(**changes)
+    (tmp_path / "a.jsonl").write_text(json.dumps({**dataclasses.asdict(make()), **changes}) + "\n")
+    with pytest.raises(ThresherError, match=f"a.jsonl:1: {words}"):
+        read(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "3", '{"case": "x"}', json.dumps({**dataclasses.asdict(make()), "more": 1})])
+def test_lines_that_are_no_records(line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(dataclasses.asdict(make())) + "\n" + line + "\n")
+    with pytest.raises(ThresherError, match=r"a\.jsonl:2 must"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_a_file_that_cannot_be_written(tmp_path):
+    with pytest.raises(ThresherError, match="records must be writable"):
+        append(tmp_path, make())
+
+
+def test_results_are_named_by_card_and_date():
+    assert results_path("NVIDIA H100 80GB HBM3", "2026-01-02") == RESULTS / "h100-80gb-hbm3-2026-01-02.jsonl"
+
+
+def test_the_state_of_the_source():
+    commit, dirty = source_state()
+    assert (commit is None) == (dirty is None)
+    assert commit is None or len(commit) == 40
+
+
+def test_the_table_keeps_the_newest_of_each_and_marks_uncommitted_ones():
+    newer = make(time_us={"p20": 30.0, "p50": 32.4, "p80": 40.0}, ratio=2.0, date="2026-01-03", dirty=True)
+    other = make(case="mla-decode-32-h128", op="sparse_attend_mla", selector=None, floor_us=None, **ALONE)
+    lines = table([make(), newer, other]).splitlines()
+    assert len(lines) == 4
+    assert lines[2] == (
+        "| decode-1x1m-h64 | select | dsa | normal | triton | 32.4* | deep_gemm+vllm | 64.8 | 2.00 | 32.4 | NVIDIA H200 | 2026-01-03 |"
+    )
+    assert "| 50.0 | - | - | - | - |" in lines[3]
+    assert len(table([make(), make(settings={"topk": 512, "timing": "graph"})]).splitlines()) == 4, "other settings are another row"
+
+
+def test_a_page_is_updated_between_its_marks(tmp_path):
+    page = f"# A\n\n{BEGIN}\nold\n{END}\n\nB\n"
+    new = updated(page, [make()])
+    assert new == f"# A\n\n{BEGIN}\n{table([make()])}{END}\n\nB\n"
+    assert updated(new, [make()]) == new
+    assert updated("# A\n", []) == "# A\n"
+    for bad in ("# A\n", f"{BEGIN}\n", f"{END}{BEGIN}", page + page):
+        with pytest.raises(ThresherError, match="the page must hold"):
+            updated(bad, [make()])
+
+
+def test_committed_results_are_sound_and_the_readme_shows_them():
+    """Reading checks every field and recomputes every ratio."""
+    records = load(ROOT / RESULTS)
+    readme = (ROOT / "README.md").read_text()
+    assert updated(readme, records) == readme, "run: python -m thresher.bench.table README.md benchmarks/results"
+    if not records:
+        assert BEGIN not in readme, "figures without records"
+    for record in records:
+        assert record.gpu.startswith("NVIDIA"), "figures are a GPU's"

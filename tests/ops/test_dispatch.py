@@ -1,0 +1,285 @@
+"""Which implementation runs: the table, named implementations that never fall back, and the reasons they give."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from thresher import ops
+from thresher.cache import pack_keys
+from thresher.errors import ThresherError
+from thresher.ops import dispatch
+from thresher.types import IndexQuery, PartialAttention
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def not_interpreting(monkeypatch):
+    """Other tests of the same process set it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def calls():
+    """operation -> a call of its public function on small CPU tensors, as ``call(impl=...)``."""
+    torch.manual_seed(0)
+    (k, k_scales), (q, _), weights = ops.quantize_fp8(torch.randn(70, 64)), ops.quantize_fp8(torch.randn(2, 3, 64)), torch.randn(2, 3)
+    query = IndexQuery(q, weights, torch.tensor([69, 40]), torch.zeros(2, dtype=torch.int64))
+    keys, means = pack_keys([(k, k_scales)]), [ops.pool_keys(k, k_scales, 16)]
+    zeros, ends = torch.zeros(2, dtype=torch.int64), torch.tensor([70, 41])
+    slots = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
+    parts = [PartialAttention(torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2)]
+    arguments = {
+        "index_score": (q, weights, k, k_scales, zeros, ends),
+        "paged_index_score": (query, keys),
+        "gathered_index_score": (query, keys, torch.tensor([[0, 5, -1], [1, 2, 3]])),
+        "select_topk": (torch.randn(2, 9), 4),
+        "pool_keys": (k, k_scales, 16),
+        "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
+        "head_mass": (query, means, keys, 16),
+        "route_heads": (torch.rand(2, 6), 2),
+        "sparse_attend": (torch.randn(2, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8), slots, 0.3),
+        "sparse_attend_mla": (torch.randn(2, 4, 576), torch.randn(6, 576), slots, 0.05),
+        "merge": (parts,),
+    }
+    return {name: (getattr(ops, name), given) for name, given in arguments.items()}
+
+
+CALLS = calls()
+
+
+def bits(result):
+    """Every tensor in a result, for comparing."""
+    if isinstance(result, torch.Tensor):
+        return [result.view(torch.uint8) if result.element_size() == 1 else result]
+    parts = result if isinstance(result, tuple) else [x for x in vars(result).values() if isinstance(x, torch.Tensor)]
+    return [b for part in parts for b in bits(part)]
+
+
+def equal(one, two):
+    return all(torch.equal(a, b) for a, b in zip(bits(one), bits(two), strict=True))
+
+
+def test_the_table_has_every_operation_that_takes_impl():
+    taking = {name for name in ops.__all__ if "impl" in inspect.signature(getattr(ops, name)).parameters}
+    assert taking == set(dispatch.TABLE) == set(CALLS)
+    for operation, row in dispatch.TABLE.items():
+        assert "reference" in row
+        assert len(set(row)) == len(row)
+        assert inspect.signature(getattr(ops, operation)).parameters["impl"].default == "auto"
+        assert importlib.util.find_spec(f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}") is not None
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_auto_is_the_reference_today(operation):
+    function, given = CALLS[operation]
+    assert dispatch.TABLE[operation][0] == "reference"
+    assert equal(function(*given), function(*given, impl="auto"))
+    assert equal(function(*given), function(*given, impl="reference"))
+
+
+@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("name", ["", "Triton", "cuda", "deep_gemm"])
+def test_an_unknown_name_lists_the_known_ones(operation, name):
+    function, given = CALLS[operation]
+    with pytest.raises(ThresherError, match=r"impl must be one of auto, reference, triton; got '" + name + "'"):
+        function(*given, impl=name)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """``kernel(operation, **names)``: a stand-in for the operation's Triton module, which records how it was called."""
+
+    def make(operation, **names):
+        seen = []
+        names.setdefault("unsupported_mla", names.get("unsupported"))
+        module = SimpleNamespace(**{operation: lambda *a, **k: seen.append((a, k)) or "from the kernel", **names})
+        path = f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}.triton"
+        monkeypatch.setattr(dispatch, "installed", lambda package: package in ("triton", path))
+        monkeypatch.setattr(dispatch, "import_module", lambda wanted: {path: module}[wanted])
+        return seen
+
+    return make
+
+
+def able(*_, **__):
+    return None
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_named_kernel_gets_the_public_arguments(operation, kernel, monkeypatch):
+    function, given = CALLS[operation]
+    seen = kernel(operation, unsupported=able)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert function(*given, impl="triton") == "from the kernel"
+    (positional, _) = seen[0]
+    for mine, theirs in zip(given, positional, strict=False):
+        assert mine is theirs
+    function(*given)
+    assert len(seen) == 1, "auto must not take a kernel that the table lists second"
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_a_named_kernel_that_cannot_run_says_why_and_nothing_runs(operation, kernel, monkeypatch):
+    function, given = CALLS[operation]
+
+    def refused(words):
+        with pytest.raises(ThresherError, match=words) as caught:
+            function(*given, impl="triton")
+        assert str(caught.value).startswith(f'impl="triton" of {operation} must be able to run; got: ')
+        assert "\n" not in str(caught.value)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen = kernel(operation, unsupported=lambda *a, **k: "head_dim is 65")
+    if operation not in ("route_heads", "merge"):  # these kernels take all that the public functions take
+        refused("head_dim is 65")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    seen += kernel(operation, unsupported=able)
+    refused("the tensors are on cpu; Triton needs a CUDA device, or TRITON_INTERPRET=1")
+    monkeypatch.setattr(dispatch, "import_module", lambda wanted: SimpleNamespace())
+    refused(f"{operation} has no triton kernel")
+
+    def broken(wanted):
+        raise ImportError("no\nlibdevice")
+
+    monkeypatch.setattr(dispatch, "import_module", broken)
+    refused(r"its module cannot be imported \(no libdevice\)")
+    monkeypatch.setattr(dispatch, "installed", lambda package: package != "triton")
+    refused("the package triton is not installed")
+    monkeypatch.setattr(dispatch, "installed", lambda package: False)
+    refused(f"{operation} has no triton kernel")
+    assert seen == []
+
+
+def test_auto_goes_down_the_row_past_what_cannot_run(kernel, monkeypatch):
+    scores = torch.randn(2, 9)
+    want = ops.select_topk(scores, 3)
+    monkeypatch.setattr(dispatch, "TABLE", {"select_topk": ("triton", "reference")})
+    kernel("select_topk", unsupported=lambda *a: "too wide")
+    assert dispatch.preferred("select_topk", CPU) == "reference"
+    assert equal(ops.select_topk(scores, 3), want)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert equal(ops.select_topk(scores, 3), want), "unsupported arguments also move auto on"
+    kernel("select_topk", unsupported=able)
+    assert dispatch.preferred("select_topk", CPU) == "triton"
+    assert ops.select_topk(scores, 3) == "from the kernel"
+
+
+def test_arguments_are_checked_before_an_implementation_is_chosen(kernel, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen = kernel("select_topk", unsupported=able)
+    with pytest.raises(ThresherError, match="scores must be float32"):
+        ops.select_topk(torch.zeros(2, 3, dtype=torch.float64), 1, impl="triton")
+    assert seen == []
+
+
+@pytest.mark.parametrize("operation", ["sparse_attend", "sparse_attend_mla", "merge"])
+def test_a_kernel_is_not_used_where_a_gradient_is_wanted(operation, kernel, monkeypatch):
+    function, given = CALLS[operation]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    kernel(operation, unsupported=able)
+    if operation == "merge":
+        given = ([PartialAttention(part.out.clone().requires_grad_(), part.lse) for part in given[0]],)
+    else:
+        given = (given[0].clone().requires_grad_(), *given[1:])
+    with pytest.raises(ThresherError, match="no gradient"):
+        function(*given, impl="triton")
+    with torch.no_grad():
+        assert function(*given, impl="triton") == "from the kernel"
+
+
+def test_using_says_what_auto_means_and_is_undone():
+    scores = torch.randn(2, 5)
+    want = ops.select_topk(scores, 2)
+    with dispatch.using("reference"):
+        assert equal(ops.select_topk(scores, 2), want)
+    with pytest.raises(ThresherError, match='impl="triton" of route_heads'), dispatch.using("triton"):
+        ops.route_heads(torch.rand(2, 6), 2)
+    assert ops.route_heads(torch.rand(2, 6), 2).shape == (2, 2)
+    with dispatch.using("triton"):
+        assert equal(ops.select_topk(scores, 2, impl="reference"), want), "a name in the call counts first"
+        with dispatch.using("auto"):
+            assert equal(ops.select_topk(scores, 2), want)
+    with pytest.raises(ThresherError, match="impl must be one of"), dispatch.using("fast"):
+        pass
+
+
+def test_too_few_means_are_refused_for_a_kernel_too(kernel, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    seen = kernel("head_mass", unsupported=able)
+    function, (query, means, keys, block_size) = CALLS["head_mass"]
+    with pytest.raises(ThresherError, match="means must cover"):
+        function(query, [tuple(x[:3] for x in means[0])], keys, block_size, impl="triton")
+    assert seen == []
+    kernel("route_heads", unsupported=able)
+    with pytest.raises(ThresherError, match="1024 heads"):
+        ops.route_heads(torch.rand(1, 1025), 2, impl="triton")
+
+
+def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
+    """Checks of values and widths from values would synchronise; shapes are checked all the same."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name in ("index_score", "select", "pool_keys", "route_heads", "sparse_attend", "merge"):
+        monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "can_read", lambda device: False)
+    for operation, (function, given) in CALLS.items():
+        seen = kernel(operation, unsupported=able)
+        with monkeypatch.context() as patch:
+            for reader in ("tolist", "item", "__bool__", "__int__"):
+                patch.setattr(torch.Tensor, reader, lambda *a, name=operation: pytest.fail(f"{name} reads a value"))
+            assert function(*given, impl="triton") == "from the kernel"
+        if operation == "paged_index_score":
+            assert seen[0][1] == {"width": 128}
+
+
+def test_the_reference_of_head_mass_stays_a_reference_inside_using():
+    function, given = CALLS["head_mass"]
+    with dispatch.using("triton"):
+        assert equal(function(*given, impl="reference"), function(*given, impl="reference"))
+
+
+def on_meta(operation, given):
+    """The arguments with one tensor on the meta device, which stands in for a second one."""
+    if operation == "paged_index_score":
+        query = given[0]
+        return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), given[1]
+    if operation == "head_mass":
+        return given[0], [tuple(x.to("meta") for x in given[1][0])], *given[2:]
+    if operation == "merge":
+        return ([given[0][0], PartialAttention(given[0][1].out, given[0][1].lse.to("meta"))],)
+    if operation == "select_topk":
+        return *given, "logical", torch.arange(9, device="meta").expand(2, 9)
+    last = max(i for i, value in enumerate(given) if isinstance(value, torch.Tensor))
+    return *given[:last], given[last].to("meta"), *given[last + 1 :]
+
+
+@pytest.mark.parametrize("operation", [name for name in CALLS if name != "route_heads"])
+def test_tensors_on_two_devices_are_named(operation):
+    function, given = CALLS[operation]
+    with pytest.raises(ThresherError, match=r"\w+ must be on the device of \w+, (cpu|meta); got (cpu|meta); move it"):
+        function(*on_meta(operation, given))
+
+
+PROBE = """
+import json, sys
+from thresher import ops
+from thresher.ops import dispatch
+import torch
+def loaded():
+    return sorted(name for name in sys.modules if name.startswith("thresher") and name.endswith(".triton"))
+before = loaded()
+for operation in dispatch.TABLE:
+    dispatch.preferred(operation, torch.device("cpu"))
+print(json.dumps([before, loaded()]))
+"""
+
+
+def test_kernels_are_not_imported_until_asked_for():
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=True, text=True)
+    assert json.loads(done.stdout) == [[], []]

@@ -1,0 +1,70 @@
+"""Compile for an H100, without one, every kernel that a piece of Python would launch.
+
+    python compile.py < code
+
+The code runs with ordinary CPU tensors and calls the kernels' own Python functions, so a kernel is compiled for the very arguments,
+alignments and launch parameters it would have on a GPU; nothing is launched. Prints one JSON object a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread, and bytes of local memory a thread (spilled registers, run-time indexed arrays)."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    if not os.path.exists(tool):
+        return {}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["reg"], "stack": found["stack"]} if "reg" in found else {}
+
+
+def main() -> None:
+    driver.set_active(Hopper())
+    run, records, seen = JITFunction.run, [], set()
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            asm, meta = kernel.asm, kernel.metadata
+            record = {"name": meta.name, "shared": meta.shared, "num_warps": meta.num_warps, "ptx": asm["ptx"]}
+            records.append(record | resources(asm["cubin"]))
+        return kernel
+
+    JITFunction.run = compile_only
+    exec(compile(sys.stdin.read(), "<code>", "exec"), {})
+    for record in records:
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

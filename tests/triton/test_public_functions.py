@@ -1,0 +1,77 @@
+"""Every public function with ``impl="triton"``: the kernel is reached, takes what the function passes, and agrees with the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from thresher import ops
+from thresher.cache import pack_keys
+from thresher.errors import ThresherError
+from thresher.ops import dispatch
+from thresher.selectors import DSA, HISA, MISA
+from thresher.types import IndexQuery, PartialAttention
+
+torch.manual_seed(0)
+HEADS, DIM = 3, 64
+K, K_SCALES = ops.quantize_fp8(torch.randn(150, DIM))
+QUERY = IndexQuery(ops.quantize_fp8(torch.randn(2, HEADS, DIM))[0], torch.randn(2, HEADS), torch.tensor([149, 70]), torch.tensor([0, 0]))
+KEYS = pack_keys([(K, K_SCALES)])
+SLOTS = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
+ATTENTION = torch.randn(2, 4, 64), torch.randn(6, 2, 64), torch.randn(6, 2, 64), SLOTS, 0.3
+LATENTS = torch.randn(2, 4, 576).bfloat16(), torch.randn(6, 576).bfloat16(), SLOTS, 0.05
+PARTS = [PartialAttention(torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2)]
+
+GIVEN = {
+    "index_score": (QUERY.q, QUERY.weights, K, K_SCALES, torch.tensor([0, 5]), torch.tensor([150, 71])),
+    "paged_index_score": (QUERY, KEYS),
+    "gathered_index_score": (QUERY, KEYS, torch.tensor([[0, 5, 149], [1, 70, -1]])),
+    "select_topk": (torch.randn(2, 40), 4),
+    "pool_keys": (K, K_SCALES, 16),
+    "partial_means": (K, K_SCALES, 16, torch.tensor([3, 149])),
+    "head_mass": (QUERY, [ops.pool_keys(K, K_SCALES, 16)], KEYS, 16),
+    "route_heads": (torch.rand(2, 6), 2),
+    "sparse_attend": ATTENTION,
+    "sparse_attend_mla": LATENTS,
+    "merge": (PARTS,),
+}
+
+
+def tensors(result):
+    if isinstance(result, torch.Tensor):
+        return [result.float()]
+    parts = result if isinstance(result, tuple) else [part for part in vars(result).values() if isinstance(part, torch.Tensor)]
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def test_every_operation_is_here():
+    assert set(GIVEN) == set(dispatch.TABLE)
+
+
+@pytest.mark.parametrize("operation", GIVEN)
+def test_the_kernel_agrees_with_the_reference(operation):
+    function, given = getattr(ops, operation), GIVEN[operation]
+    loose = {"sparse_attend_mla": 1e-2}.get(operation, 1e-5)
+    for got, want in zip(tensors(function(*given, impl="triton")), tensors(function(*given, impl="reference")), strict=True):
+        torch.testing.assert_close(got, want, rtol=loose, atol=loose)
+
+
+def test_what_a_kernel_cannot_take_is_refused_with_its_reason():
+    narrow = IndexQuery(QUERY.q[:, :, :32], QUERY.weights, QUERY.positions, QUERY.requests)
+    with pytest.raises(ThresherError, match=r'impl="triton" of paged_index_score .* head_dim'):
+        ops.paged_index_score(narrow, pack_keys([(K[:, :32].contiguous(), K_SCALES)]), impl="triton")
+    with pytest.raises(ThresherError, match="bfloat16"):
+        ops.sparse_attend_mla(LATENTS[0].float(), *LATENTS[1:], impl="triton")
+    with pytest.raises(ThresherError, match="no gradient"):
+        ops.sparse_attend(ATTENTION[0].clone().requires_grad_(), *ATTENTION[1:], impl="triton")
+
+
+@pytest.mark.parametrize(
+    "selector", [DSA(topk=16), MISA(active_heads=2, block_size=32, topk=16), HISA(block_size=8, num_blocks=4, topk=16)]
+)
+def test_a_selector_runs_on_kernels_alone(selector):
+    want = selector.select(QUERY, KEYS)
+    with dispatch.using("triton"):
+        got = selector.select(QUERY, KEYS)
+    assert torch.equal(got.indices, want.indices)
+    torch.testing.assert_close(got.scores, want.scores)
