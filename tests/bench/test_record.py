@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from thresher.bench.record import RESULTS, Record, append, read, results_path, source_state
+from thresher.bench.record import RESULTS, Record, append, read, results_path
 from thresher.bench.table import BEGIN, END, load, table, updated
 from thresher.errors import ThresherError
+from thresher.eval.source import source_state
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (

