@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """The Hopper kernel behind ``gluon.py``, and how its warps share the work.
 
-Persistent programs, one a multiprocessor, take equal runs of (block of queries, tile of 64 keys). In a program one warp fetches key tiles
-through the copy engine into a ring in shared memory, and two groups of four warps consume every tile, each for its own half of the
-block's queries: 256 (query, head) columns, in two chunks of 128, so that one chunk is multiplied while the other is summed up.
+Persistent programs, one a multiprocessor, take turns at the units (block of queries, run), where run r of R holds every R-th tile of 64
+keys from tile r on. In a program one warp fetches key tiles through the copy engine into a ring in shared memory, and two groups of four
+warps consume every tile, each for its own half of the block's queries: 256 (query, head) columns, in two chunks of 128, so that one chunk
+is multiplied while the other is summed up.
 
 **Columns.** Chunk, group of 4 queries, pair of heads, parity, query: column ``((sub * HB + pair) * 2 + parity) * 4 + query``. A thread of
 the matrix unit then holds one parity of two queries, and adds up heads in its own registers; the other parity is one shuffle away. The
@@ -103,21 +104,18 @@ def _range(row, low, high, owners, lengths, num_queries, num_keys, num_requests,
 
 
 @gluon.jit
-def _live(start, end, mine, t0, t1):
-    """The tiles of ``t0 .. t1 - 1`` that some row of ``mine`` sees."""
+def _live(start, end, mine, tiles):
+    """The tiles of ``0 .. tiles - 1`` that some row of ``mine`` sees."""
     some = mine & (start < end)
-    low = gl.min(gl.where(some, start, NO_REQUEST), 0) // KEYS
+    begin = gl.minimum(gl.min(gl.where(some, start, NO_REQUEST), 0) // KEYS, tiles)
     high = (gl.max(gl.where(some, end, 0), 0) + KEYS - 1) // KEYS
-    begin = gl.minimum(gl.maximum(low, t0), t1)
-    return begin, gl.minimum(gl.maximum(high, begin), t1)
+    return begin, gl.minimum(gl.maximum(high, begin), tiles)
 
 
 @gluon.jit
-def _share(units):
-    """This program's run of the units: ``first, last``."""
-    each, more = units // gl.num_programs(0), units % gl.num_programs(0)
-    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
-    return first, first + each + gl.where(gl.program_id(0) < more, 1, 0)
+def _first_of_run(begin, run, runs):
+    """The first tile from ``begin`` on that belongs to the run."""
+    return begin + (run + runs - begin % runs) % runs
 
 
 @gluon.jit
@@ -130,22 +128,20 @@ def _page(table, tile, num_pages, PAGE: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row, buffers, full, empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, runs, table_row,
+    buffers, full, empty, BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = _share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
-    while unit < last:
-        first, t0 = unit // tiles * BLOCK, unit % tiles
-        t1 = gl.minimum(tiles, t0 + last - unit)
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        first, run = unit // runs * BLOCK, unit % runs
         start, end, owner = _range(first + row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
-            begin, stop = _live(start, end, owner == current, t0, t1)
-            for tile in range(begin, stop):
+            begin, stop = _live(start, end, owner == current, tiles)
+            for tile in range(_first_of_run(begin, run, runs), stop, runs):
                 slot = turn % STAGES
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
                 mbarrier.expect(full.index(slot), KEYS * D)
@@ -157,7 +153,6 @@ def _producer(
                 tma.async_copy_global_to_shared(k_desc, at, full.index(slot), buffers.index(slot))
                 turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        unit += t1 - t0
 
 
 @gluon.jit
@@ -173,6 +168,11 @@ def _load_scales(scales, table, tile, key, num_keys, num_pages, page_words, D: g
 
 
 @gluon.jit
+def _zero_scale(key):
+    return (key * 0).to(gl.float32)
+
+
+@gluon.jit
 def _put(score, scale, out, at, key, start, end, mine, width, inner):
     """Store a tile of one group: ``score [64, SUB, 4]``; ``inner`` says that every row is there and sees every key."""
     score = score * gl.expand_dims(gl.expand_dims(scale, 1), 2)
@@ -184,9 +184,9 @@ def _put(score, scale, out, at, key, start, end, mine, width, inner):
 
 
 @gluon.jit
-def _fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """-inf into the tiles ``t0 .. t1 - 1`` of the rows to keep."""
-    for tile in range(t0, t1):
+def _fill(out, row, keep, begin, stop, runs, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """-inf into every ``runs``-th tile from ``begin`` to before ``stop``, in the rows to keep."""
+    for tile in range(begin, stop, runs):
         column = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
         value = gl.full([ROWS, KEYS], float("-inf"), gl.float32, LAYOUT)
         gl.store(out + row.to(gl.int64)[:, None] * out_row + column[None, :], value, mask=keep[:, None] & (column < width)[None, :])
@@ -195,7 +195,7 @@ def _fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl
 @gluon.jit
 def _consumer(
     q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
-    q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+    runs, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
@@ -210,11 +210,9 @@ def _consumer(
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, gl.SliceLayout(2, TOTAL)))
     wide_key = gl.expand_dims(gl.expand_dims(key, 1), 2)
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = _share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
-    while unit < last:
-        block, t0 = unit // tiles * BLOCK, unit % tiles
-        t1 = gl.minimum(tiles, t0 + last - unit)
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        block, run = unit // runs * BLOCK, unit % runs
         first = block + HALF * ROWS
         w0, w1 = zero, zero
         for chunk in gl.static_range(2):
@@ -251,16 +249,17 @@ def _consumer(
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             mine = owner == current
-            begin, stop = _live(start, end, mine, t0, t1)
+            begin, stop = _live(start, end, mine, tiles)
+            begin = _first_of_run(begin, run, runs)
             # Keys that every row of this consumer sees; none when one of them is absent or another request's.
             inner_low = gl.max(gl.where(own, gl.where(mine, start, NO_REQUEST), 0), 0)
             inner_high = gl.min(gl.where(own, gl.where(mine, end, 0), NO_REQUEST), 0)
             mine0, mine1 = owner0 == current, owner1 == current
             table = page_table + current.to(gl.int64) * table_row
-            scale, valid = zero_scale(key), begin < begin
+            scale, valid = _zero_scale(key), begin < begin
             if begin < stop:
                 scale, valid = _load_scales(scales, table, begin, key, num_keys, num_pages, page_words, D, PAGE)
-            for tile in range(begin, stop):
+            for tile in range(begin, stop, runs):
                 slot = turn % STAGES
                 n0 = tile * KEYS
                 inner = valid & (n0 >= inner_low) & (n0 + KEYS <= inner_high)
@@ -268,7 +267,7 @@ def _consumer(
                 stop0, stop1 = gl.where(valid, end0, 0), gl.where(valid, end1, 0)
                 now = scale
                 scale, valid = _load_scales(
-                    scales, table, gl.minimum(tile + 1, stop - 1), key, num_keys, num_pages, page_words, D, PAGE
+                    scales, table, gl.minimum(tile + runs, stop - 1), key, num_keys, num_pages, page_words, D, PAGE
                 )
                 mbarrier.wait(full.index(slot), turn // STAGES & 1)
                 keys = buffers.index(slot).reshape([KEYS, D])
@@ -289,21 +288,15 @@ def _consumer(
                     _put(_total(sums, SUB), now, block_out + n0, at1, n0 + wide_key, start1, stop1, mine1, width, inner)
                 turn += 1
             keep = fill_owner == current
-            _fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
-            _fill(out, fill_row, keep, stop, t1, width, out_row, ROWS, FILL)
+            _fill(out, fill_row, keep, run, gl.minimum(begin, tiles), runs, width, out_row, ROWS, FILL)
+            _fill(out, fill_row, keep, _first_of_run(stop, run, runs), tiles, runs, width, out_row, ROWS, FILL)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        unit += t1 - t0
 
 
-@gluon.jit
-def zero_scale(key):
-    return (key * 0).to(gl.float32)
-
-
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "width"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "width", "runs"])
 def prefill_kernel(
     k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
-    num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, width, runs, q_row, q_head, w_row, page_words, table_row, out_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HB: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
@@ -320,17 +313,17 @@ def prefill_kernel(
         [
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+                width, runs, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
                 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
             )),
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+                width, runs, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
                 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
             )),
             (_producer, (
-                k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
-                buffers, full, empty, BLOCK, STAGES, D, PAGE,
+                k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, runs,
+                table_row, buffers, full, empty, BLOCK, STAGES, D, PAGE,
             )),
         ],
         [4, 1],
