@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from thresher.cache.device import as_mask
 from thresher.errors import require
 from thresher.types import IndexKeys, IndexQuery
 
@@ -184,7 +185,7 @@ def paged_kernel(
             n = n0 + tl.arange(0, BN)
             if PAGE % BN == 0:
                 page = tl.load(table + n0 // PAGE)
-                valid = (page >= 0) & (page < num_pages)
+                valid = as_mask((page >= 0) & (page < num_pages))
                 word = tl.where(valid, page, 0).to(tl.int64) * page_words
                 tile = values + word * 4 + (n0 % PAGE) * D
                 keys = tl.load(tile + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :], mask=valid, other=0.0)
