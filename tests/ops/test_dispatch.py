@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from thresher import ops
-from thresher.cache import pack_keys
+from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import dispatch
 from thresher.types import IndexQuery, PartialAttention
@@ -36,17 +37,23 @@ def calls():
     zeros, ends = torch.zeros(2, dtype=torch.int64), torch.tensor([70, 41])
     slots = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
     parts = [PartialAttention(torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2)]
+    positions = torch.tensor([0, 70])
     arguments = {
         "index_score": (q, weights, k, k_scales, zeros, ends),
         "paged_index_score": (query, keys),
         "gathered_index_score": (query, keys, torch.tensor([[0, 5, -1], [1, 2, 3]])),
         "select_topk": (torch.randn(2, 9), 4),
+        "select_topk_slots": (torch.randn(2, 9), 4, torch.tensor([[3, -1]], dtype=torch.int32), zeros, 5),
         "pool_keys": (k, k_scales, 16),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
         "route_heads": (torch.rand(2, 6), 2),
         "sparse_attend": (torch.randn(2, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8), slots, 0.3),
         "sparse_attend_mla": (torch.randn(2, 4, 576), torch.randn(6, 576), slots, 0.05),
+        "sparse_attend_mla_fp8": (torch.randn(2, 4, 576).bfloat16(), LatentCache(2, 3).data, slots, 0.05),
+        "store_index_keys": (IndexKeyCache(2, 64, 3).pages, torch.tensor([0, 5]), torch.randn(2, 64), positions, 1e4, 32, "half"),
+        "quantize_queries": (torch.randn(2, 3, 64), torch.randn(2, 3), positions, 1e4, 32, "half"),
+        "store_latents": (LatentCache(2, 3).data, torch.tensor([0, 5]), torch.randn(2, 512), torch.randn(2, 64), positions),
         "merge": (parts,),
     }
     return {name: (getattr(ops, name), given) for name, given in arguments.items()}
@@ -61,6 +68,13 @@ def bits(result):
         return [result.view(torch.uint8) if result.element_size() == 1 else result]
     parts = result if isinstance(result, tuple) else [x for x in vars(result).values() if isinstance(x, torch.Tensor)]
     return [b for part in parts for b in bits(part)]
+
+
+def outcome(function, given, **options):
+    """What a call returns; a function that writes to its first argument has that for a result."""
+    given = copy.deepcopy(given)
+    result = function(*given, **options)
+    return given[0] if result is None else result
 
 
 def equal(one, two):
@@ -81,8 +95,9 @@ def test_the_table_has_every_operation_that_takes_impl():
 def test_auto_is_the_reference_today(operation):
     function, given = CALLS[operation]
     assert dispatch.TABLE[operation][0] == "reference"
-    assert equal(function(*given), function(*given, impl="auto"))
-    assert equal(function(*given), function(*given, impl="reference"))
+    want = outcome(function, given)
+    assert equal(want, outcome(function, given, impl="auto"))
+    assert equal(want, outcome(function, given, impl="reference"))
 
 
 @pytest.mark.parametrize("operation", CALLS)
@@ -100,6 +115,7 @@ def kernel(monkeypatch):
     def make(operation, **names):
         seen = []
         names.setdefault("unsupported_mla", names.get("unsupported"))
+        names.setdefault("unsupported_mla_fp8", names.get("unsupported"))
         module = SimpleNamespace(**{operation: lambda *a, **k: seen.append((a, k)) or "from the kernel", **names})
         path = f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}.triton"
         monkeypatch.setattr(dispatch, "installed", lambda package: package in ("triton", path))
@@ -118,7 +134,7 @@ def test_a_named_kernel_gets_the_public_arguments(operation, kernel, monkeypatch
     function, given = CALLS[operation]
     seen = kernel(operation, unsupported=able)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert function(*given, impl="triton") == "from the kernel"
+    assert function(*given, impl="triton") == (None if operation.startswith("store_") else "from the kernel")
     (positional, _) = seen[0]
     for mine, theirs in zip(given, positional, strict=False):
         assert mine is theirs
@@ -180,7 +196,7 @@ def test_arguments_are_checked_before_an_implementation_is_chosen(kernel, monkey
     assert seen == []
 
 
-@pytest.mark.parametrize("operation", ["sparse_attend", "sparse_attend_mla", "merge"])
+@pytest.mark.parametrize("operation", ["sparse_attend", "sparse_attend_mla", "sparse_attend_mla_fp8", "merge"])
 def test_a_kernel_is_not_used_where_a_gradient_is_wanted(operation, kernel, monkeypatch):
     function, given = CALLS[operation]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -215,7 +231,7 @@ def test_too_few_means_are_refused_for_a_kernel_too(kernel, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = kernel("head_mass", unsupported=able)
     function, (query, means, keys, block_size) = CALLS["head_mass"]
-    with pytest.raises(ThresherError, match="means must cover"):
+    with pytest.raises(ThresherError, match="means of request 0 must cover its 4 full blocks; got 3"):
         function(query, [tuple(x[:3] for x in means[0])], keys, block_size, impl="triton")
     assert seen == []
     kernel("route_heads", unsupported=able)
@@ -226,14 +242,15 @@ def test_too_few_means_are_refused_for_a_kernel_too(kernel, monkeypatch):
 def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
     """Checks of values and widths from values would synchronise; shapes are checked all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in ("index_score", "select", "pool_keys", "route_heads", "sparse_attend", "merge"):
+    for name in ("arguments", "index_score", "select", "route_heads", "merge"):
         monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "can_read", lambda device: False)
     for operation, (function, given) in CALLS.items():
         seen = kernel(operation, unsupported=able)
         with monkeypatch.context() as patch:
             for reader in ("tolist", "item", "__bool__", "__int__"):
                 patch.setattr(torch.Tensor, reader, lambda *a, name=operation: pytest.fail(f"{name} reads a value"))
-            assert function(*given, impl="triton") == "from the kernel"
+            function(*given, impl="triton")
+        assert len(seen) == 1
         if operation == "paged_index_score":
             assert seen[0][1] == {"width": 128}
 
@@ -262,7 +279,7 @@ def on_meta(operation, given):
 @pytest.mark.parametrize("operation", [name for name in CALLS if name != "route_heads"])
 def test_tensors_on_two_devices_are_named(operation):
     function, given = CALLS[operation]
-    with pytest.raises(ThresherError, match=r"\w+ must be on the device of \w+, (cpu|meta); got (cpu|meta); move it"):
+    with pytest.raises(ThresherError, match=r"\S+ must be on the device of \S+, (cpu|meta); got (cpu|meta); move it"):
         function(*on_meta(operation, given))
 
 

@@ -33,12 +33,17 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "paged_index_score": ("reference", "triton"),
         "gathered_index_score": ("reference", "triton"),
         "select_topk": ("reference", "triton"),
+        "select_topk_slots": ("reference", "triton"),
         "pool_keys": ("reference", "triton"),
         "partial_means": ("reference", "triton"),
         "head_mass": ("reference", "triton"),
         "route_heads": ("reference", "triton"),
         "sparse_attend": ("reference", "triton"),
         "sparse_attend_mla": ("reference", "triton"),
+        "sparse_attend_mla_fp8": ("reference", "triton"),
+        "store_index_keys": ("reference", "triton"),
+        "quantize_queries": ("reference", "triton"),
+        "store_latents": ("reference", "triton"),
         "merge": ("reference", "triton"),
     }
 )
@@ -49,9 +54,14 @@ FOLDERS: Mapping[str, str] = MappingProxyType(
         "paged_index_score": "index_score",
         "gathered_index_score": "index_score",
         "select_topk": "select",
+        "select_topk_slots": "select",
         "partial_means": "pool_keys",
         "head_mass": "route_heads",
         "sparse_attend_mla": "sparse_attend",
+        "sparse_attend_mla_fp8": "sparse_attend",
+        "store_index_keys": "quantize",
+        "quantize_queries": "quantize",
+        "store_latents": "quantize",
     }
 )
 
