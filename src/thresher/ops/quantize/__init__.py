@@ -54,7 +54,8 @@ def store_index_keys(
     require(pages.is_contiguous(), "pages must be contiguous", f"strides {pages.stride()}", "pass IndexKeyCache.pages")
     check_tensor("x", x, HALF_OR_SINGLE, ("tokens", dim), "use the cache of this indexer")
     _check_power_of_two(x)
-    _check_tokens(x.shape[0], positions, slots)
+    check_tensor("slots", slots, INDEX, (x.shape[0],), "pass one per token")
+    check_tensor("positions", positions, INDEX, (x.shape[0],), "pass one per token")
     check_rotation(dim, theta, rotary_dim, style)
     device = device_of(pages=pages, slots=slots, x=x, positions=positions)
     _check_slots(slots, num_pages * page_size)
@@ -96,7 +97,7 @@ def quantize_queries(
     check_tensor("x", x, HALF_OR_SINGLE, ("tokens", "heads", "head_dim"), "reshape it")
     _check_power_of_two(x)
     check_tensor("weights", weights, HALF_OR_SINGLE, tuple(x.shape[:2]), "pass one weight per token and head")
-    _check_tokens(x.shape[0], positions)
+    check_tensor("positions", positions, INDEX, (x.shape[0],), "pass one per token")
     check_rotation(x.shape[2], theta, rotary_dim, style)
     check_number("factor", factor)
     device = device_of(x=x, weights=weights, positions=positions)
@@ -139,7 +140,9 @@ def store_latents(
     require(data.is_contiguous(), "data must be contiguous", f"strides {data.stride()}", "pass LatentCache.data")
     check_tensor("latent", latent, HALF_OR_SINGLE, ("tokens", LATENT_DIM), "pass one latent per token")
     check_tensor("rope", rope, HALF_OR_SINGLE, (latent.shape[0], ROPE_DIM), "pass one key part per token")
-    _check_tokens(latent.shape[0], positions, slots)
+    check_tensor("slots", slots, INDEX, (latent.shape[0],), "pass one per token")
+    if positions is not None:
+        check_tensor("positions", positions, INDEX, (latent.shape[0],), "pass one per token")
     check_rotation(ROPE_DIM, theta, ROPE_DIM, style)
     device = device_of(data=data, slots=slots, latent=latent, rope=rope, positions=positions)
     _check_slots(slots, data.shape[0] * data.shape[1])
@@ -150,12 +153,6 @@ def store_latents(
 def _check_power_of_two(x: Tensor) -> None:
     dim = x.shape[-1]
     require(dim > 0 and dim & (dim - 1) == 0, "the last dimension of x must be a power of two", tuple(x.shape), "pad it")
-
-
-def _check_tokens(num: int, positions: Tensor | None, slots: Tensor | None = None) -> None:
-    for name, tensor in (("positions", positions), ("slots", slots)):
-        if tensor is not None:
-            check_tensor(name, tensor, INDEX, (num,), "pass one per token")
 
 
 def _check_slots(slots: Tensor, num_slots: int) -> None:

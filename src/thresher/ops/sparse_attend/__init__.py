@@ -43,15 +43,11 @@ def sparse_attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float, 
         ThresherError: a shape, dtype or device that does not fit, a slot outside -1..S - 1, or an impl that cannot run.
     """
     check_tensor("k", k, FLOAT, ("slots", "groups", "dim"), "reshape it")
+    require(k.shape[1] >= 1, "k must have at least one group", tuple(k.shape), "check the model's kv heads")
     check_tensor("v", v, FLOAT, (k.shape[0], k.shape[1], "value_dim"), "pass a value per key")
     device = _check(q, FLOAT, slots, scale, k.shape[2], k=k, v=v)
     heads, groups = q.shape[1], k.shape[1]
-    require(
-        groups >= 1 and heads % groups == 0,
-        "the groups of k must divide the heads of q",
-        f"{groups} and {heads}",
-        "check the model's kv heads",
-    )
+    require(heads % groups == 0, "the groups of k must divide the heads of q", f"{groups} and {heads}", "check the model's kv heads")
     _check_slots(slots, k.shape[0])
     kernel = choose("sparse_attend", impl, device, lambda module: no_gradient(q, k, v) or module.unsupported(q, k, v))
     return attend_reference(q, k, v, v.shape[2], slots, scale) if kernel is None else kernel(q, k, v, slots, scale)
