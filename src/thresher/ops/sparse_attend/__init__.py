@@ -112,7 +112,9 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
     require(cache_data.shape[1] >= 1, "the page_size of cache_data must be at least 1", tuple(cache_data.shape), "64 is usual")
     device = _check(q, (torch.bfloat16,), slots, scale, LATENT_DIM + ROPE_DIM, cache_data=cache_data)
     _check_slots(slots, cache_data.shape[0] * cache_data.shape[1])
-    kernel = choose("sparse_attend_mla_fp8", impl, device, lambda module: no_gradient(q) or module.unsupported_mla_fp8(q, cache_data))
+    kernel = choose(
+        "sparse_attend_mla_fp8", impl, device, lambda module: no_gradient(q) or module.unsupported_mla_fp8(q, cache_data, slots)
+    )
     return attend_fp8_reference(q, cache_data, slots, scale) if kernel is None else kernel(q, cache_data, slots, scale)
 
 
