@@ -172,6 +172,7 @@ def wrong_device(impl: str, device: torch.device) -> str | None:
     return None if fits(card) else f"it needs compute capability {words}, and this card has {card[0]}.{card[1]}"
 
 
+@cache
 def capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device, None where there is none."""
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
@@ -258,7 +259,7 @@ def _unloadable(module: ModuleType) -> str | None:
     if load is not None:
         try:
             load()
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # an import of somebody else's package may fail in any way
             return f"its package cannot be loaded ({_line(error)})"
     return None
 
