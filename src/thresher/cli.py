@@ -149,9 +149,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--selector", default="dsa", help="name:option=value,... (default: %(default)s)")
     parser.add_argument("--inputs", nargs="+", default=["normal"], metavar="NAME", help="see --list; cruel for all three (default: normal)")
     parser.add_argument("--recorded", type=Path, metavar="FILE", help="safetensors file of the recorded inputs")
-    parser.add_argument("--op", help="one part of a case's work: index_score or select_topk (default: the whole)")
+    parser.add_argument(
+        "--op",
+        help="one part of a case's work, such as index_score or select_topk; sparse_attend_mla for bf16 latents (default: the whole)",
+    )
     parser.add_argument("--peer", metavar="NAME", help="what to time beside it; see --list")
-    parser.add_argument("--impl", default="auto", help="auto, reference or triton (default: %(default)s)")
+    parser.add_argument("--impl", default="auto", help="auto, or a name that thresher info lists (default: %(default)s)")
     parser.add_argument("--timing", choices=["graph", "events"], help="(default: graph, events for a prefill)")
     parser.add_argument("--repeats", type=int, default=50, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")

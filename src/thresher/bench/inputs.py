@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from thresher.bench.cases import Case
-from thresher.cache import IndexKeyCache, PageTable
+from thresher.cache import IndexKeyCache, LatentCache, PageTable
 from thresher.errors import ThresherError, require
 from thresher.ops.quantize import quantize_fp8
 from thresher.types import IndexKeys, IndexQuery
 
 CRUEL = ("cruel-plateaus", "cruel-ascending", "cruel-descending")
 INPUTS = ("normal", *CRUEL, "recorded")
-LATENT_DIM = 576
+LATENT_DIM, VALUE_DIM = 576, 512
 # Softmax scale of V3.2's attention: 128 + 64 dims a head before absorption.
 SCALE = 192**-0.5
 PLATEAUS = 7
@@ -40,7 +40,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class AttendInputs:
-    """``q`` bf16 ``[Q, N, 576]``, ``latents`` bf16 ``[S, 576]``, ``slots`` int32 ``[Q, k]`` (None where they are selected first)."""
+    """``q`` bf16 ``[Q, N, 576]``; ``latents`` bf16 ``[S, 576]``, or the FP8 cache, uint8 ``[S / 64, 64, 1, 656]``; ``slots`` int32
+    ``[Q, k]`` (None where they are selected first)."""
 
     q: Tensor
     latents: Tensor
@@ -80,12 +81,16 @@ def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded
     return Inputs(IndexQuery(q, weights, positions, requests), cache.view(table.table, table.lengths))
 
 
-def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 0) -> AttendInputs:
-    """Normal attention queries and latents; for mla-decode also ``topk`` distinct ascending slots a row, within the row's own request."""
+def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 0, fp8: bool = False) -> AttendInputs:
+    """Normal attention queries and latents, in bf16 or as the FP8 cache stores them; for mla-decode also ``topk`` distinct ascending slots
+    a row, within the row's own request."""
     generator = _draw(seed, copy, device)
     lengths = case.lengths(seed)
     held = [-(-length // 64) * 64 for length in lengths]
-    latents = torch.randn(sum(held), LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
+    if fp8:
+        latents = _fp8_latents(held, generator, device)
+    else:
+        latents = torch.randn(sum(held), LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
     q = torch.randn(case.rows, case.attention_heads, LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
     if case.kind != "mla-decode":
         return AttendInputs(q, latents, None)
@@ -96,6 +101,17 @@ def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 
         slots[row, : len(picked)] = (start + picked).int()
         start += held[row]
     return AttendInputs(q, latents, slots)
+
+
+def _fp8_latents(held: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """One request at a time, so that the unquantised latents of all never stand in memory together."""
+    cache = LatentCache(sum(held) // 64, device=device)
+    start = 0
+    for tokens in held:
+        latents = torch.randn(tokens, LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
+        cache.store(torch.arange(start, start + tokens, device=device), latents[:, :VALUE_DIM], latents[:, VALUE_DIM:])
+        start += tokens
+    return cache.data
 
 
 def _draw(seed: int, copy: int, device: torch.device) -> torch.Generator:

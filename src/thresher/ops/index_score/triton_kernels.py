@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thresher.cache.device import as_mask
+
 STAGES = tl.constexpr(3)  # named at the loop, so that the scales are prefetched too and not the product's operands alone
 NO_REQUEST = tl.constexpr(2**31 - 1)
 FILL = tl.constexpr(1024)  # columns written at once where there is nothing to score
@@ -172,7 +174,7 @@ def _score_rows(
             n = n0 + tl.arange(0, BN)
             if PAGE % BN == 0:
                 page = tl.load(table + n0 // PAGE)
-                valid = (page >= 0) & (page < num_pages)
+                valid = as_mask((page >= 0) & (page < num_pages))
                 word = tl.where(valid, page, 0).to(tl.int64) * page_words
                 tile = values + word * 4 + (n0 % PAGE) * D
                 keys = tl.load(tile + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :], mask=valid, other=0.0)
