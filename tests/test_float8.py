@@ -48,7 +48,12 @@ def test_decoding_asks_nothing_of_float8(method):
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda x: x[torch.tensor([1])], lambda x: x[:, torch.tensor([1])], lambda x: torch.cat([x, x]), lambda x: x.index_select(0, torch.tensor([1]))],
+    [
+        lambda x: x[torch.tensor([1])],
+        lambda x: x[:, torch.tensor([1])],
+        lambda x: torch.cat([x, x]),
+        lambda x: x.index_select(0, torch.tensor([1])),
+    ],
 )
 def test_what_is_refused_is_seen(wrong):
     x = torch.zeros(2, 4).to(torch.float8_e4m3fn)
