@@ -60,7 +60,9 @@ class IndexQuery:
 
     def rows(self, keep: Tensor | slice) -> IndexQuery:
         """The queries picked by a bool mask, an index tensor or a slice."""
-        return IndexQuery(self.q[keep], self.weights[keep], self.positions[keep], self.requests[keep])
+        # fp8 tensors cannot be indexed by tensors on every device; their bytes can
+        q = self.q.view(torch.uint8)[keep].view(self.q.dtype) if self.q.element_size() == 1 else self.q[keep]
+        return IndexQuery(q, self.weights[keep], self.positions[keep], self.requests[keep])
 
 
 @dataclass(frozen=True)

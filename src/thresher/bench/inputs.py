@@ -3,7 +3,9 @@
 ``normal``: normal queries, keys and weights. ``cruel-plateaus``: all keys are copies of a few, so that most scores are ties.
 ``cruel-ascending`` and ``cruel-descending``: scores that never fall, or never rise, along the context. ``recorded``: a model's own, from
 a safetensors file with ``q`` fp ``[requests, Q, H, D]``, ``k`` ``[requests, N, D]`` and ``weights`` ``[requests, Q, H]`` (before any factor
-is folded in), where the queries are those of the last Q tokens; a case takes the last of them that it needs.
+is folded in), where the queries are those of the last Q tokens; a case takes the last of them that it needs. Requests may hold different
+numbers of queries: then ``rows`` int64 ``[requests]`` says how many, and q ``[sum(rows), H, D]`` and weights hold them one after the other.
+``thresher record`` writes such a file (``bench/recording.py``).
 
 The same seed gives the same inputs on the same kind of device.
 """
@@ -156,20 +158,27 @@ class _Recorded:
             raise ThresherError(f"recorded inputs must be a safetensors file; got {path} ({error}); record them first") from None
         missing = {"q", "k", "weights"} - set(held)
         require(not missing, "recorded inputs must hold q, k and weights", f"{path} without {', '.join(sorted(missing))}", "record them")
-        self.q, self.k, self.weights = held["q"], held["k"], held["weights"]
+        q, self.k, weights = held["q"], held["k"], held["weights"]
+        if "rows" in held:
+            counts = held["rows"].flatten().tolist()
+        elif q.dim() == 4 and weights.shape == q.shape[:3]:
+            counts = [q.shape[1]] * len(q)
+            q, weights = q.flatten(0, 1), weights.flatten(0, 1)
+        else:
+            counts = []
         requests, rows = len(lengths), case.rows if case.kind == "prefill" else 1
         need = f"q [{requests}+, {rows}+, {case.heads}, {case.head_dim}], k [{requests}+, {max(lengths)}+, {case.head_dim}]"
-        ok = self.q.dim() == 4 and self.k.dim() == 3 and self.weights.shape == self.q.shape[:3] and len(self.q) == len(self.k)
-        ok = ok and len(self.q) >= requests and self.q.shape[1] >= rows and self.q.shape[2:] == (case.heads, case.head_dim)
+        ok = q.dim() == 3 and self.k.dim() == 3 and weights.shape == q.shape[:2] and len(counts) == len(self.k)
+        ok = ok and sum(counts) == len(q) and min(counts, default=-1) >= 0 and len(counts) >= requests and min(counts[:requests]) >= rows
+        ok = ok and q.shape[1:] == (case.heads, case.head_dim)
         ok = ok and self.k.shape[1] >= max(lengths) and self.k.shape[2] == case.head_dim
-        got = f"q {tuple(self.q.shape)}, k {tuple(self.k.shape)}, weights {tuple(self.weights.shape)}"
+        got = ", ".join(f"{name} {tuple(held[name].shape)}" for name in ("q", "k", "weights"))
+        got += f", rows {counts}" if "rows" in held else ""
         require(ok, f"{case.name} needs {need}, and weights like q", got, "choose a smaller case")
-        self.requests, self.rows = requests, rows
+        self.q, self.weights = (torch.cat([part[-rows:] for part in x.split(counts)[:requests]]).float() for x in (q, weights))
 
     def keys(self, request: int, length: int) -> Tensor:
         return self.k[request, -length:].float()
 
     def queries(self) -> tuple[Tensor, Tensor]:
-        return self.q[: self.requests, -self.rows :].float().flatten(0, 1), self.weights[: self.requests, -self.rows :].float().flatten(
-            0, 1
-        )
+        return self.q, self.weights

@@ -30,8 +30,8 @@ def head_mass_reference(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]
         # A block that the query completes is a full one; -1 leaves its partial mean out.
         inside = torch.where((last + 1) % block_size == 0, -1, last - start)
         own = partial_means(*load_keys(keys, request, start, int(last.max()) + 1), block_size, inside, impl="reference")
-        q = query.q[rows]
-        mass[rows] = _request_mass(q, query.weights[rows], (values[:needed], scales[:needed]), own, last, block_size)
+        asked = query.rows(rows)
+        mass[rows] = _request_mass(asked.q, asked.weights, (values[:needed], scales[:needed]), own, last, block_size)
     return mass
 
 
