@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from thresher.checks import BYTES, FLOAT, FP32, INT32, INT64, check_tensor
