@@ -12,32 +12,17 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from thresher.cache.device import INTERPRET, on_device
-from thresher.errors import require
+from thresher.cache.device import on_device
 from thresher.ops.index_score.gluon_kernels import prefill_kernel
 from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
-MIN_QUERIES = 64  # with fewer, a block of queries is mostly padding and the kernel for decoding is faster
 STAGES = 8
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def unsupported(q_dtype: torch.dtype, k_dtype: torch.dtype, num_heads: int, head_dim: int, num_keys: int = 0) -> str | None:
-    """Why this kernel cannot run, or None; arguments as in ``triton.py``."""
-    if INTERPRET:
-        return "cannot be interpreted"
-    if (q_dtype, k_dtype) != (FP8, FP8):
-        return f"needs float8_e4m3fn queries and keys, not {q_dtype} and {k_dtype}"
-    if head_dim not in (64, 128):
-        return f"needs a head_dim of 64 or 128, not {head_dim}"
-    if not 1 <= num_heads <= 64:
-        return f"needs 1 to 64 heads, not {num_heads}"
-    return None if 1 <= num_keys < 2**26 else f"needs 1 to {2**26 - 1} keys, not {num_keys}"
-
-
-def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts: Tensor, ends: Tensor, out: Tensor | None = None) -> Tensor:
-    """See ``triton.index_score``."""
+def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts: Tensor, ends: Tensor, out: Tensor) -> Tensor:
+    """``triton.index_score`` for checked arguments, at least one query and one key."""
     num_keys, dim = k.shape
     k = k if k.stride(1) == 1 and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0 else k.contiguous()
     desc = TensorDescriptor(k, [1, num_keys, dim], [16 * -(-k.stride(0) * num_keys // 16), k.stride(0), 1], [1, 64, dim], _layout(dim))
@@ -45,12 +30,9 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return _run(desc, q, weights, k_scales.contiguous(), low, high, low, low, low, out, num_keys, (1, 1, num_keys, 0, 0), 0)
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = None, out: Tensor | None = None) -> Tensor:
-    """See ``triton.paged_index_score``; pages must hold a multiple of 64 tokens."""
+def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int, out: Tensor) -> Tensor:
+    """``triton.paged_index_score`` for checked arguments, at least one query and one page; pages hold a multiple of 64 tokens."""
     pages, size, dim = keys.pages.shape[0], keys.page_size, keys.head_dim
-    require(size % 64 == 0, "the page size must be a multiple of 64 for impl gluon", size, 'pass impl="triton"')
-    if width is None:
-        width = int(keys.lengths.max()) if keys.num_requests else 0
     flat = keys.pages.contiguous().view(-1)
     record = size * (dim + 4)
     desc = TensorDescriptor(flat.view(FP8), [pages, size, dim], [record, dim, 1], [1, 64, dim], _layout(dim))
@@ -63,16 +45,10 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
 
 def _run(
     desc: TensorDescriptor, q: Tensor, weights: Tensor, scales: Tensor, low: Tensor, high: Tensor, owners: Tensor, lengths: Tensor,
-    table: Tensor, out: Tensor | None, width: int, sizes: tuple[int, int, int, int, int], page: int,
+    table: Tensor, out: Tensor, width: int, sizes: tuple[int, int, int, int, int], page: int,
 ) -> Tensor:  # fmt: skip
     num, heads, dim = q.shape
     num_requests, num_pages, num_keys, page_words, table_row = sizes
-    why = unsupported(q.dtype, FP8, heads, dim, width)
-    require(why is None, f"the gluon index score {why}", f"q {tuple(q.shape)}", "use another impl")
-    if out is None:
-        out = torch.empty(num, width, device=q.device)
-    if not out.numel():
-        return out
     q = q if q.stride(-1) == 1 else q.contiguous()
     weights = weights if weights.stride(-1) == 1 else weights.contiguous()
     padded = max(8, triton.next_power_of_2(heads))

@@ -184,6 +184,81 @@ def _put(score, scale, out, at, key, start, end, mine, width, inner):
 
 
 @gluon.jit
+def _halves(x, SUB: gl.constexpr):
+    """``[64, SUB, 4]`` to two of ``[4, 8, SUB, 4]``: a warp's first and last 8 of its 16 keys, which a thread holds one each of."""
+    return gl.split(gl.permute(gl.reshape(x, [4, 2, 8, SUB, 4]), (0, 2, 3, 4, 1)))
+
+
+@gluon.jit
+def _count_lanes(flags, same, before):
+    """Of the lanes ``same``, how many have their flag set: those in ``before`` too, and all. The masks and results are a thread's own."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 b, c;
+        setp.ne.s32 p, $2, 0;
+        vote.sync.ballot.b32 b, p, 0xffffffff;
+        and.b32 b, b, $3;
+        popc.b32 $1, b;
+        and.b32 c, b, $4;
+        popc.b32 $0, c;
+        }""",
+        "=r,=r,r,r,r",
+        [flags, same, before],
+        dtype=(gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _lane_masks(like):
+    """For every thread, the lanes of its warp that hold the same query and parity as it does, and the lanes before it."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 lane;
+        mov.u32 lane, %laneid;
+        and.b32 lane, lane, 3;
+        mov.u32 $0, 0x11111111;
+        shl.b32 $0, $0, lane;
+        mov.u32 $1, %lanemask_lt;
+        }""",
+        "=r,=r,r",
+        [like],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _append(
+    score, scale, key, start, end, mine, level, level_key, count, list_at, found, same, before, ROOM: gl.constexpr, SUB: gl.constexpr
+):  # fmt: skip
+    """Keep what lies above a row's level, as (score bits, key): each warp appends its 16 keys of a tile to its own list of the row.
+
+    Above means a larger score, or the level's own score at a key up to the level's. ``count`` int32 ``[4, 8, SUB, 4]`` is the length of
+    the list, which goes on counting where ROOM ends. Returns the new count.
+    """
+    score = score * gl.expand_dims(gl.expand_dims(scale, 1), 2)
+    keep = (score > level) | ((score == level) & (key <= level_key))
+    keep = keep & (key >= start) & (key < end) & mine
+    low_keep, high_keep = _halves(keep.to(gl.int32), SUB)
+    low_score, high_score = _halves(score, SUB)
+    low_key, high_key = _halves(key + gl.zeros_like(score).to(gl.int32), SUB)
+    low_before, low_all = _count_lanes(low_keep, same, before)
+    high_before, high_all = _count_lanes(high_keep, same, before)
+    at = count + low_before
+    pair = (low_score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | low_key.to(gl.int64)
+    gl.store(found + list_at + at, pair, mask=(low_keep != 0) & (at < ROOM))
+    count += low_all
+    at = count + high_before
+    pair = (high_score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | high_key.to(gl.int64)
+    gl.store(found + list_at + at, pair, mask=(high_keep != 0) & (at < ROOM))
+    return count + high_all
+
+
+@gluon.jit
 def _fill(out, row, keep, begin, stop, runs, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """-inf into every ``runs``-th tile from ``begin`` to before ``stop``, in the rows to keep."""
     for tile in range(begin, stop, runs):

@@ -13,6 +13,8 @@ compiled without implicit fusion, so a compiler has no say in the roundings. The
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,6 +40,9 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
 MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form
 SHARED_PROGRAMS = 132 * 4  # of the paged form, where programs share the work out evenly among themselves
+# With fewer queries a block of ``gluon.py`` is mostly padding, with fewer heads its columns hold more queries than it has registers for.
+HOPPER_QUERIES, HOPPER_HEADS = 64, range(17, 65)
+GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
 MAX_GROUPS = 512  # of rows that a program of the paged form looks at to do so
 
 
@@ -83,6 +88,9 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     out = _result(out, num, num_keys, q.device)
     if not out.numel():
         return out
+    hopper = _hopper(q, k.dtype)
+    if hopper is not None:
+        return hopper.index_score(q, weights, k, k_scales, starts, ends, out)
     q, weights, k = _rows(q), _rows(weights), _rows(k)
     padded = padded_heads(heads)
     rows = QUERIES[padded] // (2 if q.dtype == BF16 else 1)
@@ -111,6 +119,9 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
     out = _result(out, num, width, query.q.device)
     if not out.numel():
         return out
+    hopper = _hopper(query.q, FP8) if keys.page_size % KEYS == 0 and len(keys.pages) else None
+    if hopper is not None:
+        return hopper.paged_index_score(query, keys, width, out)
     padded = padded_heads(heads)
     # Rows of one request lie together as a rule, num / num_requests of them.
     most = QUERIES[padded] if keys.page_size % KEYS == 0 else QUERIES[padded] // 2  # odd pages need an address a key
@@ -160,6 +171,15 @@ def _paged_arguments(query: IndexQuery, keys: IndexKeys) -> tuple[tuple[Tensor, 
     sizes = (query.num_heads, keys.num_requests, num_pages, table.shape[1])
     strides = (q.stride(0), q.stride(1), weights.stride(0), page_size * key_bytes // 4, table.stride(0))
     return (*tensors, query.positions.contiguous(), query.requests.contiguous()), sizes, strides
+
+
+def _hopper(q: Tensor, k_dtype: torch.dtype) -> ModuleType | None:
+    """The module with the kernels for many queries on Hopper, which have the same bits, where they can run and are faster."""
+    num, heads, dim = q.shape
+    fits = num >= HOPPER_QUERIES and heads in HOPPER_HEADS and dim in (64, 128) and (q.dtype, k_dtype) == (FP8, FP8)
+    if not fits or not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0) or not triton.__version__.startswith(GLUON):
+        return None
+    return import_module("thresher.ops.index_score.gluon")
 
 
 def _check(q: Tensor, k_dtype: torch.dtype, num_keys: int) -> None:
