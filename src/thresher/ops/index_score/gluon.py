@@ -54,21 +54,13 @@ def _run(
     padded = max(8, triton.next_power_of_2(heads))
     pairs = min(padded // 2, 16)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    runs = num_runs(triton.cdiv(num * padded, 512), programs)
     with on_device(q):
         prefill_kernel[(programs,)](
-            desc, q, weights, scales, low, high, owners, lengths, table, out, num, heads, num_keys, num_requests, num_pages, width, runs,
+            desc, q, weights, scales, low, high, owners, lengths, table, out, num, heads, num_keys, num_requests, num_pages, width,
             q.stride(0), q.stride(1), weights.stride(0), page_words, table_row, out.stride(0),
             HEADS=padded, BLOCK=512 // padded, ROWS=256 // padded, STAGES=STAGES, D=dim, PAGE=page, HB=pairs, SUB=16 // pairs, **OPTIONS,
         )  # fmt: skip
     return out
-
-
-def num_runs(blocks: int, programs: int) -> int:
-    """Runs that a block's tiles are dealt into, so that the units come out nearly even on so many programs."""
-    if blocks <= programs:
-        return max(programs // blocks, 1)
-    return min(range(1, 5), key=lambda runs: triton.cdiv(blocks * runs, programs) / runs)
 
 
 def _layout(dim: int) -> gl.NVMMASharedLayout:

@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """The Hopper kernel behind ``gluon.py``, and how its warps share the work.
 
-Persistent programs, one a multiprocessor, take turns at the units (block of queries, run), where run r of R holds every R-th tile of 64
-keys from tile r on. In a program one warp fetches key tiles through the copy engine into a ring in shared memory, and two groups of four
-warps consume every tile, each for its own half of the block's queries: 256 (query, head) columns, in two chunks of 128, so that one chunk
-is multiplied while the other is summed up.
+Persistent programs, one a multiprocessor, take equal runs of (block of queries, tile of 64 keys). In a program one warp fetches key tiles
+through the copy engine into a ring in shared memory, and two groups of four warps consume every tile, each for its own half of the
+block's queries: 256 (query, head) columns, in two chunks of 128, so that one chunk is multiplied while the other is summed up.
 
 **Columns.** Chunk, group of 4 queries, pair of heads, parity, query: column ``((sub * HB + pair) * 2 + parity) * 4 + query``. A thread of
 the matrix unit then holds one parity of two queries, and adds up heads in its own registers; the other parity is one shuffle away. The
@@ -104,72 +103,84 @@ def _range(row, low, high, owners, lengths, num_queries, num_keys, num_requests,
 
 
 @gluon.jit
-def _live(start, end, mine, tiles):
-    """The tiles of ``0 .. tiles - 1`` that some row of ``mine`` sees."""
+def _live(start, end, mine, t0, t1):
+    """The tiles of ``t0 .. t1 - 1`` that some row of ``mine`` sees."""
     some = mine & (start < end)
-    begin = gl.minimum(gl.min(gl.where(some, start, NO_REQUEST), 0) // KEYS, tiles)
+    low = gl.min(gl.where(some, start, NO_REQUEST), 0) // KEYS
     high = (gl.max(gl.where(some, end, 0), 0) + KEYS - 1) // KEYS
-    return begin, gl.minimum(gl.maximum(high, begin), tiles)
+    begin = gl.minimum(gl.maximum(low, t0), t1)
+    return begin, gl.minimum(gl.maximum(high, begin), t1)
 
 
 @gluon.jit
-def _first_of_run(begin, run, runs):
-    """The first tile from ``begin`` on that belongs to the run."""
-    return begin + (run + runs - begin % runs) % runs
+def _share(units):
+    """This program's run of the units: ``first, last``."""
+    each, more = units // gl.num_programs(0), units % gl.num_programs(0)
+    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
+    return first, first + each + gl.where(gl.program_id(0) < more, 1, 0)
 
 
 @gluon.jit
 def _page(table, tile, num_pages, PAGE: gl.constexpr):
-    """A tile's page, 0 where the table names none, and whether it does."""
-    page = gl.load(table + tile * KEYS // PAGE)
-    valid = (page >= 0) & (page < num_pages)
-    return gl.where(valid, page, 0), valid
+    """A tile's page, 0 where the table names none, and whether it does. Contiguous keys are one page."""
+    if PAGE > 0:
+        page = gl.load(table + tile * KEYS // PAGE)
+        valid = (page >= 0) & (page < num_pages)
+        page = gl.where(valid, page, 0)
+    else:
+        page, valid = tile * 0, tile >= 0
+    return page, valid
 
 
 @gluon.jit
 def _producer(
-    k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, runs, table_row,
-    buffers, full, empty, BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row, buffers, full, empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = (width + KEYS - 1) // KEYS
+    unit, last = _share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
-    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
-        first, run = unit // runs * BLOCK, unit % runs
+    while unit < last:
+        first, t0 = unit // tiles * BLOCK, unit % tiles
+        t1 = gl.minimum(tiles, t0 + last - unit)
         start, end, owner = _range(first + row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
-            begin, stop = _live(start, end, owner == current, tiles)
-            for tile in range(_first_of_run(begin, run, runs), stop, runs):
+            begin, stop = _live(start, end, owner == current, t0, t1)
+            table = page_table + current.to(gl.int64) * table_row
+            page = begin * 0
+            if begin < stop:
+                page, _ = _page(table, begin, num_pages, PAGE)
+            for tile in range(begin, stop):
                 slot = turn % STAGES
+                # Asked for one tile ahead, so that nothing waits for the answer.
+                page_ahead, _ = _page(table, gl.minimum(tile + 1, stop - 1), num_pages, PAGE)
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
                 mbarrier.expect(full.index(slot), KEYS * D)
-                if PAGE > 0:
-                    page, _ = _page(page_table + current.to(gl.int64) * table_row, tile, num_pages, PAGE)
-                    at = [page, tile * KEYS % PAGE, 0]
-                else:
-                    at = [0, tile * KEYS, 0]
-                tma.async_copy_global_to_shared(k_desc, at, full.index(slot), buffers.index(slot))
+                offset = tile * KEYS % PAGE if PAGE > 0 else tile * KEYS
+                tma.async_copy_global_to_shared(k_desc, [page, offset, 0], full.index(slot), buffers.index(slot))
+                page = page_ahead
                 turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
+        unit += t1 - t0
 
 
 @gluon.jit
-def _load_scales(scales, table, tile, key, num_keys, num_pages, page_words, D: gl.constexpr, PAGE: gl.constexpr):
-    """A tile's scales ``[64]``, and whether its page exists."""
+def _load_scales(scales, page, tile, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr):
+    """A tile's scales ``[64]``."""
     if PAGE > 0:
-        page, valid = _page(table, tile, num_pages, PAGE)
         found = gl.load(scales + page.to(gl.int64) * page_words + PAGE * D // 4 + tile * KEYS % PAGE + key)
     else:
-        valid = tile >= 0
         found = gl.load(scales + tile * KEYS + key, mask=tile * KEYS + key < num_keys, other=0.0)
-    return found, valid
+    return found
 
 
 @gluon.jit
-def _zero_scale(key):
-    return (key * 0).to(gl.float32)
+def _multiply(buffers, q, turn, zero, STAGES: gl.constexpr, D: gl.constexpr):
+    """Begin the product of one chunk with the tile of this turn."""
+    return warpgroup_mma(buffers.index(turn % STAGES).reshape([KEYS, D]), q, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -184,84 +195,9 @@ def _put(score, scale, out, at, key, start, end, mine, width, inner):
 
 
 @gluon.jit
-def _halves(x, SUB: gl.constexpr):
-    """``[64, SUB, 4]`` to two of ``[4, 8, SUB, 4]``: a warp's first and last 8 of its 16 keys, which a thread holds one each of."""
-    return gl.split(gl.permute(gl.reshape(x, [4, 2, 8, SUB, 4]), (0, 2, 3, 4, 1)))
-
-
-@gluon.jit
-def _count_lanes(flags, same, before):
-    """Of the lanes ``same``, how many have their flag set: those in ``before`` too, and all. The masks and results are a thread's own."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b32 b, c;
-        setp.ne.s32 p, $2, 0;
-        vote.sync.ballot.b32 b, p, 0xffffffff;
-        and.b32 b, b, $3;
-        popc.b32 $1, b;
-        and.b32 c, b, $4;
-        popc.b32 $0, c;
-        }""",
-        "=r,=r,r,r,r",
-        [flags, same, before],
-        dtype=(gl.int32, gl.int32),
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _lane_masks(like):
-    """For every thread, the lanes of its warp that hold the same query and parity as it does, and the lanes before it."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 lane;
-        mov.u32 lane, %laneid;
-        and.b32 lane, lane, 3;
-        mov.u32 $0, 0x11111111;
-        shl.b32 $0, $0, lane;
-        mov.u32 $1, %lanemask_lt;
-        }""",
-        "=r,=r,r",
-        [like],
-        dtype=(gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _append(
-    score, scale, key, start, end, mine, level, level_key, count, list_at, found, same, before, ROOM: gl.constexpr, SUB: gl.constexpr
-):  # fmt: skip
-    """Keep what lies above a row's level, as (score bits, key): each warp appends its 16 keys of a tile to its own list of the row.
-
-    Above means a larger score, or the level's own score at a key up to the level's. ``count`` int32 ``[4, 8, SUB, 4]`` is the length of
-    the list, which goes on counting where ROOM ends. Returns the new count.
-    """
-    score = score * gl.expand_dims(gl.expand_dims(scale, 1), 2)
-    keep = (score > level) | ((score == level) & (key <= level_key))
-    keep = keep & (key >= start) & (key < end) & mine
-    low_keep, high_keep = _halves(keep.to(gl.int32), SUB)
-    low_score, high_score = _halves(score, SUB)
-    low_key, high_key = _halves(key + gl.zeros_like(score).to(gl.int32), SUB)
-    low_before, low_all = _count_lanes(low_keep, same, before)
-    high_before, high_all = _count_lanes(high_keep, same, before)
-    at = count + low_before
-    pair = (low_score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | low_key.to(gl.int64)
-    gl.store(found + list_at + at, pair, mask=(low_keep != 0) & (at < ROOM))
-    count += low_all
-    at = count + high_before
-    pair = (high_score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | high_key.to(gl.int64)
-    gl.store(found + list_at + at, pair, mask=(high_keep != 0) & (at < ROOM))
-    return count + high_all
-
-
-@gluon.jit
-def _fill(out, row, keep, begin, stop, runs, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """-inf into every ``runs``-th tile from ``begin`` to before ``stop``, in the rows to keep."""
-    for tile in range(begin, stop, runs):
+def _fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """-inf into the tiles ``t0 .. t1 - 1`` of the rows to keep."""
+    for tile in range(t0, t1):
         column = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
         value = gl.full([ROWS, KEYS], float("-inf"), gl.float32, LAYOUT)
         gl.store(out + row.to(gl.int64)[:, None] * out_row + column[None, :], value, mask=keep[:, None] & (column < width)[None, :])
@@ -270,7 +206,7 @@ def _fill(out, row, keep, begin, stop, runs, width, out_row, ROWS: gl.constexpr,
 @gluon.jit
 def _consumer(
     q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
-    runs, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+    q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
@@ -285,9 +221,11 @@ def _consumer(
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, gl.SliceLayout(2, TOTAL)))
     wide_key = gl.expand_dims(gl.expand_dims(key, 1), 2)
     tiles = (width + KEYS - 1) // KEYS
+    unit, last = _share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
-    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
-        block, run = unit // runs * BLOCK, unit % runs
+    while unit < last:
+        block, t0 = unit // tiles * BLOCK, unit % tiles
+        t1 = gl.minimum(tiles, t0 + last - unit)
         first = block + HALF * ROWS
         w0, w1 = zero, zero
         for chunk in gl.static_range(2):
@@ -324,54 +262,49 @@ def _consumer(
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             mine = owner == current
-            begin, stop = _live(start, end, mine, tiles)
-            begin = _first_of_run(begin, run, runs)
+            begin, stop = _live(start, end, mine, t0, t1)
             # Keys that every row of this consumer sees; none when one of them is absent or another request's.
             inner_low = gl.max(gl.where(own, gl.where(mine, start, NO_REQUEST), 0), 0)
             inner_high = gl.min(gl.where(own, gl.where(mine, end, 0), NO_REQUEST), 0)
             mine0, mine1 = owner0 == current, owner1 == current
             table = page_table + current.to(gl.int64) * table_row
-            scale, valid = _zero_scale(key), begin < begin
+            # Scales are asked for one tile ahead, pages two.
+            page_ahead, valid, valid_ahead, scale = begin * 0, begin < begin, begin < begin, (key * 0).to(gl.float32)
             if begin < stop:
-                scale, valid = _load_scales(scales, table, begin, key, num_keys, num_pages, page_words, D, PAGE)
-            for tile in range(begin, stop, runs):
-                slot = turn % STAGES
+                page, valid = _page(table, begin, num_pages, PAGE)
+                scale = _load_scales(scales, page, begin, key, num_keys, page_words, D, PAGE)
+                page_ahead, valid_ahead = _page(table, gl.minimum(begin + 1, stop - 1), num_pages, PAGE)
+            for tile in range(begin, stop):
                 n0 = tile * KEYS
                 inner = valid & (n0 >= inner_low) & (n0 + KEYS <= inner_high)
                 # A page that is not there is seen by nobody.
                 stop0, stop1 = gl.where(valid, end0, 0), gl.where(valid, end1, 0)
                 now = scale
-                scale, valid = _load_scales(
-                    scales, table, gl.minimum(tile + runs, stop - 1), key, num_keys, num_pages, page_words, D, PAGE
-                )
-                mbarrier.wait(full.index(slot), turn // STAGES & 1)
-                keys = buffers.index(slot).reshape([KEYS, D])
-                acc0 = warpgroup_mma(keys, q0, zero, use_acc=False, is_async=True)
-                acc1 = warpgroup_mma(keys, q1, zero, use_acc=False, is_async=True)
-                acc0 = warpgroup_mma_wait(1, [acc0])
-                sums = _chunk_sums(acc0, w0, zero, SUB, HB, True)
-                if HEADS == 64:
-                    acc1 = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(slot))
-                    sums = _chunk_sums(acc1, w1, sums, SUB, HB, False)
+                scale = _load_scales(scales, page_ahead, gl.minimum(tile + 1, stop - 1), key, num_keys, page_words, D, PAGE)
+                valid = valid_ahead
+                page_ahead, valid_ahead = _page(table, gl.minimum(tile + 2, stop - 1), num_pages, PAGE)
+                mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
+                acc0 = _multiply(buffers, q0, turn, zero, STAGES, D)
+                acc1 = _multiply(buffers, q1, turn, zero, STAGES, D)
+                sums = _chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
+                if HEADS < 64:
                     _put(_total(sums, SUB), now, block_out + n0, at0, n0 + wide_key, start0, stop0, mine0, width, inner)
-                else:
-                    _put(_total(sums, SUB), now, block_out + n0, at0, n0 + wide_key, start0, stop0, mine0, width, inner)
-                    acc1 = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(slot))
-                    sums = _chunk_sums(acc1, w1, zero, SUB, HB, True)
-                    _put(_total(sums, SUB), now, block_out + n0, at1, n0 + wide_key, start1, stop1, mine1, width, inner)
+                dots = warpgroup_mma_wait(0, [acc1])
+                mbarrier.arrive(empty.index(turn % STAGES))
+                sums = _chunk_sums(dots, w1, sums if HEADS == 64 else zero, SUB, HB, HEADS < 64)
+                _put(_total(sums, SUB), now, block_out + n0, at1, n0 + wide_key, start1, stop1, mine1, width, inner)
                 turn += 1
             keep = fill_owner == current
-            _fill(out, fill_row, keep, run, gl.minimum(begin, tiles), runs, width, out_row, ROWS, FILL)
-            _fill(out, fill_row, keep, _first_of_run(stop, run, runs), tiles, runs, width, out_row, ROWS, FILL)
+            _fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
+            _fill(out, fill_row, keep, stop, t1, width, out_row, ROWS, FILL)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
+        unit += t1 - t0
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "width", "runs"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "width"])
 def prefill_kernel(
     k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
-    num_queries, num_heads, num_keys, num_requests, num_pages, width, runs, q_row, q_head, w_row, page_words, table_row, out_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HB: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
@@ -388,17 +321,17 @@ def prefill_kernel(
         [
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, runs, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+                width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
                 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
             )),
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, runs, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+                width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
                 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
             )),
             (_producer, (
-                k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, runs,
-                table_row, buffers, full, empty, BLOCK, STAGES, D, PAGE,
+                k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
+                buffers, full, empty, BLOCK, STAGES, D, PAGE,
             )),
         ],
         [4, 1],

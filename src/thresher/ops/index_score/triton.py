@@ -40,8 +40,9 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
 MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form
 SHARED_PROGRAMS = 132 * 4  # of the paged form, where programs share the work out evenly among themselves
+ONE_GROUP_PROGRAMS = 132 * 5
 # With fewer queries a block of ``gluon.py`` is mostly padding, with fewer heads its columns hold more queries than it has registers for.
-HOPPER_QUERIES, HOPPER_HEADS = 64, range(17, 65)
+HOPPER_QUERIES, HOPPER_ROWS, HOPPER_HEADS = 64, 16, range(17, 65)  # queries in all, queries of a request, heads
 GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
 MAX_GROUPS = 512  # of rows that a program of the paged form looks at to do so
 
@@ -104,13 +105,16 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return out
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = None, out: Tensor | None = None) -> Tensor:
+def paged_index_score(
+    query: IndexQuery, keys: IndexKeys, width: int | None = None, out: Tensor | None = None, filled: bool = True
+) -> Tensor:
     """The public function of this name, for a float8_e4m3fn query.
 
     Args:
         width: columns of the result. ``max(keys.lengths)`` when None, which reads the lengths on the host; pass an upper bound, such as
             the page table's room, where that must not happen (in a CUDA graph). Columns past a request's length are -inf.
         out: fp32 ``[Q, width]`` to write, rows contiguous; new memory when None.
+        filled: whether columns that a row does not see are -inf; otherwise they may hold anything.
     """
     num, heads, dim = query.q.shape
     if width is None:
@@ -119,7 +123,8 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
     out = _result(out, num, width, query.q.device)
     if not out.numel():
         return out
-    hopper = _hopper(query.q, FP8) if keys.page_size % KEYS == 0 and len(keys.pages) else None
+    crowded = num >= HOPPER_ROWS * keys.num_requests and keys.page_size % KEYS == 0 and len(keys.pages) > 0
+    hopper = _hopper(query.q, FP8) if crowded else None
     if hopper is not None:
         return hopper.paged_index_score(query, keys, width, out)
     padded = padded_heads(heads)
@@ -128,13 +133,16 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
     step = min(max(num // max(keys.num_requests, 1), 1), most)
     tile = max(triton.next_power_of_2(step), MIN_COLUMNS // padded)
     groups = triton.cdiv(num, step)
-    even = groups <= MAX_GROUPS
-    programs = min(groups * triton.cdiv(width, KEYS), SHARED_PROGRAMS if even else PROGRAMS)
+    # One group needs no look at the others, and too many are too long a look.
+    even = 1 < groups <= MAX_GROUPS
+    programs = min(groups * triton.cdiv(width, KEYS), SHARED_PROGRAMS if even else ONE_GROUP_PROGRAMS if groups == 1 else PROGRAMS)
+    registers = {"maxnreg": 128} if tile * padded <= 64 else {}  # four programs on a multiprocessor, and nothing spilled
     tensors, sizes, strides = _paged_arguments(query, keys)
     with _on(query.q):
         paged_kernel[(programs,)](
             *tensors, out, num, *sizes, width, *strides, out.stride(0), GROUPS=max(triton.next_power_of_2(groups), 16) if even else 0,
-            STEP=step, PAGE=keys.page_size, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET, **OPTIONS,
+            STEP=step, PAGE=keys.page_size, FILLED=filled, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET,
+            **OPTIONS, **registers,
         )  # fmt: skip
     return out
 

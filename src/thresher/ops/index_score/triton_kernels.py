@@ -151,7 +151,7 @@ def _score_rows(
     q, weights, values, scales, page_table, lengths, positions, requests, out,
     num_queries, num_heads, num_requests, num_pages, max_pages, width, first_row, first, last,
     q_row, q_head, w_row, page_words, table_row, out_row,
-    STEP: tl.constexpr, PAGE: tl.constexpr,
+    STEP: tl.constexpr, PAGE: tl.constexpr, FILLED: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """The columns ``first .. last - 1`` of STEP <= BQ rows, which may belong to several requests."""
@@ -190,7 +190,8 @@ def _score_rows(
             score = score_tile(keys, scale, queries, head_weights, HEADS, BN, BQ, INTERPRET)
             score = tl.where(seen[:, None] & (n[:, None] < end[None, :]), score, float("-inf"))
             tl.store(out_tile + row_offset[None, :] + n[:, None], score, mask=(n < last)[:, None] & mine[None, :])
-        _fill(out_tile, row_offset, mine, begin + tl.cdiv(stop - begin, BN) * BN, last, BN)
+        if FILLED:
+            _fill(out_tile, row_offset, mine, begin + tl.cdiv(stop - begin, BN) * BN, last, BN)
         current = tl.min(tl.where(owner > current, owner, NO_REQUEST))
 
 
@@ -198,10 +199,11 @@ def _score_rows(
 def paged_kernel(
     q, weights, values, scales, page_table, lengths, positions, requests, out,
     num_queries, num_heads, num_requests, num_pages, max_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
-    GROUPS: tl.constexpr, STEP: tl.constexpr, PAGE: tl.constexpr,
+    GROUPS: tl.constexpr, STEP: tl.constexpr, PAGE: tl.constexpr, FILLED: tl.constexpr,
     HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Programs share out the tiles that groups of STEP rows see, each an equal run of them, whatever the lengths; then the rest to fill.
+    """Programs share out the tiles that groups of STEP rows see, each an equal run of them, whatever the lengths; then the rest to fill,
+    where that is asked for.
 
     GROUPS: a power of two that holds all groups; 0 where they are too many to look at, and every group counts as many tiles.
     """
@@ -217,23 +219,24 @@ def paged_kernel(
             _score_rows(
                 q, weights, values, scales, page_table, lengths, positions, requests, out,
                 num_queries, num_heads, num_requests, num_pages, max_pages, width, here * STEP, at * BN, tl.minimum((at + run) * BN, width),
-                q_row, q_head, w_row, page_words, table_row, out_row, STEP, PAGE, HEADS, D, BN, BQ, INTERPRET,
+                q_row, q_head, w_row, page_words, table_row, out_row, STEP, PAGE, FILLED, HEADS, D, BN, BQ, INTERPRET,
             )  # fmt: skip
             unit += run
-        # Asked again rather than kept: the loop above has no registers to spare.
-        high = _group_ends(num_queries, num_requests, lengths, positions, requests, room, width, GROUPS, STEP)
-        group = tl.arange(0, GROUPS)
-        begin = tl.cdiv(high, BN) * BN
-        counts = tl.where(group * STEP < num_queries, tl.cdiv(tl.maximum(width - begin, 0), FILL), 0)
-        upto = tl.cumsum(counts, axis=0)
-        unit, stop = _share(tl.sum(counts, axis=0))
-        while unit < stop:
-            here, at, have = _find(unit, counts, upto)
-            column = tl.sum(tl.where(group == here, begin, 0), axis=0) + at * FILL + tl.arange(0, FILL)
-            for step in tl.static_range(STEP):
-                row = here * STEP + step
-                tl.store(out + row.to(tl.int64) * out_row + column, float("-inf"), mask=(column < width) & (row < num_queries))
-            unit += 1
+        if FILLED:
+            # Asked again rather than kept: the loop above has no registers to spare.
+            high = _group_ends(num_queries, num_requests, lengths, positions, requests, room, width, GROUPS, STEP)
+            group = tl.arange(0, GROUPS)
+            begin = tl.cdiv(high, BN) * BN
+            counts = tl.where(group * STEP < num_queries, tl.cdiv(tl.maximum(width - begin, 0), FILL), 0)
+            upto = tl.cumsum(counts, axis=0)
+            unit, stop = _share(tl.sum(counts, axis=0))
+            while unit < stop:
+                here, at, have = _find(unit, counts, upto)
+                column = tl.sum(tl.where(group == here, begin, 0), axis=0) + at * FILL + tl.arange(0, FILL)
+                for step in tl.static_range(STEP):
+                    row = here * STEP + step
+                    tl.store(out + row.to(tl.int64) * out_row + column, float("-inf"), mask=(column < width) & (row < num_queries))
+                unit += 1
     else:
         tiles = tl.cdiv(width, BN)
         unit, stop = _share(tl.cdiv(num_queries, STEP) * tiles)
@@ -244,7 +247,7 @@ def paged_kernel(
                 q, weights, values, scales, page_table, lengths, positions, requests, out,
                 num_queries, num_heads, num_requests, num_pages, max_pages, width,
                 unit // tiles * STEP, at * BN, tl.minimum((at + run) * BN, width),
-                q_row, q_head, w_row, page_words, table_row, out_row, STEP, PAGE, HEADS, D, BN, BQ, INTERPRET,
+                q_row, q_head, w_row, page_words, table_row, out_row, STEP, PAGE, FILLED, HEADS, D, BN, BQ, INTERPRET,
             )  # fmt: skip
             unit += run
 
