@@ -17,7 +17,7 @@ from thresher.ops.index_score.gluon_kernels import prefill_kernel
 from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
-STAGES = 8
+STAGES = 6
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 

@@ -40,7 +40,6 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
 MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form
 SHARED_PROGRAMS = 132 * 4  # of the paged form, where programs share the work out evenly among themselves
-ONE_GROUP_PROGRAMS = 132 * 5
 # With fewer queries a block of ``gluon.py`` is mostly padding, with fewer heads its columns hold more queries than it has registers for.
 HOPPER_QUERIES, HOPPER_ROWS, HOPPER_HEADS = 64, 16, range(17, 65)  # queries in all, queries of a request, heads
 GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
@@ -135,7 +134,7 @@ def paged_index_score(
     groups = triton.cdiv(num, step)
     # One group needs no look at the others, and too many are too long a look.
     even = 1 < groups <= MAX_GROUPS
-    programs = min(groups * triton.cdiv(width, KEYS), SHARED_PROGRAMS if even else ONE_GROUP_PROGRAMS if groups == 1 else PROGRAMS)
+    programs = min(groups * triton.cdiv(width, KEYS), PROGRAMS if groups > MAX_GROUPS else SHARED_PROGRAMS)
     registers = {"maxnreg": 128} if tile * padded <= 64 else {}  # four programs on a multiprocessor, and nothing spilled
     tensors, sizes, strides = _paged_arguments(query, keys)
     with _on(query.q):
