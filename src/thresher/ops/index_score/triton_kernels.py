@@ -8,7 +8,7 @@ import triton.language as tl
 
 from thresher.cache.device import as_mask
 
-STAGES = tl.constexpr(3)  # named at the loop, so that the scales are prefetched too and not the product's operands alone
+STAGES = tl.constexpr(5)  # named at the loop, so that the scales are prefetched too and not the product's operands alone
 NO_REQUEST = tl.constexpr(2**31 - 1)
 FILL = tl.constexpr(1024)  # columns written at once where there is nothing to score
 
