@@ -24,6 +24,18 @@ SLOTS = sized(4096, 192)  # of the caches
 SCALE = 192**-0.5
 
 
+@pytest.fixture(params=["bf16", "plain fp8", "fp8"])
+def form(request, monkeypatch):
+    """The kernels for latents: over bf16, and both over FP8. In the interpreter those two are one."""
+    if request.param == "plain fp8":
+        if INTERPRET:
+            pytest.skip("the interpreter has the plain kernel alone")
+        monkeypatch.setattr(kernels, "GLUON", "no version")
+    if request.param == "fp8" and not INTERPRET:
+        assert kernels._hopper(torch.zeros(1, device=DEVICE)) is not None, "the Hopper kernel is what is to be tested"
+    return request.param
+
+
 def make_slots(num: int, topk: int, total: int, seed: int = 0) -> Tensor:
     """Rows in turn: full; every other one garbage; all garbage but the last; no slot at all; -1 at the end; one in the middle."""
     gen = generator(seed)
@@ -170,7 +182,6 @@ def make_mla(num: int, heads: int, seed: int, page_size: int = 64) -> tuple[Tens
     return (8 * torch.randn(num, heads, 576, generator=gen)).bfloat16().to(DEVICE), cache, latents.to(DEVICE)
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
 @pytest.mark.parametrize("heads", sized([1, 16, 64, 128], [1, 20]))
 def test_mla_decode(heads, form, record_property):
     """Few queries: slots are cut into shares."""
@@ -178,7 +189,7 @@ def test_mla_decode(heads, form, record_property):
     problems = []
     for topk in sized([77, 2048], [77]):
         slots = make_slots(6, topk, len(latents), seed=topk)
-        if form == "fp8":
+        if form != "bf16":
             named = unnamed_is_nan(latents, slots).isnan().any(1)
             data = cache.data.clone()
             data.view(-1, 656)[named] = 0xFF
@@ -190,7 +201,6 @@ def test_mla_decode(heads, form, record_property):
     fail_on(problems)
 
 
-@pytest.mark.parametrize("form", ["bf16", "fp8"])
 @pytest.mark.parametrize("heads", sized([16, 128], [3]))
 def test_mla_prefill(heads, form, record_property):
     """As many queries as fill the device: one share each."""
@@ -201,13 +211,13 @@ def test_mla_prefill(heads, form, record_property):
         q = q.repeat(30, 1, 1)[:132]
         slots = slots.repeat(30, 1)[:132]
     assert kernels.cut(len(q), topk, 64)[0] == 1
-    run, held = (kernels.sparse_attend_mla_fp8, cache.data) if form == "fp8" else (kernels.sparse_attend_mla, latents)
+    run, held = (kernels.sparse_attend_mla, latents) if form == "bf16" else (kernels.sparse_attend_mla_fp8, cache.data)
     got = run(q, held, slots, SCALE)
     k = latents[:, None]
     fail_on(judge(f"MLA prefill {form}, {heads} heads", got, q, k, k[..., :512], slots, SCALE, record_property))
 
 
-@pytest.mark.parametrize("form", ["gqa", "bf16", "fp8"])
+@pytest.mark.parametrize("form", ["gqa", "bf16", "plain fp8", "fp8"], indirect=True)
 def test_nothing_to_attend_to(form):
     """All slots -1, all garbage, no slots at all, no queries."""
     q, cache, latents = make_mla(3, 16, 0)
@@ -216,6 +226,7 @@ def test_nothing_to_attend_to(form):
         "gqa": lambda q, slots: kernels.sparse_attend(q[..., :64], k, v, slots, 0.1),
         "bf16": lambda q, slots: kernels.sparse_attend_mla(q, latents, slots, 0.1),
         "fp8": lambda q, slots: kernels.sparse_attend_mla_fp8(q, cache.data, slots, 0.1),
+        "plain fp8": lambda q, slots: kernels.sparse_attend_mla_fp8(q, cache.data, slots, 0.1),
     }[form]
     junk = torch.tensor([-(2**31), 2**31 - 1, -1, -2, len(latents), 2**30], dtype=torch.int32, device=DEVICE)
     problems = []
@@ -231,18 +242,40 @@ def test_nothing_to_attend_to(form):
     fail_on(problems)
 
 
-@pytest.mark.parametrize("page_size", [2, 61, 64])
-def test_fp8_pages_of_any_size_and_strides(page_size, record_property):
-    q, cache, latents = make_mla(6, 16, page_size, page_size)
+@pytest.mark.parametrize("form", ["plain fp8", "fp8"], indirect=True)
+@pytest.mark.parametrize("odd_scales", [False, True])
+@pytest.mark.parametrize(("heads", "page_size"), [(16, 2), (16, 61), (16, 64), *sized([(100, 61), (128, 2)], [])])
+def test_fp8_pages_and_scales_of_any_size_and_strides(heads, page_size, odd_scales, form, record_property):
+    q, cache, latents = make_mla(6, heads, page_size, page_size)
+    if odd_scales:
+        # Other engines' scales are no powers of two; what is attended to is then each product rounded to bf16.
+        scales = cache.data.view(-1, 656)[:, 512:528].view(torch.float32)
+        scales *= 0.5 + torch.rand(scales.shape, generator=generator(9)).to(DEVICE)
+        latents = cache.load(torch.arange(len(latents), device=DEVICE)).bfloat16()
     slots = make_slots(6, 77, len(latents))
     pages = len(cache.data)
     apart = torch.full((pages, page_size + 3, 1, 672), 0xFF, dtype=torch.uint8, device=DEVICE)[:, :page_size, :, :656]
     apart.copy_(cache.data)
-    k = latents[:, None]
+    # In the interpreter products stay fp32.
+    k = (cache.load(torch.arange(len(latents), device=DEVICE)) if INTERPRET else latents)[:, None]
     got = kernels.sparse_attend_mla_fp8(q, cache.data, slots, SCALE)
     strided = kernels.sparse_attend_mla_fp8(q.transpose(0, 1).contiguous().transpose(0, 1), apart, slots.T.contiguous().T, SCALE)
-    problems = judge(f"MLA fp8, pages of {page_size}", got, q, k, k[..., :512], slots, SCALE, record_property)
+    what = f"MLA {form}, {heads} heads, pages of {page_size}, {'odd' if odd_scales else 'even'} scales"
+    problems = judge(what, got, q, k, k[..., :512], slots, SCALE, record_property)
     fail_on(problems + differ_all("strided", (strided.out, strided.lse), (got.out, got.lse)))
+
+
+@pytest.mark.parametrize("form", ["plain fp8", "fp8"], indirect=True)
+def test_fp8_repeats(form):
+    """Ten times the same bits, at a size where programs and warps race."""
+    q, cache, latents = make_mla(sized(8, 2), sized(128, 3), 7)
+    slots = make_slots(len(q), sized(2048, 70), len(latents))
+    first = kernels.sparse_attend_mla_fp8(q, cache.data, slots, SCALE)
+    problems = []
+    for turn in range(sized(10, 2)):
+        got = kernels.sparse_attend_mla_fp8(q, cache.data, slots, SCALE)
+        problems += differ_all(f"repeat {turn}, {form}", (got.out, got.lse), (first.out, first.lse))
+    fail_on(problems)
 
 
 def test_far_scores_and_ties():

@@ -15,7 +15,7 @@ from thresher.types import IndexKeys
 
 from .compare import bits, differ, fail_on
 from .draw import GARBAGE, generator, paged, queries, query_of, take, vectors
-from .machine import DEVICE, sized
+from .machine import DEVICE, INTERPRET, sized
 
 kernels = importlib.import_module("thresher.ops.index_score.triton")
 
@@ -84,6 +84,39 @@ def test_paged(heads, dim):
         one = slice(row, row + 1)
         got = kernels.paged_index_score(query.rows(one), keys, out=poisoned(1, KEYS))
         problems.append(differ(f"query {row} alone", got, seen(full, positions, KEYS)[one]))
+    fail_on(problems)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the kernel for many queries runs on Hopper alone")
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("heads", [20, 32, 64])
+@pytest.mark.parametrize("num", [64, 201])
+def test_many_queries_of_one_request(num, heads, dim, monkeypatch):
+    """The kernel that prefill takes on Hopper, the plain one, the gathered form and single queries."""
+    q, weights, k, scales, _ = world(heads, dim)
+    q, weights = q[:num], weights[:num]
+    keys = paged([(k, scales)], 64)
+    positions = torch.randint(-1, KEYS + 9, (num,), generator=generator(num)).to(DEVICE)
+    query = query_of(q, weights, positions, [0] * num)
+    starts, ends = torch.zeros_like(positions), (positions + 1).clamp(0, KEYS)
+
+    def both() -> tuple[Tensor, Tensor]:
+        ragged = kernels.index_score(q, weights, k, scales, starts, ends, out=poisoned(num, KEYS))
+        return ragged, kernels.paged_index_score(query, keys, out=poisoned(num, KEYS))
+
+    assert kernels._hopper(q, k.dtype) is not None, "the Hopper kernel is what is to be tested"
+    ragged, pages = both()
+    monkeypatch.setattr(kernels, "HOPPER_QUERIES", 10**9)
+    assert kernels._hopper(q, k.dtype) is None
+    plain_ragged, plain_pages = both()
+    problems = [differ("ragged and paged", ragged, pages), differ("ragged", ragged, plain_ragged), differ("paged", pages, plain_pages)]
+    problems.append(None if bool((ragged > -INF).any()) else "no score at all")
+    everywhere = torch.arange(KEYS, device=DEVICE).expand(num, -1)
+    problems.append(differ("gathered", kernels.gathered_index_score(query, keys, everywhere, out=poisoned(num, KEYS)), pages))
+    for row in (0, 7, num - 1):
+        one = slice(row, row + 1)
+        got = kernels.paged_index_score(query.rows(one), keys, out=poisoned(1, KEYS))
+        problems.append(differ(f"query {row} alone", got, pages[one]))
     fail_on(problems)
 
 

@@ -1,4 +1,5 @@
-"""Every kernel that is launched anywhere compiles for Hopper: the list is read from the source, so a new kernel must be added here."""
+"""Every kernel that is launched anywhere, Triton's or Gluon's, compiles for Hopper: the list is read from the source, so a new kernel must
+be added here."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import thresher
 ROOT = Path(thresher.__file__).parent
 
 LAUNCHES = """
+from importlib import import_module
+from types import SimpleNamespace
 import torch
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.ops.index_score import triton as index_score
@@ -43,6 +46,12 @@ quantize.quantize_fp8(x)
 quantize.store_index_keys(IndexKeyCache(2, 128).pages, zeros, x, zeros, 1e4, 64, "half")
 quantize.quantize_queries(x[:, None].repeat(1, 64, 1), torch.zeros(8, 64), zeros, 1e4, 64, "half")
 quantize.store_latents(LatentCache(2).data, zeros, torch.zeros(8, 512, dtype=half), torch.zeros(8, 64, dtype=half), zeros)
+# What a GPU of compute capability 9.0 takes instead.
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+for module in (index_score, sparse_attend):
+    module._hopper = lambda *args, name=module.__package__: import_module(name + ".gluon")
+index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
+sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
 """
 
 
@@ -53,7 +62,7 @@ def names_in(tree: ast.AST) -> set[str]:
 
 
 def kernels(folder: Path) -> tuple[set[str], set[str]]:
-    """``(functions under @triton.jit that no other one mentions, names launched as name[grid](...))`` in a folder's source."""
+    """``(functions under @triton.jit or @gluon.jit that no other one mentions, names launched as name[grid](...))`` in a folder."""
     jitted: list[str] = []
     mentioned: set[str] = set()
     launched = set()
@@ -82,4 +91,5 @@ def test_a_kernel_in_no_launch_is_seen(tmp_path):
         "@triton.jit\ndef helper(x): return x\n@triton.jit\ndef one(p): helper(p)\n"
         "@triton.jit(do_not_specialize=['n'])\ndef two(n): helper(n)\nmodule.one[(1,)](p)\n"
     )
-    assert kernels(tmp_path) == ({"one", "two"}, {"one"})
+    (tmp_path / "gluon.py").write_text("@gluon.jit\ndef part(x): return x\n@gluon.jit\ndef three(p): gl.warp_specialize([(part, (p,))])\n")
+    assert kernels(tmp_path) == ({"one", "two", "three"}, {"one"})

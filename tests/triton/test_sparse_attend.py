@@ -205,6 +205,26 @@ def test_repeats_are_bit_equal():
         assert torch.equal(again.lse, first.lse)
 
 
+@pytest.mark.parametrize(("shares", "dim"), [(2, 512), (3, 1), (5, 77), (16, 96), (32, 64), (33, 512), (130, 40)])
+def test_shares_add_up(shares, dim):
+    """Shares of very different weight, some of them empty, and a row of empty ones alone."""
+    gen = torch.Generator().manual_seed(shares)
+    parts, peaks = torch.randn(3, shares, 7, dim, generator=gen), 40 * torch.randn(3, shares, 7, generator=gen)
+    totals = 1 + torch.rand(3, shares, 7, generator=gen)
+    empty = torch.rand(3, shares, 7, generator=gen) < 0.3
+    empty[1, :, 2] = True
+    peaks[empty], totals[empty], parts[empty] = -math.inf, 0.0, 0.0
+    out, lse = torch.full((3, 7, dim), math.nan), torch.full((3, 7), math.nan)
+    kernels._combine(parts, peaks, totals, out, lse)
+    size = peaks.double().amax(1, keepdim=True).clamp(min=-1e9)
+    weights = torch.exp2(peaks.double() - size)
+    total = (weights * totals).sum(1)
+    want = (weights[..., None] * parts).sum(1) / total.clamp(min=1e-30)[..., None]
+    torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(lse.double(), (size[:, 0] + total.log2()) * math.log(2), rtol=2e-6, atol=2e-6)
+    assert lse[1, 2] == -math.inf
+
+
 def test_no_share_is_empty():
     for programs in (1, 2, 3, 16, 64, 66, 67, 132, 133, 5000):
         for topk in (1, 63, 64, 65, 512, 2048, 8192):
@@ -270,6 +290,10 @@ def test_mla_compiles_for_hopper(compile_for_hopper, heads, wgmma):
     for kernel in found:
         assert kernel.shared <= SHARED_LIMIT
         assert getattr(kernel, "stack", 0) <= 512
+    for kernel in found:
+        if kernel.name == "combine_kernel":
+            assert kernel.shared == getattr(kernel, "stack", 0) == 0, "threads add up what they loaded themselves"
+            assert "ld.global.v4" in kernel.ptx
     for kernel in mla:
         assert ("wgmma.mma_async" in kernel.ptx) == wgmma
         assert "cp.async" in kernel.ptx

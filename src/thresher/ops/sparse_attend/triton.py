@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
 
 import torch
 import triton
@@ -34,10 +36,12 @@ PROGRAMS = 132
 
 # Heads in a tile -> slots in a tile, warps, stages of the load pipeline. Tiles of 64 heads run on wgmma and fill shared memory and
 # registers; smaller ones run on mma.sync, where the weight of a tile is its conversion to bf16, not its products.
-MLA_FP8 = {16: (64, 8, 3), 32: (64, 8, 3), 64: (64, 8, 3)}
+MLA_FP8 = {16: (64, 8, 2), 32: (64, 8, 2), 64: (64, 8, 2)}
 MLA_BF16 = {16: (64, 8, 3), 32: (64, 8, 3), 64: (64, 8, 2)}
 GQA_HALF = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 8, 3)}
 GQA_FLOAT = {16: (32, 8, 2)}  # no tensor cores; larger tiles spill
+
+GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -148,10 +152,22 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
     ok = slots.dtype == torch.int32 and slots.dim() == 2 and slots.shape[0] == q.shape[0]
     require(ok, f"slots must be int32 [{q.shape[0]}, K]", f"{slots.dtype} {tuple(slots.shape)}", "convert them")
     require(cache_data.device == slots.device == q.device, f"cache_data and slots must be on {q.device}", cache_data.device, "move them")
+    hopper = _hopper(q)
+    if hopper is not None:
+        q, slots, num_slots = _unit_rows(q), _unit_rows(slots), cache_data.shape[0] * cache_data.shape[1]
+        launch = hopper.launcher(q, cache_data, slots, scale)
+        return _attend(launch, q, slots, num_slots, LATENT_DIM, triton.cdiv(q.shape[1], hopper.HEADS), hopper.TILE)
     pages, page_size = cache_data.shape[:2]
     latent, scales, rope = cache_data.view(torch.float8_e4m3fn), cache_data.view(torch.float32), cache_data.view(torch.bfloat16)
     layout = (page_size, cache_data.stride(0) // 16, cache_data.stride(1) // 16)
     return _mla(q, latent, scales, rope, slots, scale, pages * page_size, layout)
+
+
+def _hopper(q: Tensor) -> ModuleType | None:
+    """The module with the kernel for FP8 latents on Hopper, where it can run."""
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0) or not triton.__version__.startswith(GLUON):
+        return None
+    return import_module("thresher.ops.sparse_attend.gluon")
 
 
 def _mla(
@@ -222,11 +238,18 @@ def _attend(
             parts = out.new_empty(num, shares, heads, v_dim)
             peaks, totals = lse.new_empty(2, num, shares, heads)
             launch(grid, shares, share_tiles, parts, peaks, totals)
-            wide = triton.next_power_of_2(shares)
-            block = 128 if wide <= 32 else 32
-            grid2 = (num * heads, triton.cdiv(v_dim, block))
-            combine_kernel[grid2](parts, peaks, totals, out, lse, heads, shares, v_dim, SHARES=wide, BLOCK=block, num_warps=4)
+            _combine(parts, peaks, totals, out, lse)
     return PartialAttention(out, lse)
+
+
+def _combine(parts: Tensor, peaks: Tensor, totals: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Add up shares: parts ``[Q, shares, N, D]``, peaks and totals ``[Q, shares, N]`` -> out ``[Q, N, D]`` and lse ``[Q, N]``."""
+    shares, heads, dim = parts.shape[1:]
+    block, wide = triton.next_power_of_2(dim), triton.next_power_of_2(shares)
+    combine_kernel[(lse.numel(),)](
+        parts, peaks, totals, out, lse, heads, shares,
+        DIM=dim, BLOCK=block, SHARES=wide, STEP=min(wide, 32), num_warps=max(block // 128, 1),
+    )  # fmt: skip
 
 
 def cut(programs: int, topk: int, tile: int) -> tuple[int, int]:

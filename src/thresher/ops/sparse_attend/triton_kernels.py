@@ -29,14 +29,12 @@ def _load_slots(row_ptr, start, topk, num_slots, TILE: tl.constexpr):
 
 
 @triton.jit
-def _softmax_step(scores, peak, total):
-    """One tile of base-2 scores ``[heads, slots]``: probabilities, the factor for what was summed before, the new peak and sum."""
+def _softmax_step(scores, peak):
+    """One tile of base-2 scores ``[heads, slots]``: probabilities, the factor for what was summed before, and the new peak."""
     new = tl.maximum(peak, tl.max(scores, 1))
     # Where no slot was seen yet the peak is -inf; subtracting 0 then gives probabilities of 0, not NaN.
     base = tl.where(new == float("-inf"), 0.0, new)
-    probs = tl.exp2(scores - base[:, None])
-    factor = tl.exp2(peak - base)
-    return probs, factor, new, total * factor + tl.sum(probs, 1)
+    return tl.exp2(scores - base[:, None]), tl.exp2(peak - base), new
 
 
 @triton.jit
@@ -59,12 +57,11 @@ def _store_sums(lse_ptr, total_ptr, row, peak, total, here, SPLIT: tl.constexpr)
 
 
 @triton.jit
-def _latent_half(ptr, scale_ptr, valid, FP8: tl.constexpr, INTERPRET: tl.constexpr):
-    """256 of the latent's values for a tile of slots, as bf16: two groups of 128 with a scale each in FP8."""
-    x = tl.load(ptr[:, None] + tl.arange(0, 256)[None, :], mask=valid[:, None], other=0.0)
+def _latent_group(ptr, scale_ptr, valid, FP8: tl.constexpr, INTERPRET: tl.constexpr):
+    """128 of the latent's values for a tile of slots, as bf16; in FP8 they have one scale."""
+    x = tl.load(ptr[:, None] + tl.arange(0, 128)[None, :], mask=valid[:, None], other=0.0)
     if FP8:
-        scale = tl.load(scale_ptr[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0)
-        x = (x.to(tl.float32).reshape([x.shape[0], 2, 128]) * scale[:, :, None]).reshape([x.shape[0], 256])
+        x = x.to(tl.float32) * tl.load(scale_ptr, mask=valid, other=0.0)[:, None]
     return x.to(tl.float32) if INTERPRET else x.to(tl.bfloat16)
 
 
@@ -96,23 +93,28 @@ def mla_kernel(
     TILE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Every head reads the same rows: 512 dims that are key and value, as two halves, and 64 of RoPE. ``scale2`` holds log2(e)."""
+    """Every head reads the same rows: 512 dims that are key and value, as four groups, and 64 of RoPE. ``scale2`` holds log2(e)."""
     query, tile, share = _program(tl.cdiv(heads, HEADS), shares)
     head = tile * HEADS + tl.arange(0, HEADS)
     here = head < heads
-    low = tl.arange(0, 256)
+    low = tl.arange(0, 128)
     tail = tl.arange(0, 64)
     q_row = (q_ptr + query * q_stride + head * q_head_stride)[:, None]
     q0 = tl.load(q_row + low[None, :], mask=here[:, None], other=0.0)
-    q1 = tl.load(q_row + 256 + low[None, :], mask=here[:, None], other=0.0)
-    q2 = tl.load(q_row + 512 + tail[None, :], mask=here[:, None], other=0.0)
+    q1 = tl.load(q_row + 128 + low[None, :], mask=here[:, None], other=0.0)
+    q2 = tl.load(q_row + 256 + low[None, :], mask=here[:, None], other=0.0)
+    q3 = tl.load(q_row + 384 + low[None, :], mask=here[:, None], other=0.0)
+    q4 = tl.load(q_row + 512 + tail[None, :], mask=here[:, None], other=0.0)
     if INTERPRET:
-        q0, q1, q2 = q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32)
+        q0, q1, q2, q3, q4 = q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32), q3.to(tl.float32), q4.to(tl.float32)
 
     peak = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc0 = tl.zeros([HEADS, 256], tl.float32)
-    acc1 = tl.zeros([HEADS, 256], tl.float32)
+    # Summed over slots at the end only: until then a thread adds up its own columns.
+    totals = tl.zeros([HEADS, TILE], tl.float32)
+    acc0 = tl.zeros([HEADS, 128], tl.float32)
+    acc1 = tl.zeros([HEADS, 128], tl.float32)
+    acc2 = tl.zeros([HEADS, 128], tl.float32)
+    acc3 = tl.zeros([HEADS, 128], tl.float32)
     first = share * share_tiles * TILE
     for start in range(first, tl.minimum(first + share_tiles * TILE, topk), TILE):
         slot, valid = _load_slots(slots_ptr + query * slots_stride, start, topk, num_slots, TILE)
@@ -122,26 +124,36 @@ def mla_kernel(
             latent, rope, scales = latent_ptr + unit * 16, rope_ptr + unit * 8 + 264, scale_ptr + unit * 4 + 128
         else:
             latent, rope, scales = latent_ptr + unit * 8, rope_ptr + unit * 8 + 512, scale_ptr
-        k0 = _latent_half(latent, scales, valid, FP8, INTERPRET)
-        k1 = _latent_half(latent + 256, scales + 2, valid, FP8, INTERPRET)
-        k2 = tl.load(rope[:, None] + tail[None, :], mask=valid[:, None], other=0.0)
+        k0 = _latent_group(latent, scales, valid, FP8, INTERPRET)
+        k1 = _latent_group(latent + 128, scales + 1, valid, FP8, INTERPRET)
+        k2 = _latent_group(latent + 256, scales + 2, valid, FP8, INTERPRET)
+        k3 = _latent_group(latent + 384, scales + 3, valid, FP8, INTERPRET)
+        k4 = tl.load(rope[:, None] + tail[None, :], mask=valid[:, None], other=0.0)
         if INTERPRET:
-            k2 = k2.to(tl.float32)
+            k4 = k4.to(tl.float32)
 
-        scores = tl.dot(q2, k2.T)
+        scores = tl.dot(q4, k4.T)
         scores = tl.dot(q0, k0.T, scores)
         scores = tl.dot(q1, k1.T, scores)
+        scores = tl.dot(q2, k2.T, scores)
+        scores = tl.dot(q3, k3.T, scores)
         scores = tl.where(valid[None, :], scores * scale2, float("-inf"))
-        probs, factor, peak, total = _softmax_step(scores, peak, total)
+        probs, factor, peak = _softmax_step(scores, peak)
+        factor = factor[:, None]
+        totals = totals * factor + probs
         probs = probs.to(k0.dtype)
-        acc0 = tl.dot(probs, k0, acc0 * factor[:, None])
-        acc1 = tl.dot(probs, k1, acc1 * factor[:, None])
+        acc0 = tl.dot(probs, k0, acc0 * factor)
+        acc1 = tl.dot(probs, k1, acc1 * factor)
+        acc2 = tl.dot(probs, k2, acc2 * factor)
+        acc3 = tl.dot(probs, k3, acc3 * factor)
 
     row = (query * shares + share) * heads + head
-    norm = _store_sums(lse_ptr, total_ptr, row, peak, total, here, SPLIT)
+    norm = _store_sums(lse_ptr, total_ptr, row, peak, tl.sum(totals, 1), here, SPLIT)
     out = (out_ptr + row * 512)[:, None] + low[None, :]
     tl.store(out, acc0 * norm, mask=here[:, None])
-    tl.store(out + 256, acc1 * norm, mask=here[:, None])
+    tl.store(out + 128, acc1 * norm, mask=here[:, None])
+    tl.store(out + 256, acc2 * norm, mask=here[:, None])
+    tl.store(out + 384, acc3 * norm, mask=here[:, None])
 
 
 @triton.jit
@@ -200,7 +212,8 @@ def gqa_kernel(
         v = tl.load(v_row + v_dim[None, :], mask=valid[:, None] & (v_dim < V_DIM)[None, :], other=0.0).to(TYPE)
         scores = tl.dot(q, k.T, input_precision="ieee")
         scores = tl.where(valid[None, :], scores * scale2, float("-inf"))
-        probs, factor, peak, total = _softmax_step(scores, peak, total)
+        probs, factor, peak = _softmax_step(scores, peak)
+        total = total * factor + tl.sum(probs, 1)
         acc = tl.dot(probs.to(TYPE), v, acc * factor[:, None], input_precision="ieee")
 
     row = (query * shares + share) * groups * group_heads + head
@@ -209,22 +222,34 @@ def gqa_kernel(
     tl.store(out, acc * norm, mask=here[:, None] & (v_dim < V_DIM)[None, :])
 
 
-@triton.jit
-def combine_kernel(part_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, heads, shares, dim, SHARES: tl.constexpr, BLOCK: tl.constexpr):
-    """One query, head and block of dims: the sum over the shares, all loaded at once and added in the order of a fixed tree."""
-    row = tl.program_id(0).to(tl.int64)
-    share = tl.arange(0, SHARES)
-    there = share < shares
-    at = (row // heads * shares + share) * heads + row % heads
-    peaks = tl.load(peak_ptr + at, mask=there, other=float("-inf"))
-    totals = tl.load(total_ptr + at, mask=there, other=0.0)
-    peak = tl.max(peaks, 0)
-    weights = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
-    total = tl.sum(weights * totals, 0)
+@triton.jit(do_not_specialize=["shares"])
+def combine_kernel(
+    part_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, heads, shares,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One query and head: the sum over the shares, ``STEP`` of them loaded at once and added in the order of a fixed tree.
 
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    parts = tl.load((part_ptr + at * dim)[:, None] + d[None, :], mask=there[:, None] & (d < dim)[None, :], other=0.0)
+    With a warp for 128 dims, a thread has the same dims of every share: its loads are 16 bytes wide, and it adds up what it loaded itself.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    peak = float("-inf")
+    total = 0.0
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SHARES, STEP):
+        share = start + tl.arange(0, STEP)
+        there = share < shares
+        at = (row // heads * shares + share) * heads + row % heads
+        parts = tl.load((part_ptr + at * DIM)[:, None] + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+        peaks = tl.load(peak_ptr + at, mask=there, other=float("-inf"))
+        totals = tl.load(total_ptr + at, mask=there, other=0.0)
+        new = tl.maximum(peak, tl.max(peaks, 0))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        weights = tl.exp2(peaks - base)
+        factor = tl.exp2(peak - base)
+        total = total * factor + tl.sum(weights * totals, 0)
+        acc = acc * factor + tl.sum(weights[:, None] * parts, 0)
+        peak = new
     norm = tl.where(total == 0, 0.0, 1.0 / total)
-    tl.store(out_ptr + row * dim + d, tl.sum(weights[:, None] * parts, 0) * norm, mask=d < dim)
-    if tl.program_id(1) == 0:
-        tl.store(lse_ptr + row, _log_sum(peak, total))
+    tl.store(out_ptr + row * DIM + d, acc * norm, mask=d < DIM)
+    tl.store(lse_ptr + row, _log_sum(peak, total))

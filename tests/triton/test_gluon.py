@@ -1,0 +1,64 @@
+"""The Gluon kernels compiled for Hopper. They cannot be interpreted: tests/gpu checks what they compute."""
+
+from __future__ import annotations
+
+import pytest
+
+SHARED_LIMIT = 227 * 1024
+
+DECODE = """
+import torch
+from importlib import import_module
+from thresher.cache import LatentCache
+kernels = import_module("thresher.ops.sparse_attend.triton")
+kernels._hopper = lambda q: import_module("thresher.ops.sparse_attend.gluon")
+for num, heads, topk, pages, page_size in CASES:
+    q, slots = torch.zeros(num, heads, 576).bfloat16(), torch.zeros(num, topk, dtype=torch.int32)
+    kernels.sparse_attend_mla_fp8(q, LatentCache(pages, page_size).data, slots, 0.1)
+"""
+
+
+def test_decode_compiles(compile_for_hopper):
+    """64 and 128 heads in shares and in one; odd pages; and arguments of 1, which are constants to the compiler."""
+    cases = [(1, 64, 2048, 33, 64), (8, 128, 2048, 33, 64), (140, 16, 2048, 33, 64), (2, 100, 65, 5, 61), (1, 1, 1, 1, 1)]
+    found = compile_for_hopper(DECODE.replace("CASES", str(cases)))
+    assert {kernel.name for kernel in found} == {"decode_kernel", "combine_kernel"}
+    decode = [kernel for kernel in found if kernel.name == "decode_kernel"]
+    assert len(decode) >= 4
+    for kernel in decode:
+        assert "wgmma.mma_async" in kernel.ptx
+        assert kernel.shared <= SHARED_LIMIT
+        assert getattr(kernel, "stack", 0) <= 64
+        # Of about 2400 instructions: at 120 registers for the producers the products' warps keep a few scalars in local memory.
+        assert getattr(kernel, "hot_spills", 0) <= 8
+
+
+PREFILL = """
+import torch
+from importlib import import_module
+from types import SimpleNamespace
+from thresher.cache import pack_keys
+from thresher.types import IndexQuery
+gluon = import_module("thresher.ops.index_score.gluon")
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+num, length, at = 70, 300, torch.zeros(70, dtype=torch.int64)
+for heads in HEADS:
+    q, weights = torch.zeros(num, heads, DIM).to(torch.float8_e4m3fn), torch.zeros(num, heads)
+    k, scales, out = torch.zeros(length, DIM).to(torch.float8_e4m3fn), torch.ones(length), torch.zeros(num, length)
+    gluon.index_score(q, weights, k, scales, at, at, out)
+    gluon.paged_index_score(IndexQuery(q, weights, at, at), pack_keys([(k, scales)]), length, out)
+"""
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("heads", "spills"), [((20, 32), 52), ((64,), 16)])
+def test_prefill_compiles(compile_for_hopper, heads, spills, dim):
+    """Ragged and paged. 32 padded heads have two sets of rows, with ranges and addresses of their own, and spill more than 64."""
+    found = compile_for_hopper(PREFILL.replace("DIM", str(dim)).replace("HEADS", str(heads)))
+    assert {kernel.name for kernel in found} == {"prefill_kernel"}
+    assert len(found) == 2 * len(heads)
+    for kernel in found:
+        assert "wgmma.mma_async" in kernel.ptx
+        assert "cp.async.bulk.tensor" in kernel.ptx
+        assert kernel.shared <= SHARED_LIMIT
+        assert getattr(kernel, "hot_spills", 0) <= spills
