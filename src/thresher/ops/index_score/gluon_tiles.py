@@ -1,0 +1,156 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What Hopper kernels that score many queries have in common.
+
+**Columns.** Chunk, group of 4 queries, pair of heads, parity, query: column ``((sub * HB + pair) * 2 + parity) * 4 + query``. A thread of
+the matrix unit then holds one parity of two queries, and adds up heads in its own registers; the other parity is one shuffle away. The
+pairs are so chosen that a thread's heads fall into four classes modulo 8, and the sums are those of ``triton.py``: the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+NAN_ALL = gl.constexpr(triton.language.PropagateNan.ALL)
+NO_REQUEST = gl.constexpr(2**31 - 1)
+KEYS = gl.constexpr(64)
+COLUMNS = gl.constexpr(128)  # of a chunk
+
+
+@gluon.jit
+def _sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
+    """``[64, SUB, HB, 2, 4]`` to ``[64, SUB, 4, 2, 4]``: pairs of heads ascending, each onto the sum of its index modulo 4."""
+    if HB == 4:
+        sums = dots * weights if FIRST else gl.fma(dots, weights, sums)
+    else:
+        low, high = gl.split(gl.permute(gl.reshape(dots, [KEYS, SUB, 2, HB // 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
+        low_w, high_w = gl.split(gl.permute(gl.reshape(weights, [KEYS, SUB, 2, HB // 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
+        sums = _sums(low, low_w, sums, SUB, HB // 2, FIRST)
+        sums = _sums(high, high_w, sums, SUB, HB // 2, False)
+    return sums
+
+
+@gluon.jit
+def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
+    """A chunk's products onto the sums of its groups' heads."""
+    dots = gl.maximum(dots, 0.0, propagate_nan=NAN_ALL)
+    return _sums(gl.reshape(dots, [KEYS, SUB, HB, 2, 4]), gl.reshape(weights, [KEYS, SUB, HB, 2, 4]), sums, SUB, HB, FIRST)
+
+
+@gluon.jit
+def total(sums, SUB: gl.constexpr):
+    """The fixed tree over a parity's four classes, then over both parities: ``[64, SUB, 4]``."""
+    a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
+    a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
+    return gl.sum(a + b, 2) + 0.0
+
+
+@gluon.jit
+def row_and_head(chunk: gl.constexpr, HEADS: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of the consumer's queries, and which head, a chunk's columns are."""
+    column = gl.arange(0, COLUMNS, layout=LAYOUT)
+    pair, inside = column // 8 % HB, column % 8
+    if HEADS == 64:  # both chunks are the same 4 queries
+        pair += 16 * chunk
+        row = inside % 4
+    else:
+        row = (chunk * SUB + column // (8 * HB)) * 4 + inside % 4
+    # Parity 0 has the heads 0, 1, 4, 5 modulo 8, parity 1 the others.
+    return row, pair // 4 * 8 + pair % 2 + pair % 4 // 2 * 4 + inside // 4 * 2
+
+
+@gluon.jit
+def row_numbers(first, SUB: gl.constexpr, L: gl.constexpr):
+    """int32 ``[1, SUB, 4]`` in the layout of a total."""
+    sub = gl.arange(0, SUB, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    query = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    return first + gl.expand_dims(gl.expand_dims(sub * 4, 0), 2) + gl.expand_dims(gl.expand_dims(query, 0), 1)
+
+
+@gluon.jit
+def sight(row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGED: gl.constexpr):
+    """``(start, end, owner)`` of rows, int32. Rows that are not there have owner ``NO_REQUEST`` and see nothing.
+
+    ``low`` and ``high`` hold starts and ends; when paged, ``high`` holds positions and a row sees its request from the start. A request
+    that is not in the table is one more request, of no tokens.
+    """
+    here = row < num_queries
+    limit = num_keys.to(gl.int64)
+    if PAGED:
+        request = gl.load(owners + row, mask=here, other=0)
+        known = here & (request >= 0) & (request < num_requests)
+        length = gl.load(lengths + gl.where(known, request, 0), mask=known, other=0)
+        held = gl.minimum(gl.maximum(length, 0), limit)
+        end = gl.minimum(gl.maximum(gl.load(high + row, mask=here, other=-1), -1), held - 1) + 1
+        start = end * 0
+        owner = gl.where(here, gl.where(known, request, num_requests), NO_REQUEST).to(gl.int32)
+    else:
+        start = gl.minimum(gl.maximum(gl.load(low + row, mask=here, other=0), 0), limit)
+        end = gl.minimum(gl.maximum(gl.load(high + row, mask=here, other=0), 0), limit)
+        owner = gl.where(here, 0, NO_REQUEST)
+    return start.to(gl.int32), gl.where(here, end, 0).to(gl.int32), owner
+
+
+@gluon.jit
+def live(start, end, mine, t0, t1):
+    """The tiles of ``t0 .. t1 - 1`` that some row of ``mine`` sees."""
+    some = mine & (start < end)
+    low = gl.min(gl.where(some, start, NO_REQUEST), 0) // KEYS
+    high = (gl.max(gl.where(some, end, 0), 0) + KEYS - 1) // KEYS
+    begin = gl.minimum(gl.maximum(low, t0), t1)
+    return begin, gl.minimum(gl.maximum(high, begin), t1)
+
+
+@gluon.jit
+def find_page(table, tile, num_pages, PAGE: gl.constexpr):
+    """A tile's page, 0 where the table names none, and whether it does. Contiguous keys are one page."""
+    if PAGE > 0:
+        page = gl.load(table + tile * KEYS // PAGE)
+        valid = (page >= 0) & (page < num_pages)
+        page = gl.where(valid, page, 0)
+    else:
+        page, valid = tile * 0, tile >= 0
+    return page, valid
+
+
+@gluon.jit
+def load_scales(scales, page, tile, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr):
+    """A tile's scales ``[64]``."""
+    if PAGE > 0:
+        found = gl.load(scales + page.to(gl.int64) * page_words + PAGE * D // 4 + tile * KEYS % PAGE + key)
+    else:
+        found = gl.load(scales + tile * KEYS + key, mask=tile * KEYS + key < num_keys, other=0.0)
+    return found
+
+
+@gluon.jit
+def multiply(buffers, q, turn, zero, STAGES: gl.constexpr, D: gl.constexpr):
+    """Begin the product of one chunk with the tile of this turn."""
+    return warpgroup_mma(buffers.index(turn % STAGES).reshape([KEYS, D]), q, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def load_block(
+    q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
+    HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
+):  # fmt: skip
+    """A consumer's queries into its two buffers; returns the weights of both chunks."""
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
+    w0, w1 = zero, zero
+    for chunk in gl.static_range(2):
+        row, head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(1, LOAD))
+        used = (first + row < num_queries) & (head < num_heads)
+        at = (first + row).to(gl.int64) * q_row + head * q_head
+        dim = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
+        q_buffers.index(HALF * 2 + chunk).store(gl.load(q + at[:, None] + dim[None, :], mask=used[:, None], other=0.0))
+        row, head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(0, ACC))
+        used = (first + row < num_queries) & (head < num_heads)
+        w = gl.expand_dims(gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0), 0)
+        if chunk == 0:
+            w0 += w
+        else:
+            w1 += w
+    fence_async_shared()
+    return w0, w1
