@@ -20,6 +20,7 @@ from thresher.ops.merge import triton as merge
 from thresher.ops.pool_keys import triton as pool_keys
 from thresher.ops.quantize import triton as quantize
 from thresher.ops.route_heads import triton as route_heads
+from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
 from thresher.ops.sparse_attend import triton as sparse_attend
 from thresher.types import IndexQuery
@@ -52,6 +53,8 @@ for module in (index_score, sparse_attend):
     module._hopper = lambda *args, name=module.__package__: import_module(name + ".gluon")
 index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
 sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
+long = pack_keys([(torch.zeros(16384, 128).to(torch.float8_e4m3fn), torch.ones(16384))])
+score_select.first_try(query, long, 2048)
 """
 
 

@@ -1,0 +1,177 @@
+"""Score and select on Hopper without a matrix of scores.
+
+1. ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more than topk of its
+   keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
+2. ``collect_kernel`` scores every key and keeps what lies above the level.
+3. ``settle_kernel`` selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) the row is done again, by
+   scoring and then selecting.
+
+The level is only about speed: the set is that of the two steps, bit for bit. Whether rows must be done again is looked at on the host, so
+this cannot be recorded in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from thresher.cache.device import INTERPRET, on_device
+from thresher.ops.dispatch import can_read
+from thresher.ops.index_score.triton import paged_index_score
+from thresher.ops.score_select.triton_kernels import level_kernel, settle_kernel
+from thresher.ops.select.triton import select_topk
+from thresher.types import IndexKeys, IndexQuery, Selection
+
+FP8 = torch.float8_e4m3fn
+TILE = 64  # keys; a page holds one
+SAMPLE = 4096  # keys looked at for the level, at least
+MIN_HITS = 32  # of the topk best, on average in the sample
+MAX_TOPK = 4096
+BLOCK = 512  # (query, head) columns a program
+STAGES = 6
+WARPS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rows are cut: a function of shapes alone.
+
+    Attributes:
+        stride: every stride-th tile is in the sample; 0 where rows are short enough to be collected whole.
+        want: which largest of the sample the level is.
+        slack: how many places the level may be lower, to end its search sooner.
+        runs: runs that a row's tiles are dealt into.
+        room: entries of each of a row's ``4 * runs`` lists.
+    """
+
+    stride: int
+    want: int
+    slack: int
+    runs: int
+    room: int
+
+
+def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, programs: int) -> Plan:
+    """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
+
+    The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
+    such deviations. A row's lists together hold four times topk.
+    """
+    blocks = triton.cdiv(num_queries * padded_heads(heads), BLOCK)
+    total = max(8192, 4 * triton.next_power_of_2(topk))
+    # More runs share few blocks out; a list should still be long enough for chance to even out.
+    runs = 1 if blocks >= programs else min(2 ** ((programs // blocks).bit_length() - 1), 8)
+    room = total // (4 * runs)
+    if room_tokens <= total:
+        return Plan(0, 0, 0, runs, room)
+    stride = max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
+    hits = topk / stride
+    want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
+    return Plan(stride, want, want // 16, runs, room)
+
+
+def padded_heads(num_heads: int) -> int:
+    """Heads as the kernel counts them: a power of two from 8 on."""
+    return max(8, triton.next_power_of_2(num_heads))
+
+
+def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if INTERPRET:
+        return "cannot be interpreted"
+    if not query.q.is_cuda or torch.cuda.get_device_capability(query.q.device) != (9, 0):
+        return "needs compute capability 9.0"
+    if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 17 <= query.num_heads <= 64:
+        return f"needs 17 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
+    if keys.page_size != TILE or not len(keys.pages):
+        return f"needs pages of {TILE} keys, not {keys.page_size}"
+    if topk > MAX_TOPK:
+        return f"topk is at most {MAX_TOPK}, not {topk}"
+    return None if can_read(query.q.device) else "cannot be recorded in a CUDA graph: rows may have to be done again"
+
+
+def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
+    """``thresher.ops.score_select`` for checked arguments; without ``with_scores`` the selection's scores are None."""
+    selection, redo = first_try(query, keys, topk, with_scores)
+    again = redo.nonzero()[:, 0]
+    for rows in again.split(max(1, 2**26 // max(keys.page_table.shape[1] * TILE, 1))):
+        right = select_topk(paged_index_score(query.rows(rows), keys), topk, with_scores=with_scores)
+        selection.indices[rows], selection.lengths[rows] = right.indices, right.lengths
+        if selection.scores is not None and right.scores is not None:
+            selection.scores[rows] = right.scores
+    return selection
+
+
+def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> tuple[Selection, Tensor]:
+    """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
+    num, device = query.num_queries, query.q.device
+    room_tokens = keys.page_table.shape[1] * TILE
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
+    ends = torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
+    levels = torch.full((num,), -math.inf, device=device)
+    level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
+    lists = 4 * plan.runs
+    found = torch.empty(num, lists, plan.room, dtype=torch.int64, device=device)
+    counts = torch.empty(num, lists, dtype=torch.int32, device=device)
+    indices = torch.empty(num, topk, dtype=torch.int32, device=device)
+    lengths = torch.empty(num, dtype=torch.int64, device=device)
+    beside = torch.empty(num, topk, device=device) if with_scores else None
+    redo = torch.empty(num, dtype=torch.int32, device=device)
+    if num:
+        if plan.stride:
+            find_levels(query, keys, ends, plan, levels, level_keys)
+        with on_device(query.q):
+            collect(query, keys, levels, level_keys, found, counts, plan, programs)
+            settle_kernel[(num,)](
+                found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, topk,
+                LISTS=lists, ROOM=plan.room, BLOCK_K=triton.next_power_of_2(topk), WITH_SCORES=with_scores, num_warps=WARPS,
+            )  # fmt: skip
+    return Selection(indices, lengths, "logical", beside), redo
+
+
+def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, levels: Tensor, level_keys: Tensor) -> None:
+    """Score the sample and write each row's level."""
+    table = keys.page_table[:, :: plan.stride].contiguous()
+    width = table.shape[1] * TILE
+    # Of the sample a row sees the tiles that it sees to their end.
+    seen = (ends // TILE + plan.stride - 1) // plan.stride * TILE
+    few = IndexKeys(keys.pages, table, torch.full_like(keys.lengths, width))
+    sample = paged_index_score(IndexQuery(query.q, query.weights, seen - 1, query.requests), few, width)
+    whole = 4 * plan.runs * plan.room
+    with on_device(query.q):
+        level_kernel[(query.num_queries,)](
+            sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, whole, sample.stride(0),
+            BLOCK=triton.next_power_of_2(width), num_warps=WARPS,
+        )  # fmt: skip
+
+
+def collect(
+    query: IndexQuery, keys: IndexKeys, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor, plan: Plan, programs: int
+) -> None:
+    """Launch ``collect_kernel``."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from thresher.ops.score_select.gluon_kernels import collect_kernel
+
+    pages, size, dim = keys.pages.shape[0], keys.page_size, keys.head_dim
+    flat, record = keys.pages.view(-1), size * (dim + 4)
+    layout = gl.NVMMASharedLayout(dim, 8, 3)
+    desc = TensorDescriptor(flat.view(FP8), [pages, size, dim], [record, dim, 1], [1, TILE, dim], layout)
+    q = query.q if query.q.stride(-1) == 1 else query.q.contiguous()
+    weights = query.weights if query.weights.stride(-1) == 1 else query.weights.contiguous()
+    table = keys.page_table if keys.page_table.stride(-1) == 1 else keys.page_table.contiguous()
+    padded = padded_heads(query.num_heads)
+    pairs = min(padded // 2, 16)
+    collect_kernel[(programs,)](
+        desc, q, weights, flat.view(torch.float32), query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(),
+        table, levels, level_keys, found, counts, query.num_queries, query.num_heads, table.shape[1] * size, keys.num_requests, pages,
+        plan.runs, q.stride(0), q.stride(1), weights.stride(0), record // 4, table.stride(0),
+        HEADS=padded, BLOCK=BLOCK // padded, ROWS=BLOCK // padded // 2, STAGES=STAGES, D=dim, PAGE=size, HB=pairs, SUB=16 // pairs,
+        ROOM=plan.room, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""Levels and the choice from lists, interpreted; what lies between them runs on a GPU alone, so it is spelt out here in Python."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from thresher.ops import select_topk
+
+kernels = importlib.import_module("thresher.ops.score_select.triton")
+parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
+pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
+ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
+
+
+def rows_of(width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of each kind, and how much of it is seen."""
+    scores = torch.randn(len(ROWS), width, generator=torch.Generator().manual_seed(width))
+    scores[1], scores[2] = scores[1].round(), 1.5
+    scores[3].relu_()
+    scores[4, ::3] = math.nan
+    scores[5], scores[6] = scores[5].sort().values, scores[6].sort(descending=True).values
+    scores[7] = 0.0
+    scores[7, ::2] = -0.0
+    return scores, torch.tensor([width, width, width, width - 5, width, width, width, width, topk - 3, 0])
+
+
+def find_levels(scores, ends, plan):
+    tiles = -(-scores.shape[1] // kernels.TILE)
+    width = -(-tiles // plan.stride) * kernels.TILE
+    column = torch.arange(width)
+    key = column // 64 * plan.stride * 64 + column % 64
+    seen = (key // 64 + 1) * 64 <= ends[:, None]
+    sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(~seen, -math.inf)
+    levels, level_keys = torch.full(ends.shape, math.nan), torch.full(ends.shape, -9, dtype=torch.int32)
+    block = 1 << (width - 1).bit_length()
+    parts.level_kernel[(len(ends),)](
+        sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, 200, sample.stride(0), BLOCK=block
+    )
+    return levels, level_keys
+
+
+def collect(scores, ends, levels, level_keys, plan):
+    """``collect_kernel`` after its scores: each (run, warp) a list of its own, keys ascending, counted on where it is full."""
+    num, lists = len(scores), 4 * plan.runs
+    found, counts = torch.full((num, lists, plan.room), -7), torch.zeros(num, lists, dtype=torch.int32)
+    for row in range(num):
+        mine = scores[row, : ends[row]]
+        key = torch.arange(len(mine))
+        for n in key[(mine > levels[row]) | ((mine == levels[row]) & (key <= level_keys[row]))].tolist():
+            which = n // 64 % plan.runs * 4 + n % 64 // 16
+            if counts[row, which] < plan.room:
+                found[row, which, counts[row, which]] = (int(mine[n].view(torch.int32)) << 32) | n
+            counts[row, which] += 1
+    return found, counts
+
+
+def settle(found, counts, ends, topk, with_scores):
+    num, lists, room = found.shape
+    indices, beside = torch.full((num, topk), -9, dtype=torch.int32), torch.full((num, topk), math.nan)
+    lengths, redo = torch.full((num,), -9), torch.full((num,), -9, dtype=torch.int32)
+    parts.settle_kernel[(num,)](
+        found, counts, ends, indices, lengths, beside, redo, topk,
+        LISTS=lists, ROOM=room, BLOCK_K=1 << (topk - 1).bit_length(), WITH_SCORES=with_scores,
+    )  # fmt: skip
+    return indices, lengths, beside, redo
+
+
+@pytest.mark.parametrize("with_scores", [True, False])
+@pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, with_scores):
+    """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
+    hits = topk / stride
+    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, 2, 128)
+    scores, ends = rows_of(width, topk)
+    levels, level_keys = find_levels(scores, ends, plan)
+    found, counts = collect(scores, ends, levels, level_keys, plan)
+    indices, lengths, beside, redo = settle(found, counts, ends, topk, with_scores)
+    want = select_topk(scores.masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
+    for row, name in enumerate(ROWS):
+        if redo[row]:
+            assert name in again
+            assert lengths[row] == 0
+            assert (indices[row] == -1).all()
+            continue
+        assert torch.equal(indices[row], want.indices[row]), name
+        assert lengths[row] == want.lengths[row], name
+        assert not with_scores or torch.equal(beside[row], want.scores[row]), name
+
+
+def test_a_full_list_is_done_again():
+    plan = kernels.Plan(2, 30, 2, 2, 16)
+    scores, ends = rows_of(1500, 64)
+    levels = torch.full(ends.shape, -math.inf)
+    found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
+    *_, redo = settle(found, counts, ends, 64, True)
+    full = counts.amax(1) > 16
+    assert full.sum() >= 8
+    assert torch.equal(redo[full], torch.ones_like(redo[full]))
+
+
+def test_no_two_entries_of_a_row_share_a_place():
+    """The plan's lists hold what a row of the largest size that is collected whole brings, in every run and warp."""
+    for num, heads, topk in ((1024, 64, 2048), (256, 32, 2048), (64, 20, 512), (4096, 64, 4096)):
+        plan = kernels.make_plan(num, heads, 2**17, topk, 132)
+        whole = 4 * plan.runs * plan.room
+        tiles = torch.arange(whole // 64)
+        assert whole >= 4 * topk
+        assert torch.bincount(tiles % plan.runs).max() * 16 <= plan.room
+        assert plan.want * plan.stride < whole
+        assert plan.stride * plan.want >= 1.5 * topk
+        assert kernels.make_plan(num, heads, whole, topk, 132) == replace(plan, stride=0, want=0, slack=0)
