@@ -41,7 +41,6 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gathered_index_score": ("triton", "reference"),
         "select_topk": ("triton", "reference"),
         "select_topk_slots": ("triton", "reference"),
-        "score_select": ("reference",),
         "pool_keys": ("triton", "reference"),
         "partial_means": ("triton", "reference"),
         "head_mass": ("triton", "reference"),
@@ -62,7 +61,6 @@ NAMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "index_score": ("deep_gemm",),
         "paged_index_score": ("deep_gemm",),
         "select_topk": ("flashinfer", "vllm"),
-        "score_select": ("triton",),
         "sparse_attend_mla": ("flash_mla",),
     }
 )
