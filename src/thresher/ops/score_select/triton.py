@@ -95,7 +95,7 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
-    """The two steps' selection, for arguments that ``unsupported`` has no objection to; without ``with_scores`` the selection's scores are None."""
+    """The two steps' selection, for arguments that ``unsupported`` lets pass; its scores are None without ``with_scores``."""
     selection, redo = first_try(query, keys, topk, with_scores)
     again = redo.nonzero()[:, 0]
     for rows in again.split(max(1, 2**26 // max(keys.page_table.shape[1] * TILE, 1))):
