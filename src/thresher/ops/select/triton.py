@@ -1,16 +1,18 @@
 """Exact top-k on a GPU, in Triton: no sort, no atomics that order could show in, no word from the host.
 
-A row that fits in the registers of one program is searched there: bisection over the ordered 32-bit keys finds the threshold, which takes
-as many ties as there is room for, and the row is written in column order. A longer row is read once in full:
+``one_program``: a short row stays in one program's registers, where a search over scores finds the threshold. That takes as many ties as
+there is room for, and the row is written in column order. A longer row is read once in full:
 
-1. ``guess_level``: a sample of the row (4096 to 16384 scores) gives a level that somewhat more than k scores should lie above.
-2. ``collect``: the one full pass. What lies above the level goes to a short list; what equals it is counted, per chunk.
-3. ``settle``: the short list is searched like a short row. It holds the answer unless the sample misled or the level is a plateau that
-   the k-th place falls into. Then the plateau is the threshold, or four more passes over the row find it, and
-4. ``rescan`` writes such a row from the scores; for the others it returns at once.
+- A sample of it gives a level that somewhat more than k scores should lie above.
+- What lies above the level goes to a short list, which is searched and written like a short row.
+- The list does not hold the answer where the sample misled, or where the level is a plateau that the k-th place falls into. Then
+  four more passes over the row find the threshold, and a last one writes.
+
+``one_pass`` does all that in one program a row. Few rows of great width would leave most of the chip idle, so for them ``guess_level``
+takes the sample, a program a chunk ``collect``s, and whichever of a row's programs ends last selects from the list.
 
 The guess is only about speed: whatever it is, the set is exact. So are two runs: chunks append to a list in any order, but which entries
-it holds, and the order in which they are read, do not depend on that.
+it holds, and where each is written, do not depend on that.
 """
 
 from __future__ import annotations
@@ -22,31 +24,39 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import on_device
+from thresher.cache.device import INTERPRET, on_device
 from thresher.errors import require
 from thresher.ops.select import triton_kernels as kernels
+from thresher.ops.select import triton_split as split
 from thresher.types import Selection
 
-ONE_PROGRAM = 16384  # columns that one program searches: 32 keys a thread at 16 warps
+ONE_PROGRAM = 8192  # columns that one program holds: 16 a thread at 16 warps
+ONE_PASS = 2**17  # columns that one program reads in a pass, however few the rows
+MANY_ROWS = 64  # rows that fill the chip with one program each, however long
 MAX_WIDTH = 2**21
 MAX_TOPK = 8192
-CHUNK = 4096  # columns a program of ``collect`` reads: 32 a thread at 4 warps
+MAX_ROOM = 16384  # entries of a list, where a sample of 32768 allows it: more do not fit in the registers of ``collect``
+CHUNK = 8192  # columns a program of ``collect`` reads: 16 a thread at 16 warps
 TILE = 256  # columns, or entries of a list, that a warp writes at a time: 8 a thread
-MAX_REGISTERS = 64  # a thread: two programs of 16 warps fit on a multiprocessor
-COLLECT_REGISTERS = 48  # ten programs of 4 warps: 160 KB in flight
-RESCAN_PROGRAMS = 512  # about four a multiprocessor
+SMALL = 4096  # entries of a list that a narrower search does for
+ONE_TILE = 8192  # columns of a short row that are written at a time
+AHEAD = True  # ``one_pass`` reads its next chunk while it appends from the last
+OVERLAP = True  # ``collect`` starts while ``guess_level`` runs (programmatic dependent launch)
+MAX_REGISTERS = 64  # a thread: 32 warps fit on a multiprocessor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a long row is cut: a function of shapes alone.
+    """How a long row is read: a function of shapes alone.
 
     Attributes:
         sample: scores looked at for the level, a power of two.
         want: which largest of them the level is.
         slack: how many places the level may be lower, to end its search sooner.
         room: entries of the list, a power of two.
-        chunk: columns a program collects from.
+        chunk: columns read at a time.
+        warps: warps of a program.
+        split: whether a row is shared by a program for each chunk.
     """
 
     sample: int
@@ -54,27 +64,39 @@ class Plan:
     slack: int
     room: int
     chunk: int
+    warps: int
+    split: bool
 
 
-def make_plan(width: int, topk: int) -> Plan | None:
-    """The plan of rows of ``width`` scores, None where one program takes a row.
+def make_plan(num_rows: int, width: int, topk: int) -> Plan | None:
+    """The plan of ``num_rows`` rows of ``width`` scores, None where a program holds a row.
 
     The sample holds ``hits`` of the topk best on average, give or take ``sqrt(hits)``, more where neighbours are alike. The level is set
-    for half as many again and six such deviations; the list has room for six deviations of what that brings.
+    for a quarter as many again and five such deviations; the list has room for five deviations of what that brings. The smallest sample
+    is taken that needs a list of no more than four times topk.
     """
     if width <= ONE_PROGRAM:
         return None
-    sample = min(max(triton.next_power_of_2(width // 32), 4096), 16384)
-    hits = topk * sample / width
-    want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
-    slack = want // 16
-    room = triton.next_power_of_2(math.ceil((want + slack + 6 * math.sqrt(want)) * width / sample))
-    return Plan(sample, want, slack, room, CHUNK)
+    for sample in (4096, 8192, 16384, 32768):
+        hits = topk * sample / width
+        want = min(math.ceil(1.25 * hits + 5 * math.sqrt(hits) + 4), sample)
+        slack = want // 16
+        room = triton.next_power_of_2(math.ceil((want + slack + 5 * math.sqrt(want)) * width / sample))
+        if room <= min(max(4 * topk, 4096), MAX_ROOM) or 4 * sample > width:
+            break
+    shared = width > ONE_PASS and num_rows < MANY_ROWS
+    warps = 16 if shared else pass_warps(num_rows)
+    return Plan(sample, want, slack, room, CHUNK if shared else 1024 * warps, max(warps, room // 1024), shared)
+
+
+def pass_warps(num_rows: int) -> int:
+    """Warps of a program of ``one_pass``: as many as leave each multiprocessor about 32 of them."""
+    return 32 if num_rows <= 132 else 16 if num_rows <= 264 else 8
 
 
 def num_warps(block: int) -> int:
-    """Warps for a program that holds ``block`` keys: 16 to 32 keys a thread."""
-    return min(max(block // 512, 4), 16) if block <= 16384 else 32
+    """Warps for a program that holds ``block`` keys: 16 keys a thread."""
+    return min(max(block // 512, 4), 16)
 
 
 def unsupported(num_rows: int, width: int, topk: int) -> str | None:
@@ -153,37 +175,40 @@ def _run(
     strides = (scores.stride(0), positions.stride(0) if positions is not None else 0)
     table = (page_table.shape[0], page_table.shape[1], page_size)
 
-    plan = make_plan(width, topk)
+    plan = make_plan(num, width, topk)
     if plan is None:
         block = max(triton.next_power_of_2(width), 128)
+        warps = num_warps(block)
         kernels.one_program[(num,)](
             *source, *pages, *out, width, topk, *strides, *table,
-            BLOCK=block, TILE=min(block, TILE * num_warps(block)), **flags, num_warps=num_warps(block), maxnreg=MAX_REGISTERS,
+            BLOCK=block, TILE=min(block, ONE_TILE), **flags, num_warps=warps, maxnreg=MAX_REGISTERS,
+        )  # fmt: skip
+        return indices, lengths, beside
+
+    found = torch.empty(num, 2, plan.room, dtype=torch.int32, device=device)
+    guess = (width // (plan.sample // 4), plan.want, plan.slack)
+    sizes = {"CHUNK": plan.chunk, "ROOM": plan.room, "SMALL": min(SMALL, plan.room), "TILE": min(TILE * plan.warps, plan.room)}
+    if not plan.split:
+        if given:  # positions take registers, too
+            sizes["CHUNK"] //= 2
+        kernels.one_pass[(num,)](
+            *source, *pages, *out, found, width, topk, *guess, *strides, *table,
+            SAMPLE=plan.sample, AHEAD=AHEAD and not given, **sizes, **flags, num_warps=plan.warps, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         return indices, lengths, beside
 
     chunks = triton.cdiv(width, plan.chunk)
-    log_chunks = max((chunks - 1).bit_length(), 5)
-    row_state = torch.empty(5, num, dtype=torch.int32, device=device)
-    levels, counters, rescans = row_state[0], row_state[1], row_state[2:]
-    tables = torch.empty(3, num, chunks, dtype=torch.int32, device=device)
-    found = torch.empty(num, plan.room, dtype=torch.int64, device=device)
-    kernels.guess_level[(num,)](
-        *source, levels, counters, width // (plan.sample // 8), plan.want, plan.slack, *strides,
-        SAMPLE=plan.sample, HAS_POSITIONS=given, num_warps=num_warps(plan.sample),
+    levels = torch.empty(num, dtype=torch.float32, device=device)
+    counters = torch.empty(2, num, dtype=torch.int32, device=device)
+    tables = torch.empty(2, num, chunks, dtype=torch.int32, device=device)
+    overlap = {"OVERLAP": OVERLAP and not INTERPRET}
+    split.guess_level[(num,)](
+        *source, levels, *counters, *guess, *strides,
+        SAMPLE=plan.sample, HAS_POSITIONS=given, **overlap, num_warps=min(plan.sample // 256, 32),
     )  # fmt: skip
-    kernels.collect[(num * chunks,)](
-        *source, levels, counters, *tables, found, width, chunks, *strides,
-        CHUNK=plan.chunk, ROOM=plan.room, HAS_POSITIONS=given, num_warps=4, maxnreg=COLLECT_REGISTERS,
-    )  # fmt: skip
-    warps = num_warps(plan.room)
-    kernels.settle[(num,)](
-        *source, *pages, *out, levels, counters, *tables, found, rescans, width, topk, chunks, *strides, *table,
-        CHUNK=plan.chunk, ROOM=plan.room, TILE=TILE * warps, LOG_CHUNKS=log_chunks, **flags, num_warps=warps, maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
-    splits = min(chunks, triton.cdiv(RESCAN_PROGRAMS, num))
-    kernels.rescan[(num * splits,)](
-        *source, *pages, out[0], out[2], tables[0], tables[1], rescans, width, topk, chunks, splits, *strides, *table,
-        CHUNK=plan.chunk, TILE=min(TILE * 8, plan.chunk), LOG_CHUNKS=log_chunks, **flags, num_warps=8, maxnreg=MAX_REGISTERS,
+    split.collect[(num * chunks,)](
+        *source, *pages, *out, levels, *counters, *tables, found, width, topk, chunks, *strides, *table,
+        CHUNKS=max(triton.next_power_of_2(chunks), 32), **sizes, **flags, **overlap,
+        num_warps=plan.warps, maxnreg=MAX_REGISTERS, launch_pdl=overlap["OVERLAP"],
     )  # fmt: skip
     return indices, lengths, beside
