@@ -1,8 +1,23 @@
-"""Triton runs in its interpreter in these tests: the flag must stand before anything imports Triton (transformers does).
+"""How Triton runs is settled here, before anything imports it (transformers does).
 
-Tests that need a GPU run in a process of their own, with TRITON_INTERPRET=0.
+Interpreted, on the CPU; but compiled where nothing else than tests of tests/gpu is asked for (``pytest tests/gpu``), unless
+THRESHER_GPU_TESTS=interpret. A TRITON_INTERPRET that is set already stays.
 """
 
 import os
+import sys
+from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+TESTS = Path(__file__).resolve().parent
+
+
+def names_gpu_tests_alone(arguments: list[str]) -> bool:
+    """Whether tests are named on a command line, and all of them in tests/gpu."""
+    paths = [Path(argument.split("::")[0]).resolve() for argument in arguments if not argument.startswith("-")]
+    named = [path for path in paths if path.exists() and path.is_relative_to(TESTS)]
+    return bool(named) and all(path.is_relative_to(TESTS / "gpu") for path in named)
+
+
+# Workers of pytest-xdist see another command line, but inherit the variable.
+compiled = names_gpu_tests_alone(sys.argv[1:]) and os.environ.get("THRESHER_GPU_TESTS") != "interpret"
+os.environ.setdefault("TRITON_INTERPRET", "0" if compiled else "1")

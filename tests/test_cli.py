@@ -196,7 +196,9 @@ def test_words_that_are_no_command_exit_with_2(capsys, arguments):
     assert "thresher" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["generate", "--help"], ["train", "warmup", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["demo", "--help"], ["generate", "--help"], ["train", "warmup", "--help"], ["record", "--help"]]
+)
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     _add_bench(commands)
+    _add_record(commands)
     info = commands.add_parser("info", help="versions, devices, and which implementations can run here")
     info.set_defaults(run=_info, device="cpu")
     return parser
@@ -149,9 +150,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--selector", default="dsa", help="name:option=value,... (default: %(default)s)")
     parser.add_argument("--inputs", nargs="+", default=["normal"], metavar="NAME", help="see --list; cruel for all three (default: normal)")
     parser.add_argument("--recorded", type=Path, metavar="FILE", help="safetensors file of the recorded inputs")
-    parser.add_argument("--op", help="one part of a case's work: index_score or select_topk (default: the whole)")
+    parser.add_argument(
+        "--op",
+        help="one part of a case's work, such as index_score or select_topk; sparse_attend_mla for bf16 latents (default: the whole)",
+    )
     parser.add_argument("--peer", metavar="NAME", help="what to time beside it; see --list")
-    parser.add_argument("--impl", default="auto", help="auto, reference or triton (default: %(default)s)")
+    parser.add_argument("--impl", default="auto", help="auto, or a name that thresher info lists (default: %(default)s)")
     parser.add_argument("--timing", choices=["graph", "events"], help="(default: graph, events for a prefill)")
     parser.add_argument("--repeats", type=int, default=50, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -175,6 +179,23 @@ def _bench(args: argparse.Namespace) -> None:
     require(bool(args.case), "--case must name at least one case", "none", "see thresher bench --list")
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in ("cases", "inputs")}
     run_bench(Settings(cases=tuple(args.case), inputs=tuple(args.inputs), **given), print)
+
+
+def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("record", help="a real model's index queries and keys, for bench --inputs recorded")
+    parser.add_argument("--out", required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="one request each, the first for prefills too (default: 0 4 ..)")
+    parser.add_argument("--length", type=int, help="tokens of context (default: 7680)")
+    parser.add_argument("--queries", type=int, help="kept of the first layer; of the others one (default: 1024)")
+    _add_model(parser)
+    parser.set_defaults(run=_record)
+
+
+def _record(args: argparse.Namespace) -> None:
+    from thresher.bench.recording import LAYERS, LENGTH, QUERIES, record_inputs
+
+    sizes = (LENGTH if args.length is None else args.length, QUERIES if args.queries is None else args.queries)
+    print(record_inputs(args.out, args.layers or LAYERS, *sizes, args.device, _weights(args)))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -12,9 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thresher.checks import BYTES, FLOAT, FP32, INT32, INT64, check_tensor
 from thresher.errors import require
 
 SPACES = ("logical", "local", "slot")
+
+
+def check_key_pages(pages: object) -> None:
+    """Raise ``ThresherError`` unless ``pages`` has the shape and type of an index-key cache's pages."""
+    check_tensor("pages", pages, BYTES, ("pages", "page_size", 1, "head_dim + 4"), "use IndexKeyCache")
+    assert isinstance(pages, Tensor)
+    size, dim = pages.shape[1], pages.shape[3] - 4
+    require(size >= 1, "the page_size of pages must be at least 1", size, "64 is usual")
+    require(dim >= 4 and dim % 4 == 0, "the head_dim of pages must be a positive multiple of 4", dim, "use IndexKeyCache")
 
 
 @dataclass(frozen=True)
@@ -35,17 +45,11 @@ class IndexQuery:
     requests: Tensor
 
     def __post_init__(self) -> None:
-        require(self.q.dim() == 3, "q must be [num_queries, heads, head_dim]", tuple(self.q.shape), "reshape it")
+        check_tensor("q", self.q, FLOAT, ("num_queries", "heads", "head_dim"), "reshape it")
         num, heads = self.q.shape[:2]
-        require(
-            self.weights.shape == (num, heads), f"weights must be [{num}, {heads}]", tuple(self.weights.shape), "pass one weight per head"
-        )
-        require(self.weights.dtype == torch.float32, "weights must be float32", self.weights.dtype, "call .float()")
-        for name in ("positions", "requests"):
-            t = getattr(self, name)
-            require(
-                t.shape == (num,) and t.dtype == torch.int64, f"{name} must be int64 [{num}]", f"{t.dtype} {tuple(t.shape)}", "convert it"
-            )
+        check_tensor("weights", self.weights, FP32, (num, heads), "pass one weight per head, as .float()")
+        check_tensor("positions", self.positions, INT64, (num,), "pass one per query, as .long()")
+        check_tensor("requests", self.requests, INT64, (num,), "pass one per query, as .long()")
 
     @property
     def num_queries(self) -> int:
@@ -57,7 +61,9 @@ class IndexQuery:
 
     def rows(self, keep: Tensor | slice) -> IndexQuery:
         """The queries picked by a bool mask, an index tensor or a slice."""
-        return IndexQuery(self.q[keep], self.weights[keep], self.positions[keep], self.requests[keep])
+        # fp8 tensors cannot be indexed by tensors on every device; their bytes can
+        q = self.q.view(torch.uint8)[keep].view(self.q.dtype) if self.q.element_size() == 1 else self.q[keep]
+        return IndexQuery(q, self.weights[keep], self.positions[keep], self.requests[keep])
 
 
 @dataclass(frozen=True)
@@ -76,24 +82,9 @@ class IndexKeys:
     lengths: Tensor
 
     def __post_init__(self) -> None:
-        require(
-            self.pages.dtype == torch.uint8 and self.pages.dim() == 4 and self.pages.shape[2] == 1,
-            "pages must be uint8 [pages, page_size, 1, head_dim + 4]",
-            f"{self.pages.dtype} {tuple(self.pages.shape)}",
-            "use IndexKeyCache",
-        )
-        require(
-            self.page_table.dtype == torch.int32 and self.page_table.dim() == 2,
-            "page_table must be int32 [requests, max_pages]",
-            f"{self.page_table.dtype} {tuple(self.page_table.shape)}",
-            "convert it",
-        )
-        require(
-            self.lengths.dtype == torch.int64 and self.lengths.shape == self.page_table.shape[:1],
-            "lengths must be int64, one per request",
-            f"{self.lengths.dtype} {tuple(self.lengths.shape)}",
-            "convert it",
-        )
+        check_key_pages(self.pages)
+        check_tensor("page_table", self.page_table, INT32, ("requests", "max_pages"), "take PageTable.table")
+        check_tensor("lengths", self.lengths, INT64, (self.page_table.shape[0],), "pass one per request, as .long()")
 
     @property
     def page_size(self) -> int:
@@ -127,12 +118,7 @@ class Selection:
 
     def __post_init__(self) -> None:
         require(self.space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(self.space), "name the index space")
-        require(
-            self.indices.dtype == torch.int32 and self.indices.dim() == 2,
-            "indices must be int32 [num_queries, k]",
-            f"{self.indices.dtype} {tuple(self.indices.shape)}",
-            "convert it",
-        )
+        check_tensor("indices", self.indices, INT32, ("num_queries", "k"), "convert it")
 
     @property
     def topk(self) -> int:

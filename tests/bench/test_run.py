@@ -12,6 +12,7 @@ from thresher import cli
 from thresher.bench import check, run, work
 from thresher.bench.cases import parse_case
 from thresher.bench.floor import floor_us, useful_work
+from thresher.bench.peer_steps import Prepared
 from thresher.bench.peers import PEERS, Peer, peer_reason
 from thresher.bench.record import read
 from thresher.bench.run import Settings, run_bench
@@ -42,7 +43,7 @@ def test_every_kind_of_case_runs_and_is_recorded(tmp_path):
     records, lines = bench(DECODE, PREFILL, LAYER, MLA, out=out)
     assert read(out) == records
     assert [record.case for record in records] == [DECODE, PREFILL, LAYER, MLA]
-    assert [record.op for record in records] == ["select", "select", "layer", "sparse_attend_mla"]
+    assert [record.op for record in records] == ["select", "select", "layer", "sparse_attend_mla_fp8"]
     assert [record.selector for record in records] == ["dsa", "dsa", "dsa", None]
     for record, line in zip(records, lines, strict=True):
         assert record.impl == "reference"
@@ -82,11 +83,11 @@ def test_on_a_cpu_nothing_is_written_unless_asked(tmp_path, monkeypatch):
         ({"inputs": ("gentle",)}, "inputs of decode-2x300-h4-d64-k32 must be one of normal"),
         ({"op": "layer"}, "the op of a decode case must be one of select, index_score, select_topk"),
         ({"op": "sparse_attend_mla"}, "the op of a decode case"),
-        ({"impl": "fast"}, "impl must be one of auto, reference, triton"),
+        ({"impl": "fast"}, "impl must be one of auto, triton, reference"),
         ({"selector": "bogus"}, "a selector must be one of"),
         ({"selector": "hisa:block_size=1,num_blocks=2"}, "must be at least topk=32"),
         ({"peer": "cublas"}, "a peer must be one of deep_gemm"),
-        ({"peer": "flash_mla"}, "flash_mla is timed on sparse_attend_mla"),
+        ({"peer": "flash_mla"}, "flash_mla is timed on sparse_attend_mla_fp8, sparse_attend_mla"),
         ({"timing": "graph", "repeats": 0}, "repeats"),
     ],
 )
@@ -103,43 +104,56 @@ def test_mla_has_no_scores_to_be_cruel_with():
 
 
 def test_peers_that_are_not_here_say_what_to_install(monkeypatch):
-    monkeypatch.setattr("thresher.bench.peers.installed", lambda module: False)
-    with pytest.raises(ThresherError, match=r"not installed: deep_gemm \(pip install sgl-deep-gemm==\S+\), vllm"):
+    monkeypatch.delenv("THRESHER_VLLM_OPS", raising=False)
+    monkeypatch.setattr(dispatch, "installed", lambda module: module.startswith("thresher"))
+    with pytest.raises(ThresherError, match=r"not installed: deep_gemm \(pip install sgl-deep-gemm==\S+\), vllm \(.*THRESHER_VLLM_OPS"):
         bench(DECODE, peer="deep_gemm+vllm")
-    monkeypatch.setattr("thresher.bench.peers.installed", lambda module: True)
+    monkeypatch.setattr(dispatch, "installed", lambda module: True)
     assert peer_reason("flash_mla", CPU) == "it needs a CUDA device"
     assert "ranks" in peer_reason("exact", CPU)
     assert set(PEERS) >= {
         "deep_gemm+vllm",
         "flash_mla",
         "flashinfer",
+        "vllm",
         "deep_gemm",
         "public_replicated",
         "public_exact",
         "replicated",
         "exact",
     }
-    assert all(peer_reason(name, torch.device("cuda")) for name in PEERS)
+    monkeypatch.setattr(dispatch, "capability", lambda device: (8, 0))
+    for name in ("deep_gemm", "deep_gemm+vllm", "vllm", "flashinfer", "flash_mla"):
+        assert "compute capability" in peer_reason(name, torch.device("cuda"))
 
 
-def test_a_peer_is_timed_on_the_same_inputs_in_turn():
+def test_a_peer_is_timed_on_the_same_inputs_in_turn(tmp_path):
     given, order = [], []
 
     def prepare(ours):
-        given.append(ours)
-        return lambda: order.append("peer")
+        given.extend(ours)
+        return Prepared(tuple(lambda: order.append("peer") for _ in ours), "the fast one")
 
     peers = {"twin": Peer("a twin", {"torch": "torch"}, ("select",), prepare=prepare)}
     with pytest.raises(ThresherError, match="it needs a CUDA device"):
         run_bench(Settings((DECODE,), device="cpu", peer="twin"), print, peers)
     peers["twin"] = dataclasses.replace(peers["twin"], modules={})
     lines = []
-    (record,) = run_bench(Settings((DECODE,), device="cpu", peer="twin", repeats=3), lines.append, peers)
+    (record,) = run_bench(Settings((DECODE,), device="cpu", peer="twin", repeats=3, out=tmp_path / "a"), lines.append, peers)
     assert len(given) == 2
     assert given[0].index.keys.pages.data_ptr() != given[1].index.keys.pages.data_ptr()
     assert len(order) == 2 * (3 + 3)
     assert record.ratio == round(record.peer_time_us["p50"] / record.time_us["p50"], 4)
+    assert record.settings["peer_kernel"] == "the fast one"
+    assert read(tmp_path / "a") == [record]
     assert "twin" in lines[0]
+
+
+def test_a_case_that_a_peer_cannot_take_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(run, "make_work", lambda *a: pytest.fail("inputs were made first"))
+    peers = {"small": Peer("small", {}, ("select",), prepare=lambda ours: None, fits=lambda case, op: f"{op} of {case.heads} heads")}
+    with pytest.raises(ThresherError, match=f"peer small must be able to take {DECODE}; got: select of 4 heads; leave out --peer"):
+        run_bench(Settings((DECODE,), device="cpu", peer="small"), print, peers)
 
 
 def spoilt(result, how):
@@ -178,8 +192,9 @@ def spoilt(result, how):
         (DECODE, "index_score", "scores"),
         (PREFILL, "index_score", "scores"),
         (DECODE, "select_topk", "one wrong token"),
+        (MLA, "sparse_attend_mla_fp8", "out"),
+        (MLA, "sparse_attend_mla_fp8", "lse"),
         (MLA, "sparse_attend_mla", "out"),
-        (MLA, "sparse_attend_mla", "lse"),
         (LAYER, "layer", "out"),
     ],
 )
@@ -268,6 +283,10 @@ def test_useful_work_of_known_cases():
     assert flops == 2 * 64 * 128 * sum(range(131072 - 1023, 131073))
     assert moved > 132 * 131072 + 4 * 1024 * 130000
     assert useful_work(case, "select", HISA(), [131072])[0] < useful_work(case, "select", MISA(), [131072])[0] < flops
+    flops, moved = useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla_fp8", None, [32768] * 32)
+    assert moved == 32 * (2048 * 656 + 128 * (576 * 2 + 512 * 4 + 4))
+    assert floor_us("NVIDIA H200", "sparse_attend_mla_fp8", 729e12, 0.0) == pytest.approx(1e6)
+    assert useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla", None, [32768] * 32)[0] == flops
     flops, moved = useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla", None, [32768] * 32)
     assert flops == 2 * 32 * 128 * (576 + 512) * 2048
     assert moved == 32 * (2048 * 1152 + 128 * (576 * 2 + 512 * 4 + 4))
@@ -280,7 +299,9 @@ def test_info_says_what_can_run(capsys, monkeypatch):
     out = capsys.readouterr().out
     for operation in dispatch.TABLE:
         assert f"{operation:<22}* reference: ok" in out
-        assert f"{operation:<22}  triton: " in out
+        for name in dispatch.implementations(operation)[1:]:
+            assert f" {name}: " in next(line for line in out.splitlines() if line.startswith(f"  {operation:<22}") and f" {name}: " in line)
+    assert "paged_index_score       deep_gemm: " in out
     assert f"torch {torch.__version__}" in out
     assert "peers of thresher bench:" in out
     monkeypatch.setattr(dispatch, "reason", lambda operation, impl, device: None if impl == "reference" else "the moon is full")

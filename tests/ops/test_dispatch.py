@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from thresher import ops
-from thresher.cache import pack_keys
+from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import dispatch
 from thresher.types import IndexQuery, PartialAttention
@@ -36,17 +38,23 @@ def calls():
     zeros, ends = torch.zeros(2, dtype=torch.int64), torch.tensor([70, 41])
     slots = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
     parts = [PartialAttention(torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2)]
+    positions = torch.tensor([0, 70])
     arguments = {
         "index_score": (q, weights, k, k_scales, zeros, ends),
         "paged_index_score": (query, keys),
         "gathered_index_score": (query, keys, torch.tensor([[0, 5, -1], [1, 2, 3]])),
         "select_topk": (torch.randn(2, 9), 4),
+        "select_topk_slots": (torch.randn(2, 9), 4, torch.tensor([[3, -1]], dtype=torch.int32), zeros, 5),
         "pool_keys": (k, k_scales, 16),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
         "route_heads": (torch.rand(2, 6), 2),
         "sparse_attend": (torch.randn(2, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8), slots, 0.3),
         "sparse_attend_mla": (torch.randn(2, 4, 576), torch.randn(6, 576), slots, 0.05),
+        "sparse_attend_mla_fp8": (torch.randn(2, 4, 576).bfloat16(), LatentCache(2, 3).data, slots, 0.05),
+        "store_index_keys": (IndexKeyCache(2, 64, 3).pages, torch.tensor([0, 5]), torch.randn(2, 64), positions, 1e4, 32, "half"),
+        "quantize_queries": (torch.randn(2, 3, 64), torch.randn(2, 3), positions, 1e4, 32, "half"),
+        "store_latents": (LatentCache(2, 3).data, torch.tensor([0, 5]), torch.randn(2, 512), torch.randn(2, 64), positions),
         "merge": (parts,),
     }
     return {name: (getattr(ops, name), given) for name, given in arguments.items()}
@@ -63,6 +71,13 @@ def bits(result):
     return [b for part in parts for b in bits(part)]
 
 
+def outcome(function, given, **options):
+    """What a call returns; a function that writes to its first argument has that for a result."""
+    given = copy.deepcopy(given)
+    result = function(*given, **options)
+    return given[0] if result is None else result
+
+
 def equal(one, two):
     return all(torch.equal(a, b) for a, b in zip(bits(one), bits(two), strict=True))
 
@@ -71,26 +86,124 @@ def test_the_table_has_every_operation_that_takes_impl():
     taking = {name for name in ops.__all__ if "impl" in inspect.signature(getattr(ops, name)).parameters}
     assert taking == set(dispatch.TABLE) == set(CALLS)
     for operation, row in dispatch.TABLE.items():
-        assert "reference" in row
-        assert len(set(row)) == len(row)
+        assert row[-1] == "reference", "auto always ends where everything runs"
+        names = dispatch.implementations(operation)
+        assert len(set(names)) == len(names)
+        for name in set(names) - {"reference"}:
+            assert name in dispatch.CARDS
+            # Read, not imported: kernels keep the TRITON_INTERPRET that stands when they are imported.
+            module = importlib.util.find_spec(f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}.{name}")
+            assert f"\ndef {operation}(" in Path(module.origin).read_text()
         assert inspect.signature(getattr(ops, operation)).parameters["impl"].default == "auto"
         assert importlib.util.find_spec(f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}") is not None
 
 
 @pytest.mark.parametrize("operation", CALLS)
-def test_auto_is_the_reference_today(operation):
+def test_auto_takes_no_kernel_for_tensors_on_a_cpu(operation, kernel, monkeypatch):
+    """Interpreting or not; a name may."""
     function, given = CALLS[operation]
-    assert dispatch.TABLE[operation][0] == "reference"
-    assert equal(function(*given), function(*given, impl="auto"))
-    assert equal(function(*given), function(*given, impl="reference"))
+    want = outcome(function, given, impl="reference")
+    seen = kernel(operation, unsupported=able)
+    for interpret in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpret)
+        assert dispatch.preferred(operation, CPU) == "reference"
+        assert equal(outcome(function, given), want)
+        assert equal(outcome(function, given, impl="auto"), want)
+    assert seen == []
+    function(*given, impl="triton")
+    assert len(seen) == 1
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """``card(capability, *packages)``: a CUDA device of that kind with these packages, all of which load."""
+
+    def make(capability, *packages):
+        monkeypatch.delenv(dispatch.VLLM_OPS, raising=False)
+        monkeypatch.setattr(dispatch, "capability", lambda device: capability)
+        monkeypatch.setattr(dispatch, "installed", lambda name: name.startswith("thresher.") or name in packages)
+        everything = SimpleNamespace(**dict.fromkeys([*dispatch.TABLE, "load"], lambda *a: None))
+        monkeypatch.setattr(dispatch, "import_module", lambda path: everything)
+
+    return make
+
+
+GPU = torch.device("cuda")
+VENDORS = ("deep_gemm", "flash_mla", "flashinfer", "vllm")
 
 
 @pytest.mark.parametrize("operation", CALLS)
-@pytest.mark.parametrize("name", ["", "Triton", "cuda", "deep_gemm"])
+def test_what_auto_takes_on_a_gpu(operation, card):
+    """The documented table. No vendor but FlashMLA, and that for the FP8 cache alone."""
+    card((9, 0), "triton", *VENDORS)
+    assert dispatch.preferred(operation, GPU) == ("flash_mla" if operation == "sparse_attend_mla_fp8" else "triton")
+    card((9, 0), "triton")
+    assert dispatch.preferred(operation, GPU) == "triton"
+    for old in ((8, 9), (12, 0)):
+        card(old, "triton", *VENDORS)
+        assert dispatch.preferred(operation, GPU) == "triton"
+    card((8, 6), "triton", *VENDORS)
+    assert dispatch.preferred(operation, GPU) == "reference"
+    assert dispatch.reason(operation, "triton", GPU) == "it needs compute capability 8.9 or newer, and this card has 8.6"
+    card((9, 0), *VENDORS[2:])
+    assert dispatch.preferred(operation, GPU) == "reference"
+    card(None, "triton", *VENDORS)
+    assert dispatch.reason(operation, "triton", GPU) == "no CUDA device is here"
+
+
+def test_what_has_to_be_named(card):
+    card((9, 0), "triton", *VENDORS)
+    names = {operation: set(dispatch.implementations(operation)) - {"triton", "reference"} for operation in dispatch.TABLE}
+    assert {operation: vendors for operation, vendors in names.items() if vendors} == {
+        "index_score": {"deep_gemm"},
+        "paged_index_score": {"deep_gemm"},
+        "select_topk": {"flashinfer", "vllm"},
+        "sparse_attend_mla": {"flash_mla"},
+        "sparse_attend_mla_fp8": {"flash_mla"},
+    }
+    for operation, vendors in names.items():
+        for vendor in vendors:
+            assert dispatch.reason(operation, vendor, GPU) is None
+            assert dispatch.reason(operation, vendor, CPU) == f"the tensors are on cpu; {vendor} needs a CUDA device"
+    card((12, 0), *VENDORS)
+    assert dispatch.reason("index_score", "deep_gemm", GPU) == "it needs compute capability 9.0 or 10.x, and this card has 12.0"
+    card((9, 0))
+    assert dispatch.reason("index_score", "deep_gemm", GPU) == "the package deep_gemm is not installed"
+
+
+def test_vllm_is_a_package_or_one_object_file(card, monkeypatch, tmp_path):
+    card((9, 0))
+    assert dispatch.reason("select_topk", "vllm", GPU).startswith("the package vllm is not installed, nor does THRESHER_VLLM_OPS name")
+    monkeypatch.setenv(dispatch.VLLM_OPS, str(tmp_path / "ops.so"))
+    assert "must name a file" in dispatch.reason("select_topk", "vllm", GPU)
+    (tmp_path / "ops.so").touch()
+    assert dispatch.reason("select_topk", "vllm", GPU) is None
+    assert dispatch.reason("index_score", "deep_gemm", GPU) is not None
+
+
+def test_a_package_that_does_not_load_is_a_reason(card, monkeypatch):
+    card((9, 0), *VENDORS)
+
+    def load():
+        raise OSError("libcuda.so.1: cannot open\nshared object file")
+
+    monkeypatch.setattr(dispatch, "import_module", lambda path: SimpleNamespace(sparse_attend_mla_fp8=None, load=load))
+    why = dispatch.reason("sparse_attend_mla_fp8", "flash_mla", GPU)
+    assert why == "its package cannot be loaded (libcuda.so.1: cannot open shared object file)"
+    with pytest.raises(ThresherError, match="cannot be loaded"):
+        dispatch.choose("sparse_attend_mla_fp8", "flash_mla", GPU)
+
+
+@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("name", ["", "Triton", "cuda", "merge"])
 def test_an_unknown_name_lists_the_known_ones(operation, name):
     function, given = CALLS[operation]
-    with pytest.raises(ThresherError, match=r"impl must be one of auto, reference, triton; got '" + name + "'"):
+    known = ", ".join(("auto", *dispatch.implementations(operation)))
+    with pytest.raises(ThresherError, match=f"impl must be one of {known}; got '{name}'"):
         function(*given, impl=name)
+    if operation == "route_heads":
+        with pytest.raises(ThresherError, match="impl must be one of auto, triton, reference; got 'deep_gemm'"):
+            function(*given, impl="deep_gemm")
 
 
 @pytest.fixture
@@ -99,7 +212,8 @@ def kernel(monkeypatch):
 
     def make(operation, **names):
         seen = []
-        names.setdefault("unsupported_mla", names.get("unsupported"))
+        for other in ("unsupported_mla", "unsupported_mla_fp8"):
+            names.setdefault(other, names.get("unsupported"))
         module = SimpleNamespace(**{operation: lambda *a, **k: seen.append((a, k)) or "from the kernel", **names})
         path = f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}.triton"
         monkeypatch.setattr(dispatch, "installed", lambda package: package in ("triton", path))
@@ -118,12 +232,10 @@ def test_a_named_kernel_gets_the_public_arguments(operation, kernel, monkeypatch
     function, given = CALLS[operation]
     seen = kernel(operation, unsupported=able)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert function(*given, impl="triton") == "from the kernel"
+    assert function(*given, impl="triton") == (None if operation.startswith("store_") else "from the kernel")
     (positional, _) = seen[0]
     for mine, theirs in zip(given, positional, strict=False):
         assert mine is theirs
-    function(*given)
-    assert len(seen) == 1, "auto must not take a kernel that the table lists second"
 
 
 @pytest.mark.parametrize("operation", CALLS)
@@ -158,18 +270,26 @@ def test_a_named_kernel_that_cannot_run_says_why_and_nothing_runs(operation, ker
     assert seen == []
 
 
-def test_auto_goes_down_the_row_past_what_cannot_run(kernel, monkeypatch):
-    scores = torch.randn(2, 9)
-    want = ops.select_topk(scores, 3)
-    monkeypatch.setattr(dispatch, "TABLE", {"select_topk": ("triton", "reference")})
-    kernel("select_topk", unsupported=lambda *a: "too wide")
-    assert dispatch.preferred("select_topk", CPU) == "reference"
-    assert equal(ops.select_topk(scores, 3), want)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert equal(ops.select_topk(scores, 3), want), "unsupported arguments also move auto on"
-    kernel("select_topk", unsupported=able)
-    assert dispatch.preferred("select_topk", CPU) == "triton"
-    assert ops.select_topk(scores, 3) == "from the kernel"
+def test_auto_goes_down_the_row_past_what_cannot_run(monkeypatch):
+    """Packages that are missing, and arguments that a kernel does not take."""
+    takes = {"flash_mla": None, "triton": None}
+    modules = {name: SimpleNamespace(sparse_attend_mla_fp8=f"by {name}", name=name) for name in takes}
+    monkeypatch.setattr(dispatch, "reason", lambda operation, name, device: missing.get(name))
+    monkeypatch.setattr(dispatch, "_module", lambda operation, name: modules[name])
+
+    def chosen():
+        return dispatch.choose("sparse_attend_mla_fp8", "auto", GPU, lambda module: takes[module.name])
+
+    missing = {}
+    assert chosen() == "by flash_mla"
+    missing = {"flash_mla": "not installed"}
+    assert chosen() == "by triton"
+    missing, takes["flash_mla"] = {}, "needs 64 or 128 heads"
+    assert chosen() == "by triton"
+    takes["triton"] = "too many heads"
+    assert chosen() is None
+    with pytest.raises(ThresherError, match="must be able to run; got: needs 64 or 128 heads"):
+        dispatch.choose("sparse_attend_mla_fp8", "flash_mla", GPU, lambda module: takes[module.name])
 
 
 def test_arguments_are_checked_before_an_implementation_is_chosen(kernel, monkeypatch):
@@ -180,7 +300,7 @@ def test_arguments_are_checked_before_an_implementation_is_chosen(kernel, monkey
     assert seen == []
 
 
-@pytest.mark.parametrize("operation", ["sparse_attend", "sparse_attend_mla", "merge"])
+@pytest.mark.parametrize("operation", ["sparse_attend", "sparse_attend_mla", "sparse_attend_mla_fp8", "merge"])
 def test_a_kernel_is_not_used_where_a_gradient_is_wanted(operation, kernel, monkeypatch):
     function, given = CALLS[operation]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -215,7 +335,7 @@ def test_too_few_means_are_refused_for_a_kernel_too(kernel, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = kernel("head_mass", unsupported=able)
     function, (query, means, keys, block_size) = CALLS["head_mass"]
-    with pytest.raises(ThresherError, match="means must cover"):
+    with pytest.raises(ThresherError, match="means of request 0 must cover its 4 full blocks; got 3"):
         function(query, [tuple(x[:3] for x in means[0])], keys, block_size, impl="triton")
     assert seen == []
     kernel("route_heads", unsupported=able)
@@ -226,14 +346,15 @@ def test_too_few_means_are_refused_for_a_kernel_too(kernel, monkeypatch):
 def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
     """Checks of values and widths from values would synchronise; shapes are checked all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in ("index_score", "select", "pool_keys", "route_heads", "sparse_attend", "merge"):
+    for name in ("arguments", "index_score", "select", "route_heads", "merge"):
         monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "can_read", lambda device: False)
     for operation, (function, given) in CALLS.items():
         seen = kernel(operation, unsupported=able)
         with monkeypatch.context() as patch:
             for reader in ("tolist", "item", "__bool__", "__int__"):
                 patch.setattr(torch.Tensor, reader, lambda *a, name=operation: pytest.fail(f"{name} reads a value"))
-            assert function(*given, impl="triton") == "from the kernel"
+            function(*given, impl="triton")
+        assert len(seen) == 1
         if operation == "paged_index_score":
             assert seen[0][1] == {"width": 128}
 
@@ -262,7 +383,7 @@ def on_meta(operation, given):
 @pytest.mark.parametrize("operation", [name for name in CALLS if name != "route_heads"])
 def test_tensors_on_two_devices_are_named(operation):
     function, given = CALLS[operation]
-    with pytest.raises(ThresherError, match=r"\w+ must be on the device of \w+, (cpu|meta); got (cpu|meta); move it"):
+    with pytest.raises(ThresherError, match=r"\S+ must be on the device of \S+, (cpu|meta); got (cpu|meta); move it"):
         function(*on_meta(operation, given))
 
 

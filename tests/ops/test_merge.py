@@ -89,8 +89,8 @@ def test_refuses():
     good = part([0.0])
     for parts, match in (
         ([], "at least one"),
-        ([good, part([0.0, 1.0])], "same shapes"),
-        ([good, PartialAttention(good.out, good.lse[0])], "same shapes"),
+        ([good, part([0.0, 1.0])], r"parts\[1\].out must be float32 \[1, 1, 2\]"),
+        ([good, PartialAttention(good.out, good.lse[0])], r"parts\[1\].lse must be float32 \[1, 1\]"),
         ([PartialAttention(good.out.double(), good.lse)], "float32"),
         ([good, part([math.inf])], r"below \+inf"),
     ):

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thresher.cache import PageTable
 from thresher.errors import ThresherError
-from thresher.ops import select_topk
+from thresher.ops import select_topk, select_topk_slots
 
 INF, NAN = math.inf, math.nan
 CRUEL = [0.0, -0.0, 1.0, 1.0000001, -1.0, NAN, -INF, INF, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38]
@@ -148,3 +149,43 @@ def test_the_input_is_left_alone():
 def test_refuses(scores, topk, positions):
     with pytest.raises(ThresherError, match="must"):
         select_topk(scores, topk, positions=positions)
+
+
+def page_world():
+    """Scores of three rows, two requests of 3 pages of 4 tokens; the second has no third page."""
+    scores = torch.tensor([[5.0, 1, 4, 0, 3, 2, 9, -INF, 8, 7], [1.0, 2, 3, 4, 5, 6, 7, 8, 9, 10], [-INF] * 10])
+    return scores, torch.tensor([[7, 0, 2], [3, 1, -1]], dtype=torch.int32), torch.tensor([0, 1, 1])
+
+
+def test_slots_go_through_the_page_table_of_each_row():
+    got = select_topk_slots(page_world()[0], 4, *page_world()[1:], 4)
+    # positions 0, 6, 8, 9 of request 0 and 6, 7, 8, 9 of request 1, which holds no page for the last two
+    assert got.indices.tolist() == [[28, 2, 8, 9], [6, 7, -1, -1], [-1] * 4]
+    assert got.indices.dtype == torch.int32
+    assert got.lengths.tolist() == [4, 4, 0]
+    assert got.space == "slot"
+    assert got.scores is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_slots_of_named_positions(dtype):
+    _, table, _ = page_world()
+    positions = torch.tensor([[1, 5, 11, 12, 2**30], [0, 4, 8, -1, -1]], dtype=dtype)
+    got = select_topk_slots(torch.zeros(2, 5), 5, table, torch.tensor([0, 1]), 4, positions)
+    assert got.indices.tolist() == [[29, 1, 11, -1, -1], [12, 4, -1, -1, -1]]
+    assert got.lengths.tolist() == [5, 3]
+
+
+def test_slots_agree_with_a_page_table():
+    pages = PageTable(3, 40, page_size=3)
+    for request, count in ((1, 20), (0, 7), (2, 31), (1, 13)):
+        pages.append(request, count)
+    lengths = [7, 33, 31]
+    requests = torch.tensor([2, 0, 1, 1])
+    scores = torch.randn(4, 33, generator=torch.Generator().manual_seed(3))
+    for row, request in enumerate(requests.tolist()):
+        scores[row, lengths[request] :] = -INF
+    picked = select_topk(scores, 9)
+    got = select_topk_slots(scores, 9, pages.table, requests, 3)
+    for row, request in enumerate(requests.tolist()):
+        assert got.indices[row].tolist() == pages.slots(request, picked.indices[row]).tolist()

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
+from thresher.cache import LatentCache
 from thresher.errors import ThresherError
-from thresher.ops import sparse_attend, sparse_attend_mla
+from thresher.ops import sparse_attend, sparse_attend_mla, sparse_attend_mla_fp8
 
 
 def expected(q, k, v, slots, scale):
@@ -170,3 +171,69 @@ def test_refuses_shapes():
         sparse_attend_mla(q, k[:, 0], slots, 0.25)
     with pytest.raises(ThresherError, match="latents must"):
         sparse_attend_mla(q, k, slots, 0.25)
+
+
+def fp8_world(page_size=5, pages=7):
+    """A full cache, queries, and slots with holes: a row with gaps, a full one, an empty one."""
+    gen = torch.Generator().manual_seed(4)
+    cache = LatentCache(pages, page_size)
+    every = torch.arange(pages * page_size)
+    cache.store(every, torch.randn(len(every), 512, generator=gen), torch.randn(len(every), 64, generator=gen))
+    slots = torch.stack([torch.randperm(len(every), generator=gen)[:12] for _ in range(3)]).int()
+    slots[0, [0, 3, 11]] = -1
+    slots[2] = -1
+    return torch.randn(3, 4, 576, generator=gen).bfloat16(), cache, slots
+
+
+def test_fp8_is_attention_over_the_decoded_latents():
+    q, cache, slots = fp8_world()
+    latents = cache.load(torch.arange(35))
+    out, lse = expected(q, latents[:, None], latents[:, None, :512], slots, 0.04)
+    got = sparse_attend_mla_fp8(q, cache.data, slots, 0.04)
+    torch.testing.assert_close(got.out.double(), out, rtol=5e-6, atol=5e-6)
+    torch.testing.assert_close(got.lse.double(), lse, rtol=5e-6, atol=5e-6)
+    assert got.lse[2].tolist() == [-torch.inf] * 4
+    assert not got.out[2].any()
+
+
+def test_fp8_pages_and_tokens_may_be_strided():
+    q, cache, slots = fp8_world()
+    wide = torch.full((14, 10, 1, 672), 0xFF, dtype=torch.uint8)
+    strided = wide[::2, ::2, :, :656]
+    strided.copy_(cache.data)
+    want = sparse_attend_mla_fp8(q, cache.data, slots, 0.04)
+    got = sparse_attend_mla_fp8(q, strided, slots, 0.04)
+    assert torch.equal(got.out, want.out)
+    assert torch.equal(got.lse, want.lse)
+
+
+def test_fp8_scales_of_other_writers_are_read_as_they_are():
+    q, cache, slots = fp8_world()
+    scales = cache.data[..., 512:528].contiguous().view(torch.float32) * 1.7
+    cache.data[..., 512:528] = scales.view(torch.uint8)
+    latents = cache.load(torch.arange(35))
+    want = sparse_attend_mla(q, latents, slots, 0.04)
+    got = sparse_attend_mla_fp8(q, cache.data, slots, 0.04)
+    torch.testing.assert_close(got.out, want.out)
+    torch.testing.assert_close(got.lse, want.lse)
+
+
+def test_fp8_slots_that_nobody_names_are_not_read():
+    q, cache, slots = fp8_world()
+    want = sparse_attend_mla_fp8(q, cache.data, slots, 0.04)
+    unnamed = torch.ones(35, dtype=torch.bool)
+    unnamed[slots[slots >= 0].long()] = False
+    cache.data.view(35, 656)[unnamed] = 0xFF  # NaN
+    got = sparse_attend_mla_fp8(q, cache.data, slots, 0.04)
+    assert torch.equal(got.out, want.out)
+
+
+def test_fp8_has_a_gradient_in_q():
+    q, cache, slots = fp8_world()
+    latents = cache.load(torch.arange(35))
+    grads = []
+    for attend, memory in ((sparse_attend_mla_fp8, cache.data), (sparse_attend_mla, latents)):
+        leaf = q.clone().requires_grad_()
+        attend(leaf, memory, slots, 0.04).out.sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)

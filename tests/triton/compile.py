@@ -35,16 +35,26 @@ class Hopper:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread, and bytes of local memory a thread (spilled registers, run-time indexed arrays)."""
+    """Registers a thread; bytes of local memory a thread (spilled registers, run-time indexed arrays); and how many instructions of the
+    innermost loops around a matrix product touch that memory."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     if not os.path.exists(tool):
         return {}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        text = subprocess.run([tool, "--dump-resource-usage", "-sass", file.name], capture_output=True, text=True).stdout
     found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["reg"], "stack": found["stack"]} if "reg" in found else {}
+    return {"registers": found["reg"], "stack": found["stack"], "hot_spills": hot_spills(text)} if "reg" in found else {}
+
+
+def hot_spills(sass: str) -> int:
+    """Loads and stores of local memory inside the innermost loops that hold a matrix instruction."""
+    code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass, re.MULTILINE)]
+    jumps = [(int(to.group(1), 16), at) for at, what in code if (to := re.search(r"BRA.*?0x([0-9a-f]+)", what))]
+    loops = [(to, at) for to, at in jumps if to < at and any(to <= pos <= at and "GMMA" in what for pos, what in code)]
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return sum(("LDL" in what or "STL" in what) and any(a <= pos <= b for a, b in inner) for pos, what in code)
 
 
 def main() -> None:

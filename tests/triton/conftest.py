@@ -16,20 +16,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from triton.runtime import interpreter
+from ..interpreter import mend
 
-
-def _with_index(patch):
-    """NumPy 2.4 makes no int of a one-element array, which loop bounds need in Triton 3.6's interpreter."""
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    return patched
-
-
-interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
+mend()
 
 
 @pytest.fixture(scope="session")

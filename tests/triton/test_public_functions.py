@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from thresher import ops
-from thresher.cache import pack_keys
+from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import dispatch
 from thresher.selectors import DSA, HISA, MISA
@@ -20,6 +22,9 @@ KEYS = pack_keys([(K, K_SCALES)])
 SLOTS = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
 ATTENTION = torch.randn(2, 4, 64), torch.randn(6, 2, 64), torch.randn(6, 2, 64), SLOTS, 0.3
 LATENTS = torch.randn(2, 4, 576).bfloat16(), torch.randn(6, 576).bfloat16(), SLOTS, 0.05
+CACHE = LatentCache(2, 3)
+CACHE.store(torch.arange(6), torch.randn(6, 512), torch.randn(6, 64))
+POSITIONS = torch.tensor([0, 70])
 PARTS = [PartialAttention(torch.randn(2, 3, 4), torch.randn(2, 3)) for _ in range(2)]
 
 GIVEN = {
@@ -27,12 +32,17 @@ GIVEN = {
     "paged_index_score": (QUERY, KEYS),
     "gathered_index_score": (QUERY, KEYS, torch.tensor([[0, 5, 149], [1, 70, -1]])),
     "select_topk": (torch.randn(2, 40), 4),
+    "select_topk_slots": (torch.randn(2, 40), 30, torch.tensor([[5, -1, 0], [2, 9, -1]], dtype=torch.int32), torch.tensor([1, 0]), 16),
     "pool_keys": (K, K_SCALES, 16),
     "partial_means": (K, K_SCALES, 16, torch.tensor([3, 149])),
     "head_mass": (QUERY, [ops.pool_keys(K, K_SCALES, 16)], KEYS, 16),
     "route_heads": (torch.rand(2, 6), 2),
     "sparse_attend": ATTENTION,
     "sparse_attend_mla": LATENTS,
+    "sparse_attend_mla_fp8": (LATENTS[0], CACHE.data, SLOTS, 0.05),
+    "store_index_keys": (IndexKeyCache(2, 64, 3).pages, torch.tensor([5, -1]), torch.randn(2, 64), POSITIONS, 1e4, 0, "half"),
+    "quantize_queries": (torch.randn(2, 3, 64), torch.randn(2, 3).bfloat16(), POSITIONS, 1e4, 0, "half", 0.3),
+    "store_latents": (LatentCache(2, 3).data, torch.tensor([5, -1]), torch.randn(2, 512), torch.randn(2, 64)),
     "merge": (PARTS,),
 }
 
@@ -44,15 +54,24 @@ def tensors(result):
     return [tensor for part in parts for tensor in tensors(part)]
 
 
+def outcome(operation, impl):
+    """What a call returns; a function that writes to its first argument has that for a result."""
+    given = copy.deepcopy(GIVEN[operation])
+    result = getattr(ops, operation)(*given, impl=impl)
+    if result is None:
+        assert given[0].any(), "something was stored"
+    return given[0] if result is None else result
+
+
 def test_every_operation_is_here():
     assert set(GIVEN) == set(dispatch.TABLE)
 
 
 @pytest.mark.parametrize("operation", GIVEN)
 def test_the_kernel_agrees_with_the_reference(operation):
-    function, given = getattr(ops, operation), GIVEN[operation]
-    loose = {"sparse_attend_mla": 1e-2}.get(operation, 1e-5)
-    for got, want in zip(tensors(function(*given, impl="triton")), tensors(function(*given, impl="reference")), strict=True):
+    loose = {"sparse_attend_mla": 1e-2, "sparse_attend_mla_fp8": 1e-2}.get(operation, 1e-5)
+    kernel, reference = (tensors(outcome(operation, impl)) for impl in ("triton", "reference"))
+    for got, want in zip(kernel, reference, strict=True):
         torch.testing.assert_close(got, want, rtol=loose, atol=loose)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from thresher.bench.inputs import SCALE
 from thresher.bench.work import Work, slots_of
 from thresher.cache.index_keys import planes
-from thresher.ops import paged_index_score, select_topk, sparse_attend_mla
+from thresher.ops import paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
 from thresher.ops.dispatch import using
 from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
 
@@ -33,20 +33,20 @@ def check_work(work: Work) -> str | None:
         if work.op == "select_topk":
             assert work.scores is not None
             return _same_selection(_rows(got, rows), select_topk(work.scores[rows].cpu(), work.case.topk))
-        if work.op == "sparse_attend_mla":
+        if work.op in ("sparse_attend_mla", "sparse_attend_mla_fp8"):
             assert work.attend is not None
             assert work.attend.slots is not None
-            return _same_attention(work, _rows(got, rows), rows, work.attend.slots[rows])
+            return attention_agrees(work, _rows(got, rows), rows, work.attend.slots[rows])
         assert work.index is not None
         query, keys = rows_to_cpu(work.index.query, work.index.keys, rows)
         if work.op == "index_score":
-            return _same_scores(_rows(got, rows), paged_index_score(query, keys))
+            return scores_agree(_rows(got, rows), paged_index_score(query, keys))
         assert work.selector is not None
         picked = got
         if work.op == "layer":  # its attention is checked on its own selection, and that selection like any other
             picked = replace(work, op="select").run()
             slots = slots_of(picked, work.index.query, work.index.keys)
-            why = _same_attention(work, _rows(got, rows), rows, slots[rows])
+            why = attention_agrees(work, _rows(got, rows), rows, slots[rows])
             if why is not None:
                 return why
         want = work.selector.select(query, keys)
@@ -133,23 +133,36 @@ def _same_selection(got: Selection, want: Selection) -> str | None:
     return None if same else "the selection is not the reference's on the same scores"
 
 
-def _same_scores(got: Tensor, want: Tensor) -> str | None:
+def scores_agree(got: Tensor, want: Tensor, similarity: float = SIMILARITY) -> str | None:
+    """Why scores differ from the reference's of the same rows, or None."""
     width = max(got.shape[1], want.shape[1])
     got, want = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=-torch.inf) for x in (got, want))
     if not torch.equal(got == -torch.inf, want == -torch.inf):
         return "other keys are masked than the reference masks"
     x, y = (s.double().masked_fill(want == -torch.inf, 0.0).flatten() for s in (got, want))
     off = 1 - float(2 * (x @ y) / (x @ x + y @ y)) if bool(y.any()) else float(x.abs().max())
-    return None if off <= SIMILARITY else f"scores are off by {off:.2g}, over {SIMILARITY:.2g}"
+    return None if off <= similarity else f"scores are off by {off:.2g}, over {similarity:.2g}"
 
 
-def _same_attention(work: Work, got: PartialAttention, rows: Tensor, slots: Tensor) -> str | None:
-    """FlashMLA's own tolerances: 1e-3 absolute or 2.01/128 relative, 5e-6 of cosine; lse 8.01/65536 relative."""
+def attention_agrees(work: Work, got: PartialAttention, rows: Tensor, slots: Tensor) -> str | None:
+    """Why rows of an attention differ from the reference's, or None, by FlashMLA's own tolerances: 1e-3 absolute or 2.01/128 relative, 5e-6
+    of cosine; lse 8.01/65536 relative.
+
+    Args:
+        work: whose queries and latents.
+        got: those rows, on a CPU.
+        rows: int64, which.
+        slots: int32, theirs.
+    """
     assert work.attend is not None
     used, place = slots.clamp(min=0).long().unique(return_inverse=True)
     local = place.int().masked_fill(slots < 0, -1).cpu()
-    q, latents = work.attend.q[rows.to(slots.device)].cpu(), work.attend.latents[used].cpu()
-    want = sparse_attend_mla(q, latents, local, SCALE)
+    q, held = work.attend.q[rows.to(slots.device)].cpu(), work.attend.latents
+    if held.dtype == torch.uint8:
+        tokens = held.flatten(0, 1)[used].cpu()
+        want = sparse_attend_mla_fp8(q, tokens[:, None], local, SCALE, impl="reference")
+    else:
+        want = sparse_attend_mla(q, held[used].cpu(), local, SCALE, impl="reference")
     if not torch.equal(got.lse == -torch.inf, want.lse == -torch.inf):
         return "other rows are empty than the reference's"
     full = want.lse != -torch.inf

@@ -8,6 +8,8 @@ from thresher.bench.cases import Case
 from thresher.selectors.base import Selector
 
 LATENT_DIM, VALUE_DIM = 576, 512
+# op that attends -> bytes of one token in its latent cache (docs/formats.md).
+LATENT_BYTES = {"sparse_attend_mla_fp8": 656, "sparse_attend_mla": 1152, "layer": 1152}
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,14 @@ class Ceiling:
 CEILINGS = {"H200": Ceiling(copy=4.27e12, fp8=1331e12, bf16=729e12)}
 
 
-def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[int], latent_bytes: int = 1152) -> tuple[float, float]:
+def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[int]) -> tuple[float, float]:
     """``(flops, bytes)`` of one run: what the method's definition asks for, each byte moved once.
 
     Args:
         case: the case.
-        op: "select", "index_score", "select_topk", "sparse_attend_mla" or "layer".
+        op: "select", "index_score", "select_topk", "sparse_attend_mla_fp8", "sparse_attend_mla" or "layer".
         selector: of "select" and "layer".
         lengths: ``case.lengths(seed)``.
-        latent_bytes: of one token in the latent cache.
     """
     flops = moved = 0.0
     if op in ("select", "index_score", "layer"):
@@ -41,10 +42,10 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
         moved += 4.0 * sum(_contexts(case, lengths))
     if op in ("select", "select_topk", "layer"):
         moved += 4.0 * case.rows * case.topk
-    if op in ("sparse_attend_mla", "layer"):
+    if op in LATENT_BYTES:
         tokens = sum(min(case.topk, length) for length in _contexts(case, lengths))
         flops += 2.0 * case.attention_heads * (LATENT_DIM + VALUE_DIM) * tokens
-        moved += float(latent_bytes * tokens + case.rows * case.attention_heads * (2 * LATENT_DIM + 4 * VALUE_DIM + 4))
+        moved += float(LATENT_BYTES[op] * tokens + case.rows * case.attention_heads * (2 * LATENT_DIM + 4 * VALUE_DIM + 4))
     return flops, moved
 
 
@@ -52,7 +53,7 @@ def floor_us(gpu: str, op: str, flops: float, moved: float) -> float | None:
     """The longer of bytes over copy bandwidth and FLOPs over peak, in microseconds; None for a card without measured ceilings."""
     for part, ceiling in CEILINGS.items():
         if part in gpu:
-            peak = ceiling.bf16 if op in ("sparse_attend_mla", "layer") else ceiling.fp8
+            peak = ceiling.bf16 if op in LATENT_BYTES else ceiling.fp8
             return 1e6 * max(moved / ceiling.copy, flops / peak)
     return None
 

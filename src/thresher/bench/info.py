@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
 
 import thresher
 from thresher.bench.peers import PEERS, module_versions, peer_reason
-from thresher.ops.dispatch import TABLE, installed, interpreting, preferred, reason
+from thresher.ops.dispatch import TABLE, VLLM_OPS, absent, implementations, interpreting, preferred, reason
 
 # Module -> what it is for.
 OPTIONAL = {
     "triton": "kernels",
-    "deep_gemm": "a peer",
-    "flash_mla": "a peer",
-    "flashinfer": "a peer",
-    "vllm": "a peer",
+    "deep_gemm": "kernels, a peer",
+    "flash_mla": "kernels, a peer",
+    "flashinfer": "kernels, a peer",
+    "vllm": "kernels, a peer",
     "transformers": "a reference in tests",
     "gguf": "the demo",
     "tokenizers": "the demo",
@@ -53,13 +54,16 @@ def _devices() -> list[str]:
 
 
 def _version(module: str) -> str:
-    if not installed(module):
+    if absent(module) is not None:
         return "not installed"
+    if module == "vllm" and os.environ.get(VLLM_OPS):
+        return f"the object file that {VLLM_OPS} names"
     return ", ".join(f"{dist} {number}" if dist != module else number for dist, number in module_versions(module).items()) or "installed"
 
 
 def _operation(operation: str, device: torch.device) -> list[str]:
     taken = preferred(operation, device)
     return [
-        f"{operation:<22}{'*' if name == taken else ' '} {name}: {reason(operation, name, device) or 'ok'}" for name in TABLE[operation]
+        f"{operation:<22}{'*' if name == taken else ' '} {name}: {reason(operation, name, device) or 'ok'}"
+        for name in implementations(operation)
     ]

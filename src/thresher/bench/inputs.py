@@ -3,7 +3,9 @@
 ``normal``: normal queries, keys and weights. ``cruel-plateaus``: all keys are copies of a few, so that most scores are ties.
 ``cruel-ascending`` and ``cruel-descending``: scores that never fall, or never rise, along the context. ``recorded``: a model's own, from
 a safetensors file with ``q`` fp ``[requests, Q, H, D]``, ``k`` ``[requests, N, D]`` and ``weights`` ``[requests, Q, H]`` (before any factor
-is folded in), where the queries are those of the last Q tokens; a case takes the last of them that it needs.
+is folded in), where the queries are those of the last Q tokens; a case takes the last of them that it needs. Requests may hold different
+numbers of queries: then ``rows`` int64 ``[requests]`` says how many, and q ``[sum(rows), H, D]`` and weights hold them one after the other.
+``thresher record`` writes such a file (``bench/recording.py``).
 
 The same seed gives the same inputs on the same kind of device.
 """
@@ -17,14 +19,14 @@ import torch
 from torch import Tensor
 
 from thresher.bench.cases import Case
-from thresher.cache import IndexKeyCache, PageTable
+from thresher.cache import IndexKeyCache, LatentCache, PageTable
 from thresher.errors import ThresherError, require
 from thresher.ops.quantize import quantize_fp8
 from thresher.types import IndexKeys, IndexQuery
 
 CRUEL = ("cruel-plateaus", "cruel-ascending", "cruel-descending")
 INPUTS = ("normal", *CRUEL, "recorded")
-LATENT_DIM = 576
+LATENT_DIM, VALUE_DIM = 576, 512
 # Softmax scale of V3.2's attention: 128 + 64 dims a head before absorption.
 SCALE = 192**-0.5
 PLATEAUS = 7
@@ -40,7 +42,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class AttendInputs:
-    """``q`` bf16 ``[Q, N, 576]``, ``latents`` bf16 ``[S, 576]``, ``slots`` int32 ``[Q, k]`` (None where they are selected first)."""
+    """``q`` bf16 ``[Q, N, 576]``; ``latents`` bf16 ``[S, 576]``, or the FP8 cache, uint8 ``[S / 64, 64, 1, 656]``; ``slots`` int32
+    ``[Q, k]`` (None where they are selected first)."""
 
     q: Tensor
     latents: Tensor
@@ -80,12 +83,16 @@ def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded
     return Inputs(IndexQuery(q, weights, positions, requests), cache.view(table.table, table.lengths))
 
 
-def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 0) -> AttendInputs:
-    """Normal attention queries and latents; for mla-decode also ``topk`` distinct ascending slots a row, within the row's own request."""
+def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 0, fp8: bool = False) -> AttendInputs:
+    """Normal attention queries and latents, in bf16 or as the FP8 cache stores them; for mla-decode also ``topk`` distinct ascending slots
+    a row, within the row's own request."""
     generator = _draw(seed, copy, device)
     lengths = case.lengths(seed)
     held = [-(-length // 64) * 64 for length in lengths]
-    latents = torch.randn(sum(held), LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
+    if fp8:
+        latents = _fp8_latents(held, generator, device)
+    else:
+        latents = torch.randn(sum(held), LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
     q = torch.randn(case.rows, case.attention_heads, LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
     if case.kind != "mla-decode":
         return AttendInputs(q, latents, None)
@@ -96,6 +103,17 @@ def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 
         slots[row, : len(picked)] = (start + picked).int()
         start += held[row]
     return AttendInputs(q, latents, slots)
+
+
+def _fp8_latents(held: list[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """One request at a time, so that the unquantised latents of all never stand in memory together."""
+    cache = LatentCache(sum(held) // 64, device=device)
+    start = 0
+    for tokens in held:
+        latents = torch.randn(tokens, LATENT_DIM, generator=generator, device=device, dtype=torch.bfloat16)
+        cache.store(torch.arange(start, start + tokens, device=device), latents[:, :VALUE_DIM], latents[:, VALUE_DIM:])
+        start += tokens
+    return cache.data
 
 
 def _draw(seed: int, copy: int, device: torch.device) -> torch.Generator:
@@ -140,20 +158,27 @@ class _Recorded:
             raise ThresherError(f"recorded inputs must be a safetensors file; got {path} ({error}); record them first") from None
         missing = {"q", "k", "weights"} - set(held)
         require(not missing, "recorded inputs must hold q, k and weights", f"{path} without {', '.join(sorted(missing))}", "record them")
-        self.q, self.k, self.weights = held["q"], held["k"], held["weights"]
+        q, self.k, weights = held["q"], held["k"], held["weights"]
+        if "rows" in held:
+            counts = held["rows"].flatten().tolist()
+        elif q.dim() == 4 and weights.shape == q.shape[:3]:
+            counts = [q.shape[1]] * len(q)
+            q, weights = q.flatten(0, 1), weights.flatten(0, 1)
+        else:
+            counts = []
         requests, rows = len(lengths), case.rows if case.kind == "prefill" else 1
         need = f"q [{requests}+, {rows}+, {case.heads}, {case.head_dim}], k [{requests}+, {max(lengths)}+, {case.head_dim}]"
-        ok = self.q.dim() == 4 and self.k.dim() == 3 and self.weights.shape == self.q.shape[:3] and len(self.q) == len(self.k)
-        ok = ok and len(self.q) >= requests and self.q.shape[1] >= rows and self.q.shape[2:] == (case.heads, case.head_dim)
+        ok = q.dim() == 3 and self.k.dim() == 3 and weights.shape == q.shape[:2] and len(counts) == len(self.k)
+        ok = ok and sum(counts) == len(q) and min(counts, default=-1) >= 0 and len(counts) >= requests and min(counts[:requests]) >= rows
+        ok = ok and q.shape[1:] == (case.heads, case.head_dim)
         ok = ok and self.k.shape[1] >= max(lengths) and self.k.shape[2] == case.head_dim
-        got = f"q {tuple(self.q.shape)}, k {tuple(self.k.shape)}, weights {tuple(self.weights.shape)}"
+        got = ", ".join(f"{name} {tuple(held[name].shape)}" for name in ("q", "k", "weights"))
+        got += f", rows {counts}" if "rows" in held else ""
         require(ok, f"{case.name} needs {need}, and weights like q", got, "choose a smaller case")
-        self.requests, self.rows = requests, rows
+        self.q, self.weights = (torch.cat([part[-rows:] for part in x.split(counts)[:requests]]).float() for x in (q, weights))
 
     def keys(self, request: int, length: int) -> Tensor:
         return self.k[request, -length:].float()
 
     def queries(self) -> tuple[Tensor, Tensor]:
-        return self.q[: self.requests, -self.rows :].float().flatten(0, 1), self.weights[: self.requests, -self.rows :].float().flatten(
-            0, 1
-        )
+        return self.q, self.weights

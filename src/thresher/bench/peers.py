@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from thresher.bench.timing import Step
+from thresher.bench import peer_steps
+from thresher.bench.cases import Case
+from thresher.bench.peer_steps import Prepared
 from thresher.bench.work import Work
 from thresher.errors import ThresherError, require
-from thresher.ops.dispatch import installed
+from thresher.ops.dispatch import VLLM_OPS, absent, reason
+
+Prepare = Callable[[Sequence[Work]], Prepared]
 
 
 @dataclass(frozen=True)
@@ -24,28 +31,58 @@ class Peer:
         modules: what it imports -> what to install for it.
         ops: what it can be timed on.
         ranks: devices it needs, at least.
-        prepare: makes the step to time from our copy's inputs, without timing the conversion; None where this package cannot call it.
+        prepare: makes the steps to time, one for each of our copies, without timing the conversion, and raises when the result is not
+            ours; None where this package cannot call it.
+        fits: ``fits(case, op)``: why it cannot take a case, in one line, or None.
     """
 
     what: str
     modules: Mapping[str, str]
     ops: tuple[str, ...]
     ranks: int = 1
-    prepare: Callable[[Work], Step] | None = None
+    prepare: Prepare | None = None
+    fits: Callable[[Case, str], str | None] = lambda case, op: None
 
 
 _DEEP_GEMM = {"deep_gemm": "sgl-deep-gemm==0.1.4"}
-_VLLM = {"vllm": "vllm"}
+_VLLM = {"vllm": f"vllm, or name its object file in {VLLM_OPS}"}
 _FLASH_MLA = {"flash_mla": "tokenspeed-flashmla==1.0.0.post20260615"}
 _FLASHINFER = {"flashinfer": "flashinfer-python==0.6.12"}
 _ALL = {**_DEEP_GEMM, **_VLLM, **_FLASH_MLA, **_FLASHINFER}
 
+# module -> an operation that it implements (ops/dispatch.py), to ask there whether it can run.
+_IMPLEMENTS = {
+    "deep_gemm": "index_score",
+    "vllm": "select_topk",
+    "flashinfer": "select_topk",
+    "flash_mla": "sparse_attend_mla_fp8",
+}
+
 PEERS: Mapping[str, Peer] = MappingProxyType(
     {
-        "deep_gemm+vllm": Peer("DeepGEMM's logits and the better of vLLM's top-k kernels", {**_DEEP_GEMM, **_VLLM}, ("select",)),
-        "deep_gemm": Peer("DeepGEMM's logits", _DEEP_GEMM, ("index_score",)),
-        "flashinfer": Peer("FlashInfer's top-k", _FLASHINFER, ("select_topk",)),
-        "flash_mla": Peer("FlashMLA's sparse decode", _FLASH_MLA, ("sparse_attend_mla",)),
+        "deep_gemm+vllm": Peer(
+            "DSA by DeepGEMM's logits and the better of vLLM's top-k kernels",
+            {**_DEEP_GEMM, **_VLLM},
+            ("select",),
+            prepare=peer_steps.deep_gemm_vllm_steps,
+            fits=peer_steps.deep_gemm_vllm_fits,
+        ),
+        "deep_gemm": Peer(
+            "DeepGEMM's logits", _DEEP_GEMM, ("index_score",), prepare=peer_steps.deep_gemm_steps, fits=peer_steps.deep_gemm_fits
+        ),
+        "vllm": Peer(
+            "the better of vLLM's top-k kernels", _VLLM, ("select_topk",), prepare=peer_steps.vllm_steps, fits=peer_steps.vllm_fits
+        ),
+        "flashinfer": Peer(
+            "FlashInfer's top-k", _FLASHINFER, ("select_topk",), prepare=peer_steps.flashinfer_steps, fits=peer_steps.flashinfer_fits
+        ),
+        "flash_mla": Peer(
+            "FlashMLA's sparse decode over the FP8 cache, or its sparse prefill over bf16",
+            _FLASH_MLA,
+            ("sparse_attend_mla_fp8", "sparse_attend_mla"),
+            prepare=peer_steps.flash_mla_steps,
+            fits=peer_steps.flash_mla_fits,
+        ),
         "public_replicated": Peer("a layer from public parts, keys on every rank", _ALL, ("layer",), ranks=2),
         "public_exact": Peer("a layer from public parts, exact merge over ranks", _ALL, ("layer",), ranks=2),
         "replicated": Peer("our own layer, keys on every rank", {}, ("layer",), ranks=2),
@@ -55,23 +92,26 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
 
 
 def peer_reason(name: str, device: torch.device, peers: Mapping[str, Peer] = PEERS) -> str | None:
-    """Why a peer cannot be timed here, in one line, or None."""
+    """Why a peer cannot be timed here, in one line, or None. What depends on the case is left to ``find_peer``."""
     peer = peers[name]
-    absent = [f"{module} (pip install {how})" for module, how in peer.modules.items() if not installed(module)]
-    if absent:
-        return f"not installed: {', '.join(absent)}"
+    missing = [f"{module} (pip install {how})" for module, how in peer.modules.items() if absent(module) is not None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
     if peer.modules and device.type != "cuda":
         return "it needs a CUDA device"
     if peer.ranks > 1:
         return f"it needs at least {peer.ranks} ranks, and this command runs one"
-    return None if peer.prepare is not None else "this package has no call for it"
+    if peer.prepare is None:
+        return "this package has no call for it"
+    whys = (reason(_IMPLEMENTS[module], module, device) for module in peer.modules if module in _IMPLEMENTS)
+    return next((why for why in whys if why is not None), None)
 
 
-def find_peer(name: str, op: str, device: torch.device, peers: Mapping[str, Peer] = PEERS) -> Callable[[Work], Step]:
-    """What makes a peer's step.
+def find_peer(name: str, case: Case, op: str, device: torch.device, peers: Mapping[str, Peer] = PEERS) -> Prepare:
+    """What makes a peer's steps.
 
     Raises:
-        ThresherError: an unknown peer, one that does other work, or one that cannot run here, with the reason.
+        ThresherError: an unknown peer, one that does other work, or one that cannot run here or take the case, with the reason.
     """
     require(name in peers, f"a peer must be one of {', '.join(peers)}", repr(name), "check the spelling")
     peer = peers[name]
@@ -79,12 +119,22 @@ def find_peer(name: str, op: str, device: torch.device, peers: Mapping[str, Peer
     why = peer_reason(name, device, peers)
     if why is not None or peer.prepare is None:
         raise ThresherError(f"peer {name} must be able to run; got: {why}; leave out --peer or install it")
+    why = peer.fits(case, op)
+    if why is not None:
+        raise ThresherError(f"peer {name} must be able to take {case.name}; got: {why}; leave out --peer for this case")
     return peer.prepare
 
 
 def versions(name: str | None, peers: Mapping[str, Peer] = PEERS) -> dict[str, str]:
-    """Installed distribution -> version, of what a peer imports."""
-    return {} if name is None else {dist: number for module in peers[name].modules for dist, number in module_versions(module).items()}
+    """Installed distribution -> version, of what a peer imports; an object file in place of a package goes by its checksum."""
+    found: dict[str, str] = {}
+    for module in () if name is None else peers[name].modules:
+        path = os.environ.get(VLLM_OPS) if module == "vllm" else None
+        if path:
+            found["vllm object"] = "sha256:" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        else:
+            found.update(module_versions(module))
+    return found
 
 
 def module_versions(module: str) -> dict[str, str]:

@@ -20,7 +20,8 @@ class Record:
     """The fields of a line, in this order.
 
     Attributes:
-        case, op, selector, settings, inputs, seed, impl: what ran; settings are the selector's options and how it was timed.
+        case, op, selector, settings, inputs, seed, impl: what ran; settings are the selector's options, how it was timed, and
+            ``peer_kernel``, which kernel a peer with several took.
         peer: what ran beside it, or None.
         time_us, peer_time_us: quantiles p20, p50, p80 of one run.
         ratio: peer / ours, of the p50: over 1 is faster than the peer.

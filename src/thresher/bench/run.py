@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def run_bench(settings: Settings, write: Callable[[str], None], peers: Mapping[s
         for name in names:
             check_inputs(case, name)
         if settings.peer is not None:
-            find_peer(settings.peer, op, device, peers)
+            find_peer(settings.peer, case, op, device, peers)
         _selector(settings, case, op)
     records = []
     for case in cases:
@@ -120,10 +120,12 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         raise ThresherError(f"{case.name} under {inputs} inputs must agree with the reference; got: {why}; no time is taken on a red check")
     peak = _peak_bytes(first, device)
     copies = [first, *(make(copy) for copy in range(1, num_copies(moved, device)))]
-    ways: dict[str, list[Step]] = {"ours": [work.run for work in copies]}
+    kernel: dict[str, str] = {}
+    ways: dict[str, Sequence[Step]] = {"ours": [work.run for work in copies]}
     if settings.peer is not None:
-        prepare = find_peer(settings.peer, op, device, peers)
-        ways[settings.peer] = [prepare(work) for work in copies]
+        prepared = find_peer(settings.peer, case, op, device, peers)(copies)
+        ways[settings.peer] = prepared.steps
+        kernel = {} if prepared.kernel is None else {"peer_kernel": prepared.kernel}
     times = {name: asdict(taken) for name, taken in interleave(ways, device, settings.repeats, timing).items()}
     theirs = times[settings.peer] if settings.peer is not None else None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
@@ -133,10 +135,10 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         case=case.name,
         op=op,
         selector=settings.selector.partition(":")[0].strip() if selector is not None else None,
-        settings={**options, "timing": timing, "copies": len(copies), "repeats": settings.repeats},
+        settings={**options, "timing": timing, "copies": len(copies), "repeats": settings.repeats, **kernel},
         inputs=inputs,
         seed=settings.seed,
-        impl=resolved(settings.impl, device),
+        impl=resolved(first),
         peer=settings.peer,
         time_us=times["ours"],
         peer_time_us=theirs,

@@ -43,7 +43,7 @@ def updated(text: str, records: Sequence[Record]) -> str:
 
 
 def _key(record: Record) -> tuple[str, ...]:
-    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in ("copies", "repeats"))
+    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in ("copies", "repeats", "peer_kernel"))
     ours = (record.gpu, record.op, record.case, record.selector or "", str(options), record.inputs, record.impl)
     return (*ours, record.peer or "", str(record.ranks))
 

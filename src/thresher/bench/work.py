@@ -14,8 +14,8 @@ from thresher.bench.cases import Case
 from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, make_attend_inputs, make_inputs
 from thresher.cache import LayerState, load_keys
 from thresher.errors import require
-from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla
-from thresher.ops.dispatch import AUTO, TABLE, preferred, using
+from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
+from thresher.ops.dispatch import AUTO, TABLE, choose, preferred, using
 from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -25,6 +25,7 @@ OPS = {
     "index_score": ("prefill", "decode"),
     "select_topk": ("prefill", "decode"),
     "layer": ("layer",),
+    "sparse_attend_mla_fp8": ("mla-decode",),
     "sparse_attend_mla": ("mla-decode",),
 }
 
@@ -39,7 +40,7 @@ class Work:
         selector: for "select" and "layer", else None.
         impl: of every operation inside.
         index: index inputs, None for an mla-decode.
-        attend: attention inputs of "layer" and "sparse_attend_mla".
+        attend: attention inputs of "layer", "sparse_attend_mla" and, over the FP8 cache, "sparse_attend_mla_fp8".
         contiguous: a prefill's keys and ranges, for "index_score": ``(k, k_scales, starts, ends)``.
         scores: fp32 ``[Q, N]``, for "select_topk".
         state: what a decoding step finds from the steps before it.
@@ -54,6 +55,14 @@ class Work:
     contiguous: tuple[Tensor, Tensor, Tensor, Tensor] | None
     scores: Tensor | None
     state: LayerState | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        if self.index is not None:
+            return self.index.query.q.device
+        assert self.attend is not None
+        return self.attend.q.device
 
     def run(self) -> Any:
         """The timed run; a ``Selection``, scores, or a ``PartialAttention``."""
@@ -81,7 +90,7 @@ def make_work(
     check_inputs(case, inputs)
     needs_attention = case.kind in ("layer", "mla-decode")
     index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
-    attend = make_attend_inputs(case, seed, device, copy) if needs_attention else None
+    attend = make_attend_inputs(case, seed, device, copy, op == "sparse_attend_mla_fp8") if needs_attention else None
     contiguous = scores = state = None
     if index is not None and op == "index_score" and case.kind == "prefill":
         ends = index.query.positions + 1
@@ -111,11 +120,18 @@ def default_op(case: Case) -> str:
     return next(name for name, kinds in OPS.items() if case.kind in kinds)
 
 
-def resolved(impl: str, device: torch.device) -> str:
-    """What ``impl`` stands for on a device: the implementations of all operations, joined by + where they differ."""
-    if impl != AUTO:
-        return impl
-    return "+".join(sorted({preferred(operation, device) for operation in TABLE}))
+def resolved(work: Work) -> str:
+    """What the work's ``impl`` stands for: the implementations of the operations inside, joined by + where they differ."""
+    if work.impl != AUTO:
+        return work.impl
+    if work.op == "sparse_attend_mla_fp8":  # the one row where shapes decide between two kernels
+        assert work.attend is not None
+        assert work.attend.slots is not None
+        q, cache, slots = work.attend.q, work.attend.latents, work.attend.slots
+        kernel = choose(work.op, AUTO, q.device, lambda module: module.unsupported_mla_fp8(q, cache, slots))
+        return "reference" if kernel is None else kernel.__module__.rpartition(".")[2]
+    device = work.device
+    return "+".join(sorted({preferred(operation, device) for operation in TABLE if operation != "sparse_attend_mla_fp8"}))
 
 
 def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
@@ -147,6 +163,8 @@ def _select_topk(work: Work) -> Selection:
 def _attend(work: Work) -> Any:
     assert work.attend is not None
     assert work.attend.slots is not None
+    if work.op == "sparse_attend_mla_fp8":
+        return sparse_attend_mla_fp8(work.attend.q, work.attend.latents, work.attend.slots, SCALE)
     return sparse_attend_mla(work.attend.q, work.attend.latents, work.attend.slots, SCALE)
 
 
@@ -161,6 +179,7 @@ _RUNS: dict[str, Callable[[Work], Any]] = {
     "select": _select,
     "index_score": _index_score,
     "select_topk": _select_topk,
+    "sparse_attend_mla_fp8": _attend,
     "sparse_attend_mla": _attend,
     "layer": _layer,
 }

@@ -62,6 +62,16 @@ def keys_under_way(page_size: int, block_size: int) -> int:
 
 
 @triton.jit
+def as_mask(condition):
+    """A scalar condition that may mask a block. Compiled, it is the condition itself.
+
+    Triton's interpreter keeps the type of what was compared beside a comparison, and a block made of one scalar gets that type; from 3.7 on
+    it refuses such a mask. The first operand's type wins, so this one is bool.
+    """
+    return tl.full([], True, tl.int1) & condition
+
+
+@triton.jit
 def round_to_bf16(x, INTERPRET: tl.constexpr):
     """fp32 rounded to bf16, to nearest even, as its 16 bits."""
     if INTERPRET:
@@ -193,7 +203,7 @@ def ordered_mean(
                     SCALE_STRIDE,
                     SCALE_START,
                 )
-            ok = found & (base + step < count)
+            ok = as_mask(found & (base + step < count))
             value = tl.load(values_ptr + value_at + d, mask=ok & (d < DIM), other=0.0).to(tl.float32)
             total += value * tl.load(scales_ptr + scale_at, mask=ok, other=0.0)
             if ONE_PAGE:

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from thresher.checks import E4M3, FLOAT, FP32, check_tensor
 from thresher.errors import require
 
 MIN_AMAX = 1e-4
@@ -28,8 +29,8 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ThresherError: ``x`` holds a NaN or an infinity, or is no float tensor, or D is 0.
     """
-    require(x.is_floating_point(), "x must be a float tensor", x.dtype, "convert it")
-    require(x.dim() >= 1 and x.shape[-1] >= 1, "x must be [..., D] with D at least 1", tuple(x.shape), "reshape it")
+    check_tensor("x", x, FLOAT, ("...", "D"), "convert it")
+    require(x.shape[-1] >= 1, "x must be [..., D] with D at least 1", tuple(x.shape), "reshape it")
     x = x.float()
     amax = x.abs().amax(dim=-1)
     finite = torch.isfinite(amax)
@@ -51,15 +52,11 @@ def dequantize_fp8(values: Tensor, scales: Tensor) -> Tensor:
         fp32 ``[..., D]``.
 
     Raises:
-        ThresherError: a dtype or shape that does not fit.
+        ThresherError: a dtype, shape or device that does not fit.
     """
-    require(values.dtype == torch.float8_e4m3fn, "values must be float8_e4m3fn", values.dtype, "pass the first result of quantize_fp8")
-    require(
-        scales.dtype == torch.float32 and scales.shape == values.shape[:-1],
-        f"scales must be float32 {tuple(values.shape[:-1])}",
-        f"{scales.dtype} {tuple(scales.shape)}",
-        "pass one scale per vector",
-    )
+    check_tensor("values", values, E4M3, ("...", "D"), "pass the first result of quantize_fp8")
+    check_tensor("scales", scales, FP32, tuple(values.shape[:-1]), "pass one scale per vector")
+    require(scales.device == values.device, f"scales must be on the device of values, {values.device}", scales.device, "move them")
     return decode_e4m3(values, torch.float32) * scales.unsqueeze(-1)
 
 

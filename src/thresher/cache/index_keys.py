@@ -29,6 +29,18 @@ def planes(pages: Tensor) -> tuple[Tensor, Tensor]:
     return values, flat[:, page_size * head_dim :].view(torch.float32)
 
 
+def store_keys(pages: Tensor, slots: Tensor, values: Tensor, scales: Tensor) -> None:
+    """``IndexKeyCache.store`` into pages that need not belong to an ``IndexKeyCache``."""
+    num, page_size, dim = slots.shape[0], pages.shape[1], pages.shape[3] - 4
+    _check_key(values, scales)
+    require(values.shape == (num, dim), f"values must be [{num}, {dim}]", tuple(values.shape), "pass one key per slot")
+    check_slots(slots, pages.shape[0] * page_size)
+    page, offset = slots // page_size, slots % page_size
+    all_values, all_scales = planes(pages)
+    all_values.view(torch.uint8)[page, offset] = values.view(torch.uint8)
+    all_scales[page, offset] = scales
+
+
 class IndexKeyCache:
     """Storage for index keys, written by slot.
 
@@ -72,16 +84,7 @@ class IndexKeyCache:
             ThresherError: wrong shapes or dtypes, a slot outside the cache, or a NaN or infinity in values or scales
                 (nothing is written then).
         """
-        num = slots.shape[0]
-        _check_key(values, scales)
-        require(
-            values.shape == (num, self.head_dim), f"values must be [{num}, {self.head_dim}]", tuple(values.shape), "pass one key per slot"
-        )
-        check_slots(slots, self.pages.shape[0] * self.page_size)
-        page, offset = slots // self.page_size, slots % self.page_size
-        all_values, all_scales = planes(self.pages)
-        all_values.view(torch.uint8)[page, offset] = values.view(torch.uint8)
-        all_scales[page, offset] = scales
+        store_keys(self.pages, slots, values, scales)
 
     def view(self, page_table: Tensor, lengths: Tensor) -> IndexKeys:
         """The keys of every request, sharing this cache's memory.

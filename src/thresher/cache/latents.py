@@ -57,19 +57,7 @@ class LatentCache:
         Raises:
             ThresherError: wrong shapes, a slot outside the cache, or a NaN or infinity (nothing is written then).
         """
-        num = slots.shape[0]
-        require(latent.shape == (num, LATENT_DIM), f"latent must be [{num}, {LATENT_DIM}]", tuple(latent.shape), "pass one latent per slot")
-        require(rope.shape == (num, ROPE_DIM), f"rope must be [{num}, {ROPE_DIM}]", tuple(rope.shape), "pass one key part per slot")
-        finite = torch.isfinite(latent).all() & torch.isfinite(rope).all()
-        require(bool(finite), "latents must be finite", "a NaN or an infinity", "check the layer before it")
-        rows = self._rows(slots)
-        tail = rope.to(torch.bfloat16).contiguous().view(torch.uint8)
-        if self.fp8:
-            values, scales = quantize_fp8(latent.unflatten(1, (LATENT_DIM // GROUP, GROUP)))
-            head = torch.cat((values.flatten(1).view(torch.uint8), scales.view(torch.uint8)), dim=1)
-        else:
-            head = latent.to(torch.bfloat16).contiguous().view(torch.uint8)
-        rows[slots] = torch.cat((head, tail), dim=1)
+        store_records(self.data, slots, latent, rope)
 
     def load(self, slots: Tensor) -> Tensor:
         """Tokens at ``slots`` (int64 ``[n]``) as fp32 ``[n, 576]``: 512 latent values, then 64 RoPE values.
@@ -77,16 +65,37 @@ class LatentCache:
         Raises:
             ThresherError: a slot lies outside the cache.
         """
-        rows = self._rows(slots)[slots]
-        if not self.fp8:
-            return rows.view(torch.bfloat16).float()
-        values = rows[:, :LATENT_DIM].view(torch.float8_e4m3fn).unflatten(1, (LATENT_DIM // GROUP, GROUP))
-        scales = rows[:, LATENT_DIM : FP8_BYTES - 2 * ROPE_DIM].contiguous().view(torch.float32)
-        rope = rows[:, FP8_BYTES - 2 * ROPE_DIM :].contiguous().view(torch.bfloat16)
-        return torch.cat((dequantize_fp8(values, scales).flatten(1), rope.float()), dim=1)
+        records = _records(self.data, slots)[slots]
+        return decode_records(records) if self.fp8 else records.view(torch.bfloat16).float()
 
-    def _rows(self, slots: Tensor) -> Tensor:
-        require(slots.dim() == 1, "slots must be [n]", tuple(slots.shape), "flatten it")
-        rows = self.data.view(-1, self.bytes_per_token)
-        check_slots(slots, rows.shape[0])
-        return rows
+
+def store_records(data: Tensor, slots: Tensor, latent: Tensor, rope: Tensor) -> None:
+    """``LatentCache.store`` into memory that need not belong to a ``LatentCache``; the bytes of a token tell its form."""
+    num = slots.shape[0]
+    require(latent.shape == (num, LATENT_DIM), f"latent must be [{num}, {LATENT_DIM}]", tuple(latent.shape), "pass one latent per slot")
+    require(rope.shape == (num, ROPE_DIM), f"rope must be [{num}, {ROPE_DIM}]", tuple(rope.shape), "pass one key part per slot")
+    finite = torch.isfinite(latent).all() & torch.isfinite(rope).all()
+    require(bool(finite), "latents must be finite", "a NaN or an infinity", "check the layer before it")
+    records = _records(data, slots)
+    tail = rope.to(torch.bfloat16).contiguous().view(torch.uint8)
+    if data.shape[3] == FP8_BYTES:
+        values, scales = quantize_fp8(latent.unflatten(1, (LATENT_DIM // GROUP, GROUP)))
+        head = torch.cat((values.flatten(1).view(torch.uint8), scales.view(torch.uint8)), dim=1)
+    else:
+        head = latent.to(torch.bfloat16).contiguous().view(torch.uint8)
+    records[slots] = torch.cat((head, tail), dim=1)
+
+
+def decode_records(records: Tensor) -> Tensor:
+    """FP8 records, uint8 ``[n, 656]``, as fp32 ``[n, 576]``: 512 latent values, then 64 RoPE values."""
+    values = records[:, :LATENT_DIM].view(torch.float8_e4m3fn).unflatten(1, (LATENT_DIM // GROUP, GROUP))
+    scales = records[:, LATENT_DIM : FP8_BYTES - 2 * ROPE_DIM].contiguous().view(torch.float32)
+    rope = records[:, FP8_BYTES - 2 * ROPE_DIM :].contiguous().view(torch.bfloat16)
+    return torch.cat((dequantize_fp8(values, scales).flatten(1), rope.float()), dim=1)
+
+
+def _records(data: Tensor, slots: Tensor) -> Tensor:
+    require(slots.dim() == 1, "slots must be [n]", tuple(slots.shape), "flatten it")
+    records = data.view(-1, data.shape[3])
+    check_slots(slots, records.shape[0])
+    return records

@@ -201,7 +201,7 @@ class Decoder:
         owner = self.placement.owner(positions)
         for rank, piece in enumerate(self.layers[layer]):
             mine = slice(None) if len(slots) == 1 else owner == rank
-            piece.index.store(slots[rank], values[mine], scales[mine])
+            piece.index.store(slots[rank], values.view(torch.uint8)[mine].view(values.dtype), scales[mine])
             piece.kv.store(slots[rank], k[mine], v[mine])
 
     def _keys(self, rank: int, piece: RankLayer) -> IndexKeys:

@@ -57,8 +57,11 @@ class Indexer(nn.Module):
         hidden = hidden.to(self.wk.weight.dtype)
         q = self.wq_b(self.q_norm(self.wq_a(hidden))).unflatten(-1, (config.num_heads, config.head_dim))
         q = apply_rope(q, positions, config.rope_theta, config.rotary_dim, "half")
-        w = self.weights_proj(hidden).float() * (config.num_heads * config.head_dim) ** -0.5
-        return q, w
+        return q, self.head_weights(hidden) * (config.num_heads * config.head_dim) ** -0.5
+
+    def head_weights(self, hidden: Tensor) -> Tensor:
+        """The weights of ``hidden [T, hidden]`` before any factor: fp32 ``[T, H]``."""
+        return self.weights_proj(hidden.to(self.wk.weight.dtype)).float()
 
     def keys(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Unquantised keys ``[T, D]`` fp32 with RoPE, of ``hidden [T, hidden]`` at ``positions [T]``."""

@@ -7,11 +7,11 @@ from thresher.ops.hadamard import hadamard
 from thresher.ops.index_score import gathered_index_score, index_score, paged_index_score
 from thresher.ops.merge import merge
 from thresher.ops.pool_keys import partial_means, pool_keys
-from thresher.ops.quantize import dequantize_fp8, quantize_fp8
+from thresher.ops.quantize import dequantize_fp8, quantize_fp8, quantize_queries, store_index_keys, store_latents
 from thresher.ops.rope import apply_rope
 from thresher.ops.route_heads import head_mass, route_heads
-from thresher.ops.select import select_topk
-from thresher.ops.sparse_attend import sparse_attend, sparse_attend_mla
+from thresher.ops.select import select_topk, select_topk_slots
+from thresher.ops.sparse_attend import sparse_attend, sparse_attend_mla, sparse_attend_mla_fp8
 
 __all__ = [
     "apply_rope",
@@ -25,8 +25,13 @@ __all__ = [
     "partial_means",
     "pool_keys",
     "quantize_fp8",
+    "quantize_queries",
     "route_heads",
     "select_topk",
+    "select_topk_slots",
     "sparse_attend",
     "sparse_attend_mla",
+    "sparse_attend_mla_fp8",
+    "store_index_keys",
+    "store_latents",
 ]

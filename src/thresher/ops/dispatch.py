@@ -1,17 +1,24 @@
 """Which implementation of an operation runs: one table, and no silent choice.
 
-``impl="auto"`` takes the first implementation of the operation's row that can run for the tensors at hand. A named implementation runs or
-raises ``ThresherError`` with the reason it cannot; it never falls back.
+``impl="auto"`` takes the first implementation of the operation's row in ``TABLE`` that can run for the tensors at hand:
 
-"reference" stands first in every row because no kernel has been run on a GPU yet: ask for "triton" by name. A row changes when the
-kernel's tests have passed there.
+- on a CUDA device of compute capability 8.9 or newer "triton", and before it, for attention over the FP8 latent cache, "flash_mla";
+- on an older one, on a CPU, and where a kernel cannot take the arguments, "reference". Never a kernel for tensors on a CPU, whether Triton
+  interprets there or not: only a name asks for that.
+
+The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
+others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in
+another way; "flash_mla" over bf16 latents rounds its output to bf16. (Over the FP8 cache it does so too: that cache's own rounding is
+coarser.)
+
+A named implementation runs or raises ``ThresherError`` with the reason it cannot; it never falls back.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -26,22 +33,51 @@ from thresher.errors import ThresherError, require
 
 AUTO = "auto"
 
-# operation (the public function's name) -> its implementations in order of preference.
+# operation (the public function's name) -> what "auto" tries, in this order.
 TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "index_score": ("reference", "triton"),
-        "paged_index_score": ("reference", "triton"),
-        "gathered_index_score": ("reference", "triton"),
-        "select_topk": ("reference", "triton"),
-        "pool_keys": ("reference", "triton"),
-        "partial_means": ("reference", "triton"),
-        "head_mass": ("reference", "triton"),
-        "route_heads": ("reference", "triton"),
-        "sparse_attend": ("reference", "triton"),
-        "sparse_attend_mla": ("reference", "triton"),
-        "merge": ("reference", "triton"),
+        "index_score": ("triton", "reference"),
+        "paged_index_score": ("triton", "reference"),
+        "gathered_index_score": ("triton", "reference"),
+        "select_topk": ("triton", "reference"),
+        "select_topk_slots": ("triton", "reference"),
+        "pool_keys": ("triton", "reference"),
+        "partial_means": ("triton", "reference"),
+        "head_mass": ("triton", "reference"),
+        "route_heads": ("triton", "reference"),
+        "sparse_attend": ("triton", "reference"),
+        "sparse_attend_mla": ("triton", "reference"),
+        "sparse_attend_mla_fp8": ("flash_mla", "triton", "reference"),
+        "store_index_keys": ("triton", "reference"),
+        "quantize_queries": ("triton", "reference"),
+        "store_latents": ("triton", "reference"),
+        "merge": ("triton", "reference"),
     }
 )
+
+# operation -> what else can be asked for by name.
+NAMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "index_score": ("deep_gemm",),
+        "paged_index_score": ("deep_gemm",),
+        "select_topk": ("flashinfer", "vllm"),
+        "sparse_attend_mla": ("flash_mla",),
+    }
+)
+
+# implementation -> the cards that it runs on: in words, and by (major, minor) compute capability. Triton's kernels need e4m3 in hardware.
+CARDS: Mapping[str, tuple[str, Callable[[tuple[int, int]], bool]]] = MappingProxyType(
+    {
+        "triton": ("8.9 or newer", lambda card: card >= (8, 9)),
+        "deep_gemm": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
+        "flash_mla": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
+        "flashinfer": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
+        "vllm": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
+    }
+)
+
+# Names the object file vllm/_C_stable_libtorch.abi3.so of a vllm wheel, where the package itself is not installed.
+VLLM_OPS = "THRESHER_VLLM_OPS"
 
 # operation -> its folder, where that has another name.
 FOLDERS: Mapping[str, str] = MappingProxyType(
@@ -49,9 +85,14 @@ FOLDERS: Mapping[str, str] = MappingProxyType(
         "paged_index_score": "index_score",
         "gathered_index_score": "index_score",
         "select_topk": "select",
+        "select_topk_slots": "select",
         "partial_means": "pool_keys",
         "head_mass": "route_heads",
         "sparse_attend_mla": "sparse_attend",
+        "sparse_attend_mla_fp8": "sparse_attend",
+        "store_index_keys": "quantize",
+        "quantize_queries": "quantize",
+        "store_latents": "quantize",
     }
 )
 
@@ -65,7 +106,7 @@ def choose(
 
     Args:
         operation: a row of ``TABLE``.
-        impl: "auto", or an implementation of that row.
+        impl: "auto", or an implementation of that operation.
         device: where the tensors are.
         unsupported: given the implementation's module, one line on why it cannot take these arguments, or None when it can.
 
@@ -74,7 +115,7 @@ def choose(
     """
     impl = _auto_means.get() if impl == AUTO else impl
     check_impl(impl, operation)
-    for name in TABLE[operation] if impl == AUTO else (impl,):
+    for name in _candidates(operation, device) if impl == AUTO else (impl,):
         if name == "reference":
             return None
         why = reason(operation, name, device)
@@ -95,27 +136,61 @@ def reason(operation: str, impl: str, device: torch.device) -> str | None:
         return None
     if not installed(_path(operation, impl)):
         return f"{operation} has no {impl} kernel"
-    if not installed(impl):
-        return f"the package {impl} is not installed"
+    why = absent(impl)
+    if why is not None:
+        return why
     try:
         module = _module(operation, impl)
     except ImportError as error:
-        return f"its module cannot be imported ({' '.join(str(error).split())})"
+        return f"its module cannot be imported ({_line(error)})"
     if not hasattr(module, operation):
         return f"{operation} has no {impl} kernel"
-    if device.type != "cuda" and not interpreting():
-        return f"the tensors are on {device.type}; Triton needs a CUDA device, or TRITON_INTERPRET=1"
-    return None
+    if impl == "triton" and device.type != "cuda" and interpreting():
+        return None
+    return wrong_device(impl, device) or _unloadable(module)
+
+
+def absent(package: str) -> str | None:
+    """Why a package with kernels cannot be imported, in one line, or None. Imports nothing."""
+    named = os.environ.get(VLLM_OPS) if package == "vllm" else None
+    if named:
+        return None if os.path.isfile(named) else f"{VLLM_OPS} must name a file, and {named} is none"
+    if installed(package):
+        return None
+    return f"the package {package} is not installed" + (f", nor does {VLLM_OPS} name its object file" if package == "vllm" else "")
+
+
+def wrong_device(impl: str, device: torch.device) -> str | None:
+    """Why an implementation's kernels do not run on a device, in one line, or None."""
+    if device.type != "cuda":
+        how = "Triton needs a CUDA device, or TRITON_INTERPRET=1" if impl == "triton" else f"{impl} needs a CUDA device"
+        return f"the tensors are on {device.type}; {how}"
+    card = capability(device)
+    if card is None:
+        return "no CUDA device is here"
+    words, fits = CARDS[impl]
+    return None if fits(card) else f"it needs compute capability {words}, and this card has {card[0]}.{card[1]}"
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None where there is none."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
 def preferred(operation: str, device: torch.device) -> str:
     """The name of what "auto" takes for tensors on ``device``, as far as that does not depend on shapes."""
-    return next(name for name in TABLE[operation] if reason(operation, name, device) is None)
+    return next(name for name in _candidates(operation, device) if reason(operation, name, device) is None)
+
+
+def implementations(operation: str) -> tuple[str, ...]:
+    """All names that ``impl`` may have for an operation, "auto" apart; those that it tries come first."""
+    return TABLE[operation] + NAMED.get(operation, ())
 
 
 def check_impl(impl: str, operation: str | None = None) -> None:
     """Raise ``ThresherError`` unless ``impl`` is "auto" or an implementation of ``operation`` (of any, when None)."""
-    names = TABLE[operation] if operation else tuple(dict.fromkeys(name for row in TABLE.values() for name in row))
+    names = implementations(operation) if operation else tuple(dict.fromkeys(name for row in TABLE for name in implementations(row)))
     require(impl == AUTO or impl in names, f"impl must be one of {', '.join((AUTO, *names))}", repr(impl), "check the spelling")
 
 
@@ -166,6 +241,31 @@ def interpreting() -> bool:
 def installed(package: str) -> bool:
     """Whether a package or module can be imported, without importing it."""
     return find_spec(package) is not None
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, a package launches on this tensor's GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _candidates(operation: str, device: torch.device) -> tuple[str, ...]:
+    """What "auto" tries: no kernel for tensors that are not on a GPU."""
+    return TABLE[operation] if device.type == "cuda" else ("reference",)
+
+
+def _unloadable(module: ModuleType) -> str | None:
+    """Why the package behind an adapter cannot be loaded, in one line, or None; our own kernels have none."""
+    load = getattr(module, "load", None)
+    if load is not None:
+        try:
+            load()
+        except Exception as error:  # an import of somebody else's package may fail in any way
+            return f"its package cannot be loaded ({_line(error)})"
+    return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _path(operation: str, impl: str) -> str:

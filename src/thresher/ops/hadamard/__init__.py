@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from thresher.checks import FLOAT, check_tensor
 from thresher.errors import require
 from thresher.ops.hadamard.reference import hadamard_reference
 
@@ -32,7 +33,7 @@ def hadamard(x: Tensor) -> Tensor:
 
     Source: DeepSeek-V3.2-Exp (arXiv 2512.02556), the indexer's activation rotation.
     """
-    require(x.is_floating_point(), "x must be a float tensor", x.dtype, "convert it")
-    dim = x.shape[-1] if x.dim() else 0
+    check_tensor("x", x, FLOAT, ("...", "D"), "convert it")
+    dim = x.shape[-1]
     require(dim > 0 and dim & (dim - 1) == 0, "the last dimension of x must be a power of two", tuple(x.shape), "pad it")
     return hadamard_reference(x)

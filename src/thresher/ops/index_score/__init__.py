@@ -20,7 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from thresher.errors import require
+from thresher.checks import FLOAT, FP32, INDEX, INT64, check_tensor
+from thresher.ops.arguments import check_paged, check_values
 from thresher.ops.dispatch import can_read, choose, device_of
 from thresher.ops.index_score.paged import gathered_scores, paged_scores
 from thresher.ops.index_score.reference import ragged_scores
@@ -47,31 +48,16 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
 
     Source: DeepSeek-V3.2-Exp (arXiv 2512.02556), equation 1.
     """
-    require(
-        q.dim() == 3 and q.is_floating_point(),
-        "q must be a float tensor [num_queries, heads, head_dim]",
-        f"{q.dtype} {tuple(q.shape)}",
-        "reshape it",
-    )
+    check_tensor("q", q, FLOAT, ("num_queries", "heads", "head_dim"), "reshape it")
     num, heads, dim = q.shape
-    require(
-        k.dim() == 2 and k.is_floating_point() and k.shape[1] == dim,
-        f"k must be a float tensor [num_keys, {dim}]",
-        f"{k.dtype} {tuple(k.shape)}",
-        "use one head dim",
-    )
+    check_tensor("k", k, FLOAT, ("num_keys", dim), "use one head dim")
     num_keys = k.shape[0]
-    for name, tensor, shape in (("weights", weights, (num, heads)), ("k_scales", k_scales, (num_keys,))):
-        ok = tensor.dtype == torch.float32 and tensor.shape == shape
-        require(ok, f"{name} must be float32 {list(shape)}", f"{tensor.dtype} {tuple(tensor.shape)}", "convert it")
-    for name, tensor in (("starts", starts), ("ends", ends)):
-        ok = tensor.dtype == torch.int64 and tensor.shape == (num,)
-        require(ok, f"{name} must be int64 [{num}]", f"{tensor.dtype} {tuple(tensor.shape)}", "convert it")
+    check_tensor("weights", weights, FP32, (num, heads), "pass one weight per query and head, as .float()")
+    check_tensor("k_scales", k_scales, FP32, (num_keys,), "pass one scale per key, as .float()")
+    check_tensor("starts", starts, INT64, (num,), "pass one per query, as .long()")
+    check_tensor("ends", ends, INT64, (num,), "pass one per query, as .long()")
     device = device_of(q=q, weights=weights, k=k, k_scales=k_scales, starts=starts, ends=ends)
-    if num and can_read(device):
-        low, high = int(starts.min()), int(ends.max())
-        require(low >= 0, "starts must be at least 0", low, "clamp them")
-        require(high <= num_keys, f"ends must be at most the number of keys, {num_keys}", high, "clamp them")
+    check_values(("starts", starts, 0, None, "clamp them"), ("ends", ends, None, num_keys, "clamp them to the number of keys"))
     kernel = choose("index_score", impl, device, lambda module: module.unsupported(q.dtype, k.dtype, heads, dim, num_keys))
     if kernel is not None:
         return kernel(q, weights, k, k_scales, starts, ends)
@@ -91,9 +77,10 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto") ->
         table has room for.
 
     Raises:
-        ThresherError: head dims or devices differ, a query names a request that is not there, or an impl that cannot run.
+        ThresherError: something else than queries and keys, head dims or devices that differ, strided pages, a query that names a
+            request that is not there, a length outside 0..the page table's room, or an impl that cannot run.
     """
-    device = _check(query, keys)
+    device = check_paged(query, keys)
     kernel = choose("paged_index_score", impl, device, lambda module: _unsupported(module, query, _room(keys)))
     if kernel is None:
         return paged_scores(query, keys)
@@ -113,11 +100,10 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
         fp32 ``[Q, C]``, bit-equal to the paged form at the same positions; -inf where a position is -1 or out of the query's sight.
 
     Raises:
-        ThresherError: as for ``paged_index_score``, or positions of another shape or dtype.
+        ThresherError: as for ``paged_index_score``, or positions of another shape, dtype or device.
     """
-    device = _check(query, keys)
-    ok = positions.dim() == 2 and positions.shape[0] == query.num_queries and positions.dtype in (torch.int32, torch.int64)
-    require(ok, f"positions must be int32 or int64 [{query.num_queries}, C]", f"{positions.dtype} {tuple(positions.shape)}", "convert it")
+    device = check_paged(query, keys)
+    check_tensor("positions", positions, INDEX, (query.num_queries, "C"), "pass a row of positions per query")
     device_of(query=query.q, positions=positions)
     kernel = choose("gathered_index_score", impl, device, lambda module: _unsupported(module, query, positions.shape[1]))
     return gathered_scores(query, keys, positions) if kernel is None else kernel(query, keys, positions)
@@ -130,26 +116,3 @@ def _room(keys: IndexKeys) -> int:
 def _unsupported(module: ModuleType, query: IndexQuery, width: int) -> str | None:
     why: str | None = module.unsupported(query.q.dtype, torch.float8_e4m3fn, query.num_heads, query.q.shape[2], width)
     return why
-
-
-def _check(query: IndexQuery, keys: IndexKeys) -> torch.device:
-    dim = query.q.shape[2]
-    require(dim == keys.head_dim, f"queries and keys must share the head dim {keys.head_dim}", dim, "use the indexer that filled the cache")
-    device = device_of(
-        query=query.q,
-        weights=query.weights,
-        positions=query.positions,
-        requests=query.requests,
-        pages=keys.pages,
-        page_table=keys.page_table,
-        lengths=keys.lengths,
-    )
-    if query.num_queries and can_read(device):
-        low, high = int(query.requests.min()), int(query.requests.max())
-        require(
-            low >= 0 and high < keys.num_requests,
-            f"requests must be in 0..{keys.num_requests - 1}",
-            f"{low}..{high}",
-            "name a row of page_table",
-        )
-    return device

@@ -19,8 +19,8 @@ def paged_scores(query: IndexQuery, keys: IndexKeys) -> Tensor:
         high = int(ends.max())
         if high:
             values, scales = load_keys(keys, request, 0, high)
-            q, weights = query.q[rows], query.weights[rows]
-            out[rows, :high] = ragged_scores(q, weights, values, scales, [0] * len(rows), ends.tolist())
+            mine = query.rows(rows)
+            out[rows, :high] = ragged_scores(mine.q, mine.weights, values, scales, [0] * len(rows), ends.tolist())
     return out
 
 
@@ -40,8 +40,9 @@ def gathered_scores(query: IndexQuery, keys: IndexKeys, positions: Tensor) -> Te
             wanted = positions[some].long()
             seen = (wanted >= 0) & (wanted < ends[row : row + step, None])
             safe = wanted.masked_fill(~seen, 0)
-            k = to_double(values[safe])
-            score = score_pairs(to_double(query.q[some]), query.weights[some], k, scales[safe])
+            k = to_double(values.view(torch.uint8)[safe].view(values.dtype))
+            mine = query.rows(some)
+            score = score_pairs(to_double(mine.q), mine.weights, k, scales[safe])
             out[some] = score.masked_fill_(~seen, -torch.inf)
     return out
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Index scores as Triton kernels: one device function, ``score_tile``, and three ways to bring it keys and queries.
+"""Index scores as Triton kernels.
 
 **The score of a pair does not depend on the tile.** Keys are the rows of a matrix product, (query, head) pairs its columns, so every
 element is the same chain of tensor-core steps over the head dim; tiles always have at least 64 keys and 16 columns and programs 4 warps
@@ -13,14 +13,16 @@ compiled without implicit fusion, so a compiler has no say in the roundings. The
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from thresher.errors import require
+from thresher.ops.index_score.triton_kernels import gathered_kernel, paged_kernel, ragged_kernel
 from thresher.types import IndexKeys, IndexQuery
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -36,10 +38,12 @@ MIN_COLUMNS = 16
 GATHERED_KEYS = 128  # the gathered form has one tile a program
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
-MIN_TILES, MAX_TILES = 2, 64  # key tiles a program
-
-STAGES = tl.constexpr(3)  # named at the loop, so that the scales are prefetched too and not the product's operands alone
-NO_REQUEST = tl.constexpr(2**31 - 1)
+MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form
+SHARED_PROGRAMS = 132 * 4  # of the paged form, where programs share the work out evenly among themselves
+# With fewer queries a block of ``gluon.py`` is mostly padding, with fewer heads its columns hold more queries than it has registers for.
+HOPPER_QUERIES, HOPPER_ROWS, HOPPER_HEADS = 64, 16, range(17, 65)  # queries in all, queries of a request, heads
+GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
+MAX_GROUPS = 512  # of rows that a program of the paged form looks at to do so
 
 
 def unsupported(q_dtype: torch.dtype, k_dtype: torch.dtype, num_heads: int, head_dim: int, num_keys: int = 0) -> str | None:
@@ -59,184 +63,6 @@ def unsupported(q_dtype: torch.dtype, k_dtype: torch.dtype, num_heads: int, head
     if not 1 <= num_heads <= 128:
         return f"needs 1 to 128 heads, not {num_heads}"
     return None if num_keys < 2**26 else f"needs fewer than 2**26 keys, not {num_keys}"
-
-
-@triton.jit
-def _head_sums(dots, weights, total, HEADS: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, FIRST: tl.constexpr):
-    """``[BN, BQ, HEADS]`` to ``[BN, BQ, 8]``: heads ascending, each onto the sum of its index modulo 8."""
-    if HEADS == 8:
-        weights = tl.broadcast_to(weights, [BN, BQ, 8])
-        total = dots * weights if FIRST else tl.fma(dots, weights, total)
-    else:
-        low_dots, high_dots = tl.split(tl.permute(tl.reshape(dots, [BN, BQ, 2, HEADS // 2]), (0, 1, 3, 2)))
-        low, high = tl.split(tl.permute(tl.reshape(weights, [1, BQ, 2, HEADS // 2]), (0, 1, 3, 2)))
-        total = _head_sums(low_dots, low, total, HEADS // 2, BN, BQ, FIRST)
-        total = _head_sums(high_dots, high, total, HEADS // 2, BN, BQ, False)
-    return total
-
-
-@triton.jit
-def score_tile(keys, scales, queries, weights, HEADS: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr):
-    """THE score: keys ``[BN, D]``, scales ``[BN]``, queries ``[BQ * HEADS, D]``, weights ``[1, BQ, HEADS]`` to fp32 ``[BN, BQ]``."""
-    if INTERPRET:  # bf16 products are wrong there
-        keys = keys.to(tl.float32)
-        queries = queries.to(tl.float32)
-    dots = tl.dot(keys, tl.trans(queries))
-    dots = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    sums = _head_sums(tl.reshape(dots, [BN, BQ, HEADS]), weights, 0.0, HEADS, BN, BQ, True)
-    return (tl.sum(sums, axis=2) + 0.0) * scales[:, None]
-
-
-@triton.jit
-def _load_queries(q, weights, first, num_rows, num_heads, q_row, q_head, w_row, HEADS: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr):
-    """Rows ``first .. first + num_rows - 1``; zeros for the rows and heads beyond."""
-    column = tl.arange(0, BQ * HEADS)
-    row, head = column // HEADS, column % HEADS
-    offset = (first + row).to(tl.int64) * q_row + head * q_head
-    used = (row < num_rows) & (head < num_heads)
-    queries = tl.load(q + offset[:, None] + tl.arange(0, D)[None, :], mask=used[:, None], other=0.0)
-    row, head = tl.arange(0, BQ)[None, :, None], tl.arange(0, HEADS)[None, None, :]
-    used = (row < num_rows) & (head < num_heads)
-    return queries, tl.load(weights + (first + row).to(tl.int64) * w_row + head, mask=used, other=0.0)
-
-
-@triton.jit
-def _fill(out, row_offset, rows, first, end, BN: tl.constexpr):
-    """-inf into the columns ``first .. end - 1`` of the rows that ``rows`` keeps, whose column 0 lies at ``row_offset``."""
-    for start in range(first, end, BN):
-        n = start + tl.arange(0, BN)
-        tl.store(out + row_offset[None, :] + n[:, None], float("-inf"), mask=(n < end)[:, None] & rows[None, :])
-
-
-@triton.jit
-def _live(low, high, first, last, BN: tl.constexpr):
-    """The part of the columns ``first .. last - 1`` that meets ``low .. high - 1``, from a tile's begin; past ``last`` when empty."""
-    begin = first + tl.maximum(low - first, 0) // BN * BN
-    return begin, tl.maximum(tl.minimum(high, last), begin)
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "tiles"])
-def ragged_kernel(
-    q, weights, k, k_scales, starts, ends, out, num_queries, num_heads, num_keys, tiles, q_row, q_head, w_row, k_row, out_row,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Grid: (tiles of BQ rows, chunks of ``tiles`` tiles of keys)."""
-    first_row = tl.program_id(0) * BQ
-    num_rows = tl.minimum(num_queries - first_row, BQ)
-    row = tl.arange(0, BQ)
-    rows = row < num_rows
-    start = tl.load(starts + first_row + row, mask=rows, other=0)
-    end = tl.load(ends + first_row + row, mask=rows, other=0)
-    start = tl.minimum(tl.maximum(start, 0), num_keys).to(tl.int32)
-    end = tl.minimum(tl.maximum(end, 0), num_keys).to(tl.int32)
-    some = start < end
-    first = tl.program_id(1) * tiles * BN
-    last = tl.minimum(first + tiles * BN, num_keys)
-    begin, stop = _live(tl.min(tl.where(some, start, num_keys)), tl.max(tl.where(some, end, 0)), first, last, BN)
-    out_tile, row_offset = out + first_row.to(tl.int64) * out_row, row * out_row
-    _fill(out_tile, row_offset, rows, first, tl.minimum(begin, last), BN)
-    if begin < stop:
-        queries, head_weights = _load_queries(q, weights, first_row, num_rows, num_heads, q_row, q_head, w_row, HEADS, BQ, D)
-        for n0 in tl.range(begin, stop, BN, num_stages=STAGES):
-            n = n0 + tl.arange(0, BN)
-            here = n < last
-            tile = k + tl.cast(n0, tl.int64) * k_row
-            keys = tl.load(tile + tl.arange(0, BN)[:, None] * k_row + tl.arange(0, D)[None, :], mask=here[:, None], other=0.0)
-            scales = tl.load(k_scales + n, mask=here, other=0.0)
-            score = score_tile(keys, scales, queries, head_weights, HEADS, BN, BQ, INTERPRET)
-            seen = (n[:, None] >= start[None, :]) & (n[:, None] < end[None, :])
-            score = tl.where(seen, score, float("-inf"))
-            tl.store(out_tile + row_offset[None, :] + n[:, None], score, mask=here[:, None] & rows[None, :])
-    _fill(out_tile, row_offset, rows, begin + tl.cdiv(stop - begin, BN) * BN, last, BN)
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_heads", "num_requests", "num_pages", "max_pages", "width", "tiles"])
-def paged_kernel(
-    q, weights, values, scales, page_table, lengths, positions, requests, out,
-    num_queries, num_heads, num_requests, num_pages, max_pages, width, tiles, q_row, q_head, w_row, page_words, table_row, out_row,
-    STEP: tl.constexpr, PAGE: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Grid: (tiles of STEP <= BQ rows, chunks of ``tiles`` tiles of positions). Rows of one tile may belong to several requests."""
-    first_row = tl.program_id(0) * STEP
-    num_rows = tl.minimum(num_queries - first_row, STEP)
-    row = tl.arange(0, BQ)
-    rows = row < num_rows
-    request = tl.load(requests + first_row + row, mask=rows, other=0)
-    position = tl.load(positions + first_row + row, mask=rows, other=-1)
-    known = rows & (request >= 0) & (request < num_requests)
-    length = tl.load(lengths + tl.where(known, request, 0), mask=known, other=0)
-    held = tl.minimum(tl.maximum(length, 0), max_pages.to(tl.int64) * PAGE)
-    end = (tl.minimum(tl.maximum(position, -1), held - 1) + 1).to(tl.int32)
-    # A request that is not there is one more request, of no tokens: its rows are written too.
-    owner = tl.where(rows, tl.where(known, request, num_requests), NO_REQUEST).to(tl.int32)
-    first = tl.program_id(1) * tiles * BN
-    last = tl.minimum(first + tiles * BN, width)
-    out_tile, row_offset = out + first_row.to(tl.int64) * out_row, row * out_row
-    wanted_rows = tl.where(tl.max(end) > first, num_rows, 0)  # nothing to see here, nothing to load
-    queries, head_weights = _load_queries(q, weights, first_row, wanted_rows, num_heads, q_row, q_head, w_row, HEADS, BQ, D)
-    current = tl.min(owner)
-    while current < NO_REQUEST:
-        mine = owner == current
-        begin, stop = _live(0, tl.max(tl.where(mine, end, 0)), first, last, BN)
-        table = page_table + current.to(tl.int64) * table_row
-        for n0 in tl.range(begin, stop, BN, num_stages=STAGES):
-            n = n0 + tl.arange(0, BN)
-            if PAGE % BN == 0:
-                page = tl.load(table + n0 // PAGE)
-                valid = (page >= 0) & (page < num_pages)
-                word = tl.where(valid, page, 0).to(tl.int64) * page_words
-                tile = values + word * 4 + (n0 % PAGE) * D
-                keys = tl.load(tile + tl.arange(0, BN)[:, None] * D + tl.arange(0, D)[None, :], mask=valid, other=0.0)
-                scale = tl.load(scales + word + PAGE * D // 4 + n0 % PAGE + tl.arange(0, BN), mask=valid, other=0.0)
-                seen = (n < stop) & valid
-            else:
-                page = tl.load(table + n // PAGE, mask=n < stop, other=-1)
-                seen = (page >= 0) & (page < num_pages)
-                word = tl.where(seen, page, 0).to(tl.int64) * page_words
-                offset = word * 4 + (n % PAGE) * D
-                keys = tl.load(values + offset[:, None] + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0)
-                scale = tl.load(scales + word + PAGE * D // 4 + n % PAGE, mask=seen, other=0.0)
-            score = score_tile(keys, scale, queries, head_weights, HEADS, BN, BQ, INTERPRET)
-            score = tl.where(seen[:, None] & (n[:, None] < end[None, :]), score, float("-inf"))
-            tl.store(out_tile + row_offset[None, :] + n[:, None], score, mask=(n < last)[:, None] & mine[None, :])
-        _fill(out_tile, row_offset, mine, begin + tl.cdiv(stop - begin, BN) * BN, last, BN)
-        current = tl.min(tl.where(owner > current, owner, NO_REQUEST))
-
-
-@triton.jit(do_not_specialize=["num_heads", "num_requests", "num_pages", "max_pages", "width"])
-def gathered_kernel(
-    q, weights, values, scales, page_table, lengths, positions, requests, wanted, out,
-    num_heads, num_requests, num_pages, max_pages, width, q_row, q_head, w_row, page_words, table_row, wanted_row, out_row,
-    PAGE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
-):  # fmt: skip
-    """Grid: queries times tiles of BN candidates, those of a query together. It is row 0 of its tile; others, if any, are zeros."""
-    tiles = tl.cdiv(width, BN)
-    row = tl.program_id(0) // tiles
-    request = tl.load(requests + row)
-    known = (request >= 0) & (request < num_requests)
-    request = tl.where(known, request, 0)
-    held = tl.minimum(tl.load(lengths + request, mask=known, other=0), max_pages.to(tl.int64) * PAGE)
-    end = tl.minimum(tl.load(positions + row), held - 1) + 1
-    n = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    here = n < width
-    position = tl.load(wanted + row.to(tl.int64) * wanted_row + n, mask=here, other=-1)
-    seen = (position >= 0) & (position < end)
-    out_tile = out + row.to(tl.int64) * out_row + n[:, None] + tl.zeros([1, BQ], tl.int32)
-    store = here[:, None] & (tl.arange(0, BQ) == 0)[None, :]
-    if tl.max(seen.to(tl.int32)) == 0:
-        tl.store(out_tile, float("-inf"), mask=store)
-    else:
-        safe = tl.where(seen, position, 0).to(tl.int32)
-        page = tl.load(page_table + request * table_row + safe // PAGE, mask=seen, other=-1)
-        seen = (page >= 0) & (page < num_pages)
-        word = tl.where(seen, page, 0).to(tl.int64) * page_words
-        offset = word * 4 + (safe % PAGE) * D
-        keys = tl.load(values + offset[:, None] + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0)
-        scale = tl.load(scales + word + PAGE * D // 4 + safe % PAGE, mask=seen, other=0.0)
-        queries, head_weights = _load_queries(q, weights, row, 1, num_heads, q_row, q_head, w_row, HEADS, BQ, D)
-        score = score_tile(keys, scale, queries, head_weights, HEADS, BN, BQ, INTERPRET)
-        tl.store(out_tile, tl.where(seen[:, None], score, float("-inf")), mask=store)
 
 
 def padded_heads(num_heads: int) -> int:
@@ -262,6 +88,9 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     out = _result(out, num, num_keys, q.device)
     if not out.numel():
         return out
+    hopper = _hopper(q, k.dtype)
+    if hopper is not None:
+        return hopper.index_score(q, weights, k, k_scales, starts, ends, out)
     q, weights, k = _rows(q), _rows(weights), _rows(k)
     padded = padded_heads(heads)
     rows = QUERIES[padded] // (2 if q.dtype == BF16 else 1)
@@ -275,13 +104,16 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return out
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = None, out: Tensor | None = None) -> Tensor:
+def paged_index_score(
+    query: IndexQuery, keys: IndexKeys, width: int | None = None, out: Tensor | None = None, filled: bool = True
+) -> Tensor:
     """The public function of this name, for a float8_e4m3fn query.
 
     Args:
         width: columns of the result. ``max(keys.lengths)`` when None, which reads the lengths on the host; pass an upper bound, such as
             the page table's room, where that must not happen (in a CUDA graph). Columns past a request's length are -inf.
         out: fp32 ``[Q, width]`` to write, rows contiguous; new memory when None.
+        filled: whether columns that a row does not see are -inf; otherwise they may hold anything.
     """
     num, heads, dim = query.q.shape
     if width is None:
@@ -290,17 +122,26 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
     out = _result(out, num, width, query.q.device)
     if not out.numel():
         return out
+    crowded = num >= HOPPER_ROWS * keys.num_requests and keys.page_size % KEYS == 0 and len(keys.pages) > 0
+    hopper = _hopper(query.q, FP8) if crowded else None
+    if hopper is not None:
+        return hopper.paged_index_score(query, keys, width, out)
     padded = padded_heads(heads)
     # Rows of one request lie together as a rule, num / num_requests of them.
     most = QUERIES[padded] if keys.page_size % KEYS == 0 else QUERIES[padded] // 2  # odd pages need an address a key
     step = min(max(num // max(keys.num_requests, 1), 1), most)
     tile = max(triton.next_power_of_2(step), MIN_COLUMNS // padded)
-    tiles = key_tiles(triton.cdiv(num, step), width)
+    groups = triton.cdiv(num, step)
+    # One group needs no look at the others, and too many are too long a look.
+    even = 1 < groups <= MAX_GROUPS
+    programs = min(groups * triton.cdiv(width, KEYS), PROGRAMS if groups > MAX_GROUPS else SHARED_PROGRAMS)
+    registers = {"maxnreg": 128} if tile * padded <= 64 else {}  # four programs on a multiprocessor, and nothing spilled
     tensors, sizes, strides = _paged_arguments(query, keys)
     with _on(query.q):
-        paged_kernel[triton.cdiv(num, step), triton.cdiv(width, tiles * KEYS)](
-            *tensors, out, num, *sizes, width, tiles, *strides, out.stride(0),
-            STEP=step, PAGE=keys.page_size, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET, **OPTIONS,
+        paged_kernel[(programs,)](
+            *tensors, out, num, *sizes, width, *strides, out.stride(0), GROUPS=max(triton.next_power_of_2(groups), 16) if even else 0,
+            STEP=step, PAGE=keys.page_size, FILLED=filled, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET,
+            **OPTIONS, **registers,
         )  # fmt: skip
     return out
 
@@ -337,6 +178,15 @@ def _paged_arguments(query: IndexQuery, keys: IndexKeys) -> tuple[tuple[Tensor, 
     sizes = (query.num_heads, keys.num_requests, num_pages, table.shape[1])
     strides = (q.stride(0), q.stride(1), weights.stride(0), page_size * key_bytes // 4, table.stride(0))
     return (*tensors, query.positions.contiguous(), query.requests.contiguous()), sizes, strides
+
+
+def _hopper(q: Tensor, k_dtype: torch.dtype) -> ModuleType | None:
+    """The module with the kernels for many queries on Hopper, which have the same bits, where they can run and are faster."""
+    num, heads, dim = q.shape
+    fits = num >= HOPPER_QUERIES and heads in HOPPER_HEADS and dim in (64, 128) and (q.dtype, k_dtype) == (FP8, FP8)
+    if not fits or not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0) or not triton.__version__.startswith(GLUON):
+        return None
+    return import_module("thresher.ops.index_score.gluon")
 
 
 def _check(q: Tensor, k_dtype: torch.dtype, num_keys: int) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from thresher.checks import FP32, check_kind, check_list, check_tensor
 from thresher.errors import require
 from thresher.ops.dispatch import can_read, choose, device_of, no_gradient
 from thresher.ops.merge.reference import merge_reference
@@ -37,23 +39,19 @@ def merge(parts: Sequence[PartialAttention], impl: str = "auto") -> PartialAtten
         ThresherError: no parts, shapes, dtypes or devices that differ, an lse of +inf (some kernels mark empty rows so), or an impl that
             cannot run.
     """
+    check_list("parts", parts, "PartialAttention", "pass one per rank")
     require(len(parts) >= 1, "parts must hold at least one PartialAttention", 0, "pass one per rank")
-    shape = parts[0].out.shape
-    for part in parts:
-        require(
-            part.out.shape == shape and len(shape) == 3 and part.lse.shape == shape[:2],
-            "all parts must have out [Q, N, Dv] and lse [Q, N] of the same shapes",
-            f"out {tuple(part.out.shape)}, lse {tuple(part.lse.shape)}, first out {tuple(shape)}",
-            "give every rank the same queries",
-        )
-        require(
-            part.out.dtype == part.lse.dtype == torch.float32,
-            "parts must be float32",
-            f"{part.out.dtype}, {part.lse.dtype}",
-            "call .float()",
-        )
-        device = device_of(first_part=parts[0].out, out=part.out, lse=part.lse)
-        if can_read(device):
-            require(not bool((part.lse == torch.inf).any()), "lse must be below +inf", "+inf", "mark empty rows with -inf")
-    kernel = choose("merge", impl, parts[0].out.device, lambda _: no_gradient(*(x for part in parts for x in (part.out, part.lse))))
+    shape: tuple[int | str, ...] = ("Q", "N", "Dv")
+    tensors: dict[str, Tensor] = {}
+    for i, part in enumerate(parts):
+        check_kind(f"parts[{i}]", part, PartialAttention, "pass what sparse_attend returns")
+        check_tensor(f"parts[{i}].out", part.out, FP32, shape, "give every rank the same queries, in fp32")
+        shape = tuple(part.out.shape)
+        check_tensor(f"parts[{i}].lse", part.lse, FP32, shape[:2], "pass one per query and head, in fp32")
+        tensors |= {f"parts[{i}].out": part.out, f"parts[{i}].lse": part.lse}
+    device = device_of(**tensors)
+    if can_read(device):
+        high = torch.stack([(part.lse == torch.inf).any() for part in parts])
+        require(not bool(high.any()), "the lse of parts must be below +inf", "+inf", "mark empty rows with -inf")
+    kernel = choose("merge", impl, device, lambda _: no_gradient(*(x for part in parts for x in (part.out, part.lse))))
     return merge_reference(parts) if kernel is None else kernel(parts)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thresher.checks import E4M3, FP32, INT64, check_count, check_tensor
 from thresher.errors import require
-from thresher.ops.dispatch import can_read, choose, device_of
+from thresher.ops.arguments import check_values
+from thresher.ops.dispatch import choose, device_of
 from thresher.ops.pool_keys.reference import partial_means_reference, pool_reference
 
 
@@ -59,12 +61,9 @@ def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Te
         ThresherError: as for ``pool_keys``, or a position outside -1..N - 1.
     """
     device = _check(values, scales, block_size)
+    check_tensor("positions", positions, INT64, ("num_queries",), "pass one per query, as .long()")
     device_of(values=values, positions=positions)
-    ok = positions.dim() == 1 and positions.dtype == torch.int64
-    require(ok, "positions must be int64 [num_queries]", f"{positions.dtype} {tuple(positions.shape)}", "convert them")
-    if len(positions) and can_read(device):
-        low, high = int(positions.min()), int(positions.max())
-        require(low >= -1 and high < len(values), f"positions must be in -1..{len(values) - 1}", f"{low}..{high}", "append the keys first")
+    check_values(("positions", positions, -1, len(values) - 1, "append the keys first"))
     kernel = choose("partial_means", impl, device, lambda module: module.unsupported(values.shape[1]))
     if kernel is not None:
         means: tuple[Tensor, Tensor] = kernel(values, scales, block_size, positions)
@@ -73,9 +72,8 @@ def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Te
 
 
 def _check(values: Tensor, scales: Tensor, block_size: int) -> torch.device:
-    require(block_size >= 1, "block_size must be at least 1", block_size, "pass tokens per block")
-    ok = values.dim() == 2 and values.dtype == torch.float8_e4m3fn
-    require(ok, "values must be float8_e4m3fn [num_keys, head_dim]", f"{values.dtype} {tuple(values.shape)}", "use quantize_fp8")
-    ok = scales.shape == values.shape[:1] and scales.dtype == torch.float32
-    require(ok, f"scales must be float32 [{len(values)}]", f"{scales.dtype} {tuple(scales.shape)}", "pass one scale per key")
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    check_tensor("values", values, E4M3, ("num_keys", "head_dim"), "use quantize_fp8")
+    require(values.shape[1] >= 1, "values must have a head_dim of at least 1", tuple(values.shape), "use quantize_fp8")
+    check_tensor("scales", scales, FP32, (len(values),), "pass one scale per key")
     return device_of(values=values, scales=scales)

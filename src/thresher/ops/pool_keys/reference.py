@@ -30,7 +30,7 @@ def partial_means_reference(values: Tensor, scales: Tensor, block_size: int, pos
     if deepest:
         token = blocks[:, None] * block_size + torch.arange(deepest, device=values.device)
         token = token.clamp(max=len(values) - 1)  # past the end: summed, and read by no query
-        keys = dequantize_fp8(values[token], scales[token])
+        keys = dequantize_fp8(values.view(torch.uint8)[token].view(values.dtype), scales[token])
         rows = keys.unbind(1)
         running = torch.zeros_like(rows[0])
         done = 0

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, Rows, flat_rows, keys_under_way, on_device, ordered_mean, paged_rows
+from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, on_device, ordered_mean, paged_rows
 from thresher.errors import require
 from thresher.types import IndexKeys
 
@@ -81,6 +81,7 @@ def _pool_kernel(
             INTERPRET,
         )
         d = tl.arange(0, BLOCK_D)[None, :]
+        ok = as_mask(ok)
         tl.store(out_values_ptr + value_at + d, codes, mask=ok & (d < DIM))
         tl.store(out_scales_ptr + scale_at + tl.arange(0, 1), scales, mask=ok)
 

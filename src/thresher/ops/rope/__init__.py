@@ -12,10 +12,11 @@ out[:, b] = x[:, b] * angle.cos() + x[:, a] * angle.sin()
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from thresher.checks import FLOAT, INDEX, check_count, check_number, check_tensor
 from thresher.errors import require
+from thresher.ops.dispatch import device_of
 from thresher.ops.rope.reference import rope_reference
 
 STYLES = ("half", "interleaved")
@@ -38,24 +39,18 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float, rotary_dim: int, styl
         A tensor like x.
 
     Raises:
-        ThresherError: a shape, dtype or style that does not fit.
+        ThresherError: a shape, dtype, device, size or style that does not fit.
     """
-    require(
-        x.is_floating_point() and x.dim() >= 2, "x must be a float tensor [tokens, ..., dim]", f"{x.dtype} {tuple(x.shape)}", "reshape it"
-    )
-    require(style in STYLES, f"style must be one of {', '.join(STYLES)}", repr(style), "name the RoPE layout")
-    require(
-        rotary_dim % 2 == 0 and 0 <= rotary_dim <= x.shape[-1],
-        f"rotary_dim must be even and at most {x.shape[-1]}",
-        rotary_dim,
-        "pass the number of rotated dims",
-    )
-    require(theta > 0, "theta must be positive", theta, "pass the model's rope_theta")
-    is_integer = positions.dtype in (torch.int32, torch.int64)
-    require(
-        is_integer and positions.shape == x.shape[:1],
-        f"positions must be integers [{x.shape[0]}]",
-        f"{positions.dtype} {tuple(positions.shape)}",
-        "pass one position per token",
-    )
+    check_tensor("x", x, FLOAT, ("tokens", "...", "dim"), "reshape it")
+    check_rotation(x.shape[-1], theta, rotary_dim, style)
+    check_tensor("positions", positions, INDEX, (x.shape[0],), "pass one position per token")
+    device_of(x=x, positions=positions)
     return rope_reference(x, positions, theta, rotary_dim, style == "interleaved")
+
+
+def check_rotation(dim: int, theta: float, rotary_dim: int, style: str) -> None:
+    """Raise ``ThresherError`` unless vectors of ``dim`` dims can be rotated so."""
+    require(style in STYLES, f"style must be one of {', '.join(STYLES)}", repr(style), "name the RoPE layout")
+    check_count("rotary_dim", rotary_dim, 0, dim, "pass the number of rotated dims")
+    require(rotary_dim % 2 == 0, "rotary_dim must be even", rotary_dim, "pass the number of rotated dims")
+    check_number("theta", theta, positive=True, do="pass the model's rope_theta")

@@ -19,7 +19,7 @@ def rope_reference(x: Tensor, positions: Tensor, theta: float, rotary_dim: int, 
     """A tensor like x ``[T, ..., D]``."""
     if rotary_dim == 0:
         return x
-    angle = positions.to(x.device, torch.float32)[:, None] * _inv_freq(theta, rotary_dim, x.device)
+    angle = positions.to(torch.float32)[:, None] * _inv_freq(theta, rotary_dim, x.device)
     angle = angle.view(len(positions), *[1] * (x.dim() - 2), rotary_dim // 2)
     cos, sin = angle.cos(), angle.sin()
 

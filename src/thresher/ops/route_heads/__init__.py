@@ -15,7 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thresher.checks import E4M3, FP32, WIDE, check_count, check_list, check_tensor
 from thresher.errors import require
+from thresher.ops.arguments import check_paged
 from thresher.ops.dispatch import can_read, choose, device_of
 from thresher.ops.route_heads.reference import head_mass_reference, route_reference
 from thresher.types import IndexKeys, IndexQuery
@@ -38,48 +40,24 @@ def head_mass(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: I
         fp32 ``[Q, H]``; 0 for a query that sees nothing.
 
     Raises:
-        ThresherError: means missing for a request or too few for a query, shapes or devices that do not fit, or an impl that cannot run.
+        ThresherError: what ``paged_index_score`` refuses, means missing for a request or too few for a query, shapes, dtypes or devices
+            that do not fit, or an impl that cannot run.
 
     Source: MISA (arXiv 2605.07363), the routing score.
     """
-    require(block_size >= 1, "block_size must be at least 1", block_size, "pass tokens per block")
-    num, dim = keys.num_requests, keys.head_dim
-    require(len(means) == num, f"means must hold one pair per request, {num}", len(means), "pool every request")
-    require(
-        query.q.shape[2] == dim,
-        f"queries and keys must share the head dim {dim}",
-        query.q.shape[2],
-        "use the indexer that filled the cache",
-    )
-    device = device_of(
-        query=query.q,
-        weights=query.weights,
-        positions=query.positions,
-        requests=query.requests,
-        pages=keys.pages,
-        page_table=keys.page_table,
-        lengths=keys.lengths,
-    )
-    for values, scales in means:
-        device_of(query=query.q, values=values, scales=scales)
-    if query.num_queries and can_read(device):
-        low, high = int(query.requests.min()), int(query.requests.max())
-        require(low >= 0 and high < num, f"requests must be in 0..{num - 1}", f"{low}..{high}", "name a row of page_table")
+    device = check_paged(query, keys)
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    _check_means(query, means, keys, block_size)
+    dim = keys.head_dim
     kernel = choose("head_mass", impl, device, lambda module: module.unsupported(query.q.dtype, query.num_heads, dim))
-    if kernel is None:
-        return head_mass_reference(query, means, keys, block_size)
-    if can_read(device):
-        needed = torch.minimum(query.positions + 1, keys.lengths[query.requests]) // block_size
-        held = torch.tensor([len(values) for values, _ in means], device=device)[query.requests]
-        require(bool((held >= needed).all()), "means must cover every full block a query sees", "too few", "pool the keys appended since")
-    return kernel(query, means, keys, block_size)
+    return head_mass_reference(query, means, keys, block_size) if kernel is None else kernel(query, means, keys, block_size)
 
 
 def route_heads(mass: Tensor, active_heads: int, impl: str = "auto") -> Tensor:
     """The heads with the largest mass, ties to the smaller head; NaN ranks below every number.
 
     Args:
-        mass: float ``[Q, H]``.
+        mass: fp32 ``[Q, H]``, or bf16, fp16 or fp64.
         active_heads: how many to keep, 1..H.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
 
@@ -87,15 +65,31 @@ def route_heads(mass: Tensor, active_heads: int, impl: str = "auto") -> Tensor:
         int64 ``[Q, active_heads]``, ascending.
 
     Raises:
-        ThresherError: active_heads outside 1..H, or an impl that cannot run.
+        ThresherError: a shape or dtype that does not fit, active_heads outside 1..H, or an impl that cannot run.
     """
-    require(
-        mass.dim() == 2 and mass.is_floating_point(),
-        "mass must be a float tensor [num_queries, heads]",
-        f"{mass.dtype} {tuple(mass.shape)}",
-        "reshape it",
-    )
+    check_tensor("mass", mass, WIDE, ("num_queries", "heads"), "convert it")
     heads = mass.shape[1]
-    require(1 <= active_heads <= heads, f"active_heads must be in 1..{heads}", active_heads, "pick at most the heads there are")
+    check_count("active_heads", active_heads, 1, heads, "pick at most the heads there are")
     kernel = choose("route_heads", impl, mass.device, lambda _: None if heads <= 1024 else f"it takes at most 1024 heads, not {heads}")
     return route_reference(mass, active_heads) if kernel is None else kernel(mass, active_heads)
+
+
+def _check_means(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int) -> None:
+    check_list("means", means, "(values, scales) pairs", "pool every request")
+    require(len(means) == keys.num_requests, f"means must hold one pair per request, {keys.num_requests}", len(means), "pool every request")
+    tensors = {"query": query.q}
+    for i, pair in enumerate(means):
+        check_list(f"means[{i}]", pair, "values and scales", "pass what pool_keys returns")
+        require(len(pair) == 2, f"means[{i}] must be a pair of values and scales", f"{len(pair)} of them", "pass what pool_keys returns")
+        check_tensor(f"means[{i}] values", pair[0], E4M3, ("blocks", keys.head_dim), "pass what pool_keys returns")
+        check_tensor(f"means[{i}] scales", pair[1], FP32, (len(pair[0]),), "pass one scale per block")
+        tensors |= {f"means[{i}] values": pair[0], f"means[{i}] scales": pair[1]}
+    device = device_of(**tensors)
+    if not query.num_queries or not can_read(device):
+        return
+    needed = torch.minimum(query.positions + 1, keys.lengths[query.requests]) // block_size
+    held = torch.tensor([len(values) for values, _ in means], device=device)[query.requests]
+    if bool((held < needed).any()):
+        worst = int((needed - held).argmax())
+        must = f"means of request {int(query.requests[worst])} must cover its {int(needed[worst])} full blocks"
+        require(False, must, int(held[worst]), "pool the keys appended since")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from thresher.cache.index_keys import load_keys
-from thresher.errors import require
 from thresher.ops.index_score.reference import chunk_elements, score_pairs, to_double
 from thresher.ops.pool_keys import partial_means
 from thresher.types import IndexKeys, IndexQuery
@@ -27,18 +26,12 @@ def head_mass_reference(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]
         last = query.positions[rows].clamp(max=lengths[request] - 1)
         values, scales = means[request]
         needed = (int(last.max()) + 1) // block_size
-        require(
-            len(values) >= needed and len(scales) == len(values),
-            f"means of request {request} must cover its {needed} full blocks",
-            f"{len(values)} values, {len(scales)} scales",
-            "pool the keys appended since",
-        )
         start = int(last.min()) // block_size * block_size
         # A block that the query completes is a full one; -1 leaves its partial mean out.
         inside = torch.where((last + 1) % block_size == 0, -1, last - start)
         own = partial_means(*load_keys(keys, request, start, int(last.max()) + 1), block_size, inside, impl="reference")
-        q = query.q[rows]
-        mass[rows] = _request_mass(q, query.weights[rows], (values[:needed], scales[:needed]), own, last, block_size)
+        asked = query.rows(rows)
+        mass[rows] = _request_mass(asked.q, asked.weights, (values[:needed], scales[:needed]), own, last, block_size)
     return mass
 
 

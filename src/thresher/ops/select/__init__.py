@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thresher.checks import FP32, INDEX, INT32, INT64, check_count, check_tensor
 from thresher.errors import require
+from thresher.ops.arguments import check_values
 from thresher.ops.dispatch import can_read, choose, device_of
-from thresher.ops.select.reference import select_reference
-from thresher.types import Selection
+from thresher.ops.select.reference import select_reference, select_slots_reference
+from thresher.types import SPACES, Selection
 
 
 def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, impl: str = "auto") -> Selection:
@@ -38,22 +40,59 @@ def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Te
         Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores beside (-inf where padded).
 
     Raises:
-        ThresherError: a shape or dtype that does not fit, topk below 1, positions out of order, or an impl that cannot run.
+        ThresherError: a shape, dtype or device that does not fit, topk below 1, an unknown space, positions out of order, or an impl that
+            cannot run.
     """
-    require(
-        scores.dim() == 2 and scores.dtype == torch.float32,
-        "scores must be float32 [num_queries, n]",
-        f"{scores.dtype} {tuple(scores.shape)}",
-        "convert them",
-    )
-    require(topk >= 1, "topk must be at least 1", topk, "ask for at least one token")
-    device = device_of(scores=scores, positions=positions)
-    if positions is not None:
-        ok = positions.shape == scores.shape and positions.dtype in (torch.int32, torch.int64)
-        require(ok, f"positions must be int32 or int64 {list(scores.shape)}", f"{positions.dtype} {tuple(positions.shape)}", "convert them")
-        if can_read(device):
-            before, after = positions[:, :-1], positions[:, 1:]
-            ordered = torch.where(before < 0, after < 0, (after > before) | (after < 0))
-            require(bool(ordered.all()), "positions must ascend strictly, with -1 at the end", "another order", "sort each row")
+    device = _check(scores, topk, positions)
+    require(space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(space), "name the index space")
     kernel = choose("select_topk", impl, device, lambda module: module.unsupported(*scores.shape, topk))
     return select_reference(scores, topk, space, positions) if kernel is None else kernel(scores, topk, space, positions)
+
+
+def select_topk_slots(
+    scores: Tensor, topk: int, page_table: Tensor, requests: Tensor, page_size: int, positions: Tensor | None = None, impl: str = "auto"
+) -> Selection:
+    """``select_topk``, each selected position as the slot where its request's page table has it.
+
+    Args:
+        scores: fp32 ``[Q, N]``.
+        topk: how many to keep, at least 1.
+        page_table: int32 ``[B, max_pages]``, -1 where unused.
+        requests: int64 ``[Q]``, the row of ``page_table`` that each row of scores belongs to.
+        page_size: tokens in a page, at least 1.
+        positions: int32 or int64 ``[Q, N]``, as for ``select_topk``: a column, or its entry here, is a position of the row's request.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        Selection in the space "slot", without scores: int32 ``[Q, topk]`` in the order of the positions, so slots need not ascend;
+        -1 padded at the end, and -1 in place where the table has no page for a position. ``lengths`` counts those in place too.
+
+    Raises:
+        ThresherError: what ``select_topk`` refuses, a page_table, requests or page_size that does not fit, a request outside 0..B - 1,
+            or an impl that cannot run. While a CUDA graph is recorded no request is looked at; a kernel gives -1 for one outside.
+    """
+    device = _check(scores, topk, positions)
+    check_tensor("page_table", page_table, INT32, ("requests", "max_pages"), "take PageTable.table")
+    check_tensor("requests", requests, INT64, (scores.shape[0],), "pass one per row of scores, as .long()")
+    check_count("page_size", page_size, 1, do="64 is usual")
+    device_of(scores=scores, page_table=page_table, requests=requests)
+    check_values(("requests", requests, 0, page_table.shape[0] - 1, "name a row of page_table"))
+    kernel = choose("select_topk_slots", impl, device, lambda module: module.unsupported(*scores.shape, topk))
+    if kernel is not None:
+        picked: Selection = kernel(scores, topk, page_table, requests, page_size, positions)
+        return picked
+    return select_slots_reference(scores, topk, page_table, requests, page_size, positions)
+
+
+def _check(scores: Tensor, topk: int, positions: Tensor | None) -> torch.device:
+    check_tensor("scores", scores, FP32, ("num_queries", "n"), "convert them")
+    check_count("topk", topk, 1, do="ask for at least one token")
+    if positions is None:
+        return scores.device
+    check_tensor("positions", positions, INDEX, tuple(scores.shape), "pass one per score")
+    device = device_of(scores=scores, positions=positions)
+    if can_read(device):
+        before, after = positions[:, :-1], positions[:, 1:]
+        ordered = torch.where(before < 0, after < 0, (after > before) | (after < 0))
+        require(bool(ordered.all()), "positions must ascend strictly, with -1 at the end", "another order", "sort each row")
+    return device

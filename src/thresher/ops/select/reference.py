@@ -42,3 +42,17 @@ def select_reference(scores: Tensor, topk: int, space: str, positions: Tensor | 
         indices[:, :kept] = where.int().masked_fill(padded, -1)
         beside[:, :kept] = candidate.gather(1, columns).masked_fill(padded, -torch.inf)
     return Selection(indices=indices, lengths=(~padded).sum(1), space=space, scores=beside)
+
+
+def select_slots_reference(
+    scores: Tensor, topk: int, page_table: Tensor, requests: Tensor, page_size: int, positions: Tensor | None
+) -> Selection:
+    """The selection through the page table; see ``select_topk_slots``."""
+    picked = select_reference(scores, topk, "logical", positions)
+    page = picked.indices.long() // page_size
+    there = (picked.indices >= 0) & (page < page_table.shape[1])
+    # One more column: an empty table has something to look up too.
+    table = torch.nn.functional.pad(page_table, (0, 1), value=-1)
+    held = table[requests[:, None], page.masked_fill(~there, page_table.shape[1])]
+    slots = (held * page_size + picked.indices % page_size).masked_fill(held < 0, -1)
+    return Selection(indices=slots.int(), lengths=picked.lengths, space="slot")

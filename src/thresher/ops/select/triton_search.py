@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thresher.cache.device import as_mask
+
 _NONE = tl.constexpr(-(2**31))  # -inf, or a position of -1
 _NAN = tl.constexpr(-(2**31) + 1)
 _INF = tl.constexpr(0x7F800000)
@@ -142,7 +144,7 @@ def put(
     if SLOTS:
         request = tl.load(requests + row)
         page = where // page_size
-        known = keep & (request >= 0) & (request < num_requests) & (page >= 0) & (page < max_pages)
+        known = keep & as_mask((request >= 0) & (request < num_requests)) & (page >= 0) & (page < max_pages)
         held = tl.load(page_table + request * max_pages + page, mask=known, other=-1)
         where = tl.where(held < 0, -1, held * page_size + where % page_size)
     # Not true, and harmless under a mask that nothing is known of: so threads keep the four neighbours that they loaded, and a count along

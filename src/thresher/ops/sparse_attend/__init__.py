@@ -15,9 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thresher.cache.latents import FP8_BYTES, LATENT_DIM, ROPE_DIM
+from thresher.checks import BYTES, FLOAT, INT32, check_count, check_number, check_tensor
 from thresher.errors import require
-from thresher.ops.dispatch import can_read, choose, device_of, no_gradient
-from thresher.ops.sparse_attend.reference import attend_reference
+from thresher.ops.arguments import check_values
+from thresher.ops.dispatch import choose, device_of, no_gradient
+from thresher.ops.sparse_attend.reference import attend_fp8_reference, attend_reference
 from thresher.types import PartialAttention
 
 
@@ -39,21 +42,13 @@ def sparse_attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float, 
     Raises:
         ThresherError: a shape, dtype or device that does not fit, a slot outside -1..S - 1, or an impl that cannot run.
     """
-    require(
-        k.dim() == 3 and v.dim() == 3 and k.shape[:2] == v.shape[:2],
-        "k and v must be [slots, groups, dim]",
-        f"{tuple(k.shape)} and {tuple(v.shape)}",
-        "reshape them",
-    )
-    device = device_of(q=q, k=k, v=v, slots=slots)
-    _check_query(q, slots, k.shape[0], k.shape[2])
+    check_tensor("k", k, FLOAT, ("slots", "groups", "dim"), "reshape it")
+    require(k.shape[1] >= 1, "k must have at least one group", tuple(k.shape), "check the model's kv heads")
+    check_tensor("v", v, FLOAT, (k.shape[0], k.shape[1], "value_dim"), "pass a value per key")
+    device = _check(q, FLOAT, slots, scale, k.shape[2], k=k, v=v)
     heads, groups = q.shape[1], k.shape[1]
-    require(
-        groups >= 1 and heads % groups == 0,
-        "the kv groups must divide the attention heads",
-        f"{groups} and {heads}",
-        "check the model's kv heads",
-    )
+    require(heads % groups == 0, "the groups of k must divide the heads of q", f"{groups} and {heads}", "check the model's kv heads")
+    _check_slots(slots, k.shape[0])
     kernel = choose("sparse_attend", impl, device, lambda module: no_gradient(q, k, v) or module.unsupported(q, k, v))
     return attend_reference(q, k, v, v.shape[2], slots, scale) if kernel is None else kernel(q, k, v, slots, scale)
 
@@ -79,11 +74,11 @@ def sparse_attend_mla(
 
     Source: DeepSeek-V3.2-Exp (arXiv 2512.02556), MLA in its MQA mode.
     """
-    require(latents.dim() == 2, "latents must be [slots, dim]", tuple(latents.shape), "reshape them")
+    check_tensor("latents", latents, FLOAT, ("slots", "dim"), "reshape them")
     dim = latents.shape[1]
-    require(1 <= value_dim <= dim, f"value_dim must be in 1..{dim}", value_dim, "pass the latent's value dims")
-    device = device_of(q=q, latents=latents, slots=slots)
-    _check_query(q, slots, latents.shape[0], dim)
+    check_count("value_dim", value_dim, 1, dim, "pass the latent's value dims")
+    device = _check(q, FLOAT, slots, scale, dim, latents=latents)
+    _check_slots(slots, latents.shape[0])
     kernel = choose(
         "sparse_attend_mla", impl, device, lambda module: no_gradient(q, latents) or module.unsupported_mla(q, latents, value_dim)
     )
@@ -93,15 +88,42 @@ def sparse_attend_mla(
     return attend_reference(q, latents[:, None], None, value_dim, slots, scale)
 
 
-def _check_query(q: Tensor, slots: Tensor, num_slots: int, dim: int) -> None:
-    require(q.dim() == 3 and q.shape[2] == dim, f"q must be [num_queries, heads, {dim}]", tuple(q.shape), "use the dim of the keys")
-    ok = slots.dtype == torch.int32 and slots.dim() == 2 and slots.shape[0] == q.shape[0]
-    require(ok, f"slots must be int32 [{q.shape[0]}, K]", f"{slots.dtype} {tuple(slots.shape)}", "convert them")
-    if slots.numel() and can_read(slots.device):
-        low, high = int(slots.min()), int(slots.max())
-        require(
-            low >= -1 and high < num_slots,
-            f"slots must be in -1..{num_slots - 1}",
-            f"{low}..{high}",
-            "map positions to slots of this cache",
-        )
+def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, impl: str = "auto") -> PartialAttention:
+    """``sparse_attend_mla`` over the FP8 latent cache as it lies in memory. The reference is differentiable in q.
+
+    Args:
+        q: bf16 ``[Q, N, 576]``, the absorbed queries.
+        cache_data: uint8 ``[P, page_size, 1, 656]``, the bytes of ``LatentCache.data``; pages and tokens may be strided.
+        slots: int32 ``[Q, K]``, ``page * page_size + offset``; -1 is skipped wherever it stands.
+        scale: softmax scale.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        out fp32 ``[Q, N, 512]`` and lse fp32 ``[Q, N]``; 0 and -inf for a row without slots. The reference multiplies values by their
+        scales in fp32, a kernel may round the product to bf16, which loses nothing where the scale is a power of two.
+
+    Raises:
+        ThresherError: a shape, dtype or device that does not fit, a slot outside -1..P * page_size - 1, or an impl that cannot run. While a
+            CUDA graph is recorded no slot is looked at; a kernel takes one outside as -1.
+
+    Source: the cache of DeepSeek-V3.2-Exp (arXiv 2512.02556); docs/formats.md has its bytes.
+    """
+    check_tensor("cache_data", cache_data, BYTES, ("pages", "page_size", 1, FP8_BYTES), "pass LatentCache(fp8=True).data")
+    require(cache_data.shape[1] >= 1, "the page_size of cache_data must be at least 1", tuple(cache_data.shape), "64 is usual")
+    device = _check(q, (torch.bfloat16,), slots, scale, LATENT_DIM + ROPE_DIM, cache_data=cache_data)
+    _check_slots(slots, cache_data.shape[0] * cache_data.shape[1])
+    kernel = choose(
+        "sparse_attend_mla_fp8", impl, device, lambda module: no_gradient(q) or module.unsupported_mla_fp8(q, cache_data, slots)
+    )
+    return attend_fp8_reference(q, cache_data, slots, scale) if kernel is None else kernel(q, cache_data, slots, scale)
+
+
+def _check(q: Tensor, q_dtypes: str | tuple[torch.dtype, ...], slots: Tensor, scale: float, dim: int, **memory: Tensor) -> torch.device:
+    check_tensor("q", q, q_dtypes, ("num_queries", "heads", dim), "use the dim of the keys")
+    check_tensor("slots", slots, INT32, (q.shape[0], "K"), "pass a row per query, as .int()")
+    check_number("scale", scale, do="pass the softmax scale")
+    return device_of(q=q, slots=slots, **memory)
+
+
+def _check_slots(slots: Tensor, num_slots: int) -> None:
+    check_values(("slots", slots, -1, num_slots - 1, "map positions to slots of this cache"))

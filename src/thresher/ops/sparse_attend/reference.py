@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thresher.cache.latents import LATENT_DIM, decode_records
 from thresher.types import PartialAttention
 
 
@@ -28,6 +29,15 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor | None, value_dim: int, slo
         return PartialAttention(*parts[0])
     outs, lses = zip(*parts, strict=True)
     return PartialAttention(out=torch.cat(outs), lse=torch.cat(lses))
+
+
+def attend_fp8_reference(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> PartialAttention:
+    """Over an FP8 latent cache; only the tokens that some query names are decoded."""
+    used = slots[slots >= 0].unique().long()
+    page_size = cache_data.shape[1]
+    latents = decode_records(cache_data[used // page_size, used % page_size, 0])
+    rows = torch.searchsorted(used, slots.long()).masked_fill(slots < 0, -1)
+    return attend_reference(q, latents[:, None], None, LATENT_DIM, rows, scale)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor | None, value_dim: int, slots: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -58,8 +58,8 @@ def unsupported_mla(q: Tensor, latents: Tensor, value_dim: int = LATENT_DIM) -> 
     return _too_many_heads(q) or _no_gradient(q, latents)
 
 
-def unsupported_mla_fp8(q: Tensor, cache_data: Tensor) -> str | None:
-    """Why ``sparse_attend_mla_fp8`` cannot run here, or None."""
+def unsupported_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor | None = None) -> str | None:
+    """Why ``sparse_attend_mla_fp8`` cannot run here, or None; any slots will do."""
     if q.dtype != torch.bfloat16 or cache_data.dtype != torch.uint8:
         return f"needs bfloat16 queries and a uint8 cache, not {q.dtype} and {cache_data.dtype}"
     if q.dim() != 3 or cache_data.dim() != 4 or cache_data.shape[2:] != (1, FP8_BYTES):

@@ -1,0 +1,67 @@
+"""Index scores of many queries on Hopper: the same bits as ``triton.py``, faster where the tensor cores are the limit (prefill).
+
+Written in Gluon, Triton's layer below its tile language, for what the tile language does not say on Hopper: warps with different
+jobs, keys fetched by the copy engine, and a matrix product that runs while the one before it is summed up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from thresher.cache.device import on_device
+from thresher.ops.index_score.gluon_kernels import prefill_kernel
+from thresher.types import IndexKeys, IndexQuery
+
+FP8 = torch.float8_e4m3fn
+STAGES = 6
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts: Tensor, ends: Tensor, out: Tensor) -> Tensor:
+    """``triton.index_score`` for checked arguments, at least one query and one key."""
+    num_keys, dim = k.shape
+    k = k if k.stride(1) == 1 and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0 else k.contiguous()
+    desc = TensorDescriptor(k, [1, num_keys, dim], [16 * -(-k.stride(0) * num_keys // 16), k.stride(0), 1], [1, 64, dim], _layout(dim))
+    low, high = starts.contiguous(), ends.contiguous()
+    return _run(desc, q, weights, k_scales.contiguous(), low, high, low, low, low, out, num_keys, (1, 1, num_keys, 0, 0), 0)
+
+
+def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int, out: Tensor) -> Tensor:
+    """``triton.paged_index_score`` for checked arguments, at least one query and one page; pages hold a multiple of 64 tokens."""
+    pages, size, dim = keys.pages.shape[0], keys.page_size, keys.head_dim
+    flat = keys.pages.contiguous().view(-1)
+    record = size * (dim + 4)
+    desc = TensorDescriptor(flat.view(FP8), [pages, size, dim], [record, dim, 1], [1, 64, dim], _layout(dim))
+    table = keys.page_table if keys.page_table.stride(-1) == 1 else keys.page_table.contiguous()
+    positions, requests, lengths = query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous()
+    sizes = (keys.num_requests, pages, table.shape[1] * size, record // 4, table.stride(0))
+    scales = flat.view(torch.float32)
+    return _run(desc, query.q, query.weights, scales, positions, positions, requests, lengths, table, out, width, sizes, size)
+
+
+def _run(
+    desc: TensorDescriptor, q: Tensor, weights: Tensor, scales: Tensor, low: Tensor, high: Tensor, owners: Tensor, lengths: Tensor,
+    table: Tensor, out: Tensor, width: int, sizes: tuple[int, int, int, int, int], page: int,
+) -> Tensor:  # fmt: skip
+    num, heads, dim = q.shape
+    num_requests, num_pages, num_keys, page_words, table_row = sizes
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    weights = weights if weights.stride(-1) == 1 else weights.contiguous()
+    padded = max(8, triton.next_power_of_2(heads))
+    pairs = min(padded // 2, 16)
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    with on_device(q):
+        prefill_kernel[(programs,)](
+            desc, q, weights, scales, low, high, owners, lengths, table, out, num, heads, num_keys, num_requests, num_pages, width,
+            q.stride(0), q.stride(1), weights.stride(0), page_words, table_row, out.stride(0),
+            HEADS=padded, BLOCK=512 // padded, ROWS=256 // padded, STAGES=STAGES, D=dim, PAGE=page, HB=pairs, SUB=16 // pairs, **OPTIONS,
+        )  # fmt: skip
+    return out
+
+
+def _layout(dim: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(dim, 8, 3)

@@ -1,0 +1,34 @@
+"""From the unsorted columns that other packages' top-k kernels return to a ``Selection``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thresher.types import Selection
+
+
+def candidates(scores: Tensor, positions: Tensor | None) -> Tensor:
+    """Scores with -inf where a column stands for no position; rows have unit stride."""
+    scores = scores if positions is None else scores.masked_fill(positions < 0, -torch.inf)
+    return scores if scores.stride(1) == 1 else scores.contiguous()
+
+
+def sorted_selection(scores: Tensor, picked: Tensor, space: str, positions: Tensor | None) -> Selection:
+    """Ascending and -1 padded.
+
+    Args:
+        scores: fp32 ``[Q, N]``, N at least 1; -inf marks no candidate, picked or not.
+        picked: int32 ``[Q, k]``, distinct columns in any order, -1 for none.
+        space, positions: as for ``select_topk``.
+    """
+    width = scores.shape[1]
+    columns = picked.clamp(min=0).long()
+    absent = (picked < 0) | (scores.gather(1, columns) == -torch.inf)
+    # Columns that are no candidate move past the end, so that one sort both orders and pads.
+    columns = columns.masked_fill(absent, width).sort(dim=1).values
+    padded = columns == width
+    columns = columns.masked_fill(padded, 0)
+    where = columns if positions is None else positions.gather(1, columns)
+    beside = scores.gather(1, columns).masked_fill(padded, -torch.inf)
+    return Selection(indices=where.int().masked_fill(padded, -1), lengths=(~padded).sum(1), space=space, scores=beside)

@@ -1,0 +1,85 @@
+"""Every kernel that is launched anywhere compiles for Hopper: the list is read from the source, so a new kernel must be added here."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import thresher
+
+ROOT = Path(thresher.__file__).parent
+
+LAUNCHES = """
+import torch
+from thresher.cache import IndexKeyCache, LatentCache, pack_keys
+from thresher.ops.index_score import triton as index_score
+from thresher.ops.merge import triton as merge
+from thresher.ops.pool_keys import triton as pool_keys
+from thresher.ops.quantize import triton as quantize
+from thresher.ops.route_heads import triton as route_heads
+from thresher.ops.select import triton as select
+from thresher.ops.sparse_attend import triton as sparse_attend
+from thresher.types import IndexQuery
+
+zeros, half = torch.zeros(8, dtype=torch.int64), torch.bfloat16
+values, scales = torch.zeros(2048, 128).to(torch.float8_e4m3fn), torch.ones(2048)
+keys = pack_keys([(values, scales)])
+query = IndexQuery(torch.zeros(8, 64, 128).to(torch.float8_e4m3fn), torch.zeros(8, 64), zeros, zeros)
+index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
+index_score.paged_index_score(query, keys, width=2048)
+index_score.gathered_index_score(query, keys, torch.zeros(8, 256, dtype=torch.int64))
+for width in (8192, 131072):
+    select.select_topk_slots(torch.empty(8, width), 2048, keys.page_table, zeros, 64)
+means = pool_keys.pool_keys(values, scales, 128)
+pool_keys.partial_means(values, scales, 128, zeros)
+route_heads.head_mass(query, [means], keys, 128)
+route_heads.route_heads(torch.zeros(8, 64), 8)
+slots = torch.zeros(8, 2048, dtype=torch.int32)
+sparse_attend.sparse_attend(torch.zeros(8, 32, 128, dtype=half), *[torch.zeros(4096, 8, 128, dtype=half)] * 2, slots, 0.1)
+sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
+merge.merge_stacked(torch.zeros(2, 8, 128, 512), torch.zeros(2, 8, 128))
+x = torch.zeros(8, 128, dtype=half)
+quantize.quantize_fp8(x)
+quantize.store_index_keys(IndexKeyCache(2, 128).pages, zeros, x, zeros, 1e4, 64, "half")
+quantize.quantize_queries(x[:, None].repeat(1, 64, 1), torch.zeros(8, 64), zeros, 1e4, 64, "half")
+quantize.store_latents(LatentCache(2).data, zeros, torch.zeros(8, 512, dtype=half), torch.zeros(8, 64, dtype=half), zeros)
+"""
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Names a piece of code mentions, bare or behind a dot."""
+    found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return found | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def kernels(folder: Path) -> tuple[set[str], set[str]]:
+    """``(functions under @triton.jit that no other one mentions, names launched as name[grid](...))`` in a folder's source."""
+    jitted: list[str] = []
+    mentioned: set[str] = set()
+    launched = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("jit" in names_in(decorator) for decorator in node.decorator_list):
+                jitted.append(node.name)
+                mentioned |= set().union(*(names_in(line) for line in node.body)) - {node.name}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launched |= names_in(node.func.value)
+    entries = [name for name in jitted if name not in mentioned]
+    assert len(entries) == len(set(entries)), "two kernels have one name"
+    return set(entries), launched & set(jitted)
+
+
+def test_every_kernel_compiles_for_hopper(compile_for_hopper):
+    entries, launched = kernels(ROOT)
+    assert entries == launched, "a kernel that nothing launches, or a helper that is launched"
+    made = compile_for_hopper(LAUNCHES)
+    assert {kernel.name for kernel in made} == entries
+    assert all(".target sm_90" in kernel.ptx for kernel in made)
+
+
+def test_a_kernel_in_no_launch_is_seen(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "@triton.jit\ndef helper(x): return x\n@triton.jit\ndef one(p): helper(p)\n"
+        "@triton.jit(do_not_specialize=['n'])\ndef two(n): helper(n)\nmodule.one[(1,)](p)\n"
+    )
+    assert kernels(tmp_path) == ({"one", "two"}, {"one"})
