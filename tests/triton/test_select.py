@@ -53,9 +53,11 @@ def cut_small(monkeypatch, request):
     """``cut_small(want, room)`` cuts rows of 800 or more into chunks of 128, with a level and a list of the test's choice."""
 
     def cut(want: int, room: int) -> None:
-        plan = kernel.Plan(sample=128, want=want, slack=want // 16, room=room, chunk=128, warps=4, split=request.param == "split")
-        monkeypatch.setattr(kernel, "make_plan", lambda num_rows, width, topk: plan if width >= 800 else None)
-        monkeypatch.setattr(kernel, "SMALL", 128)
+        def plan(num_rows: int, width: int, topk: int) -> kernel.Plan | None:
+            aim = want * width // 128
+            return kernel.Plan(128, aim, room, min(room, 128), 128, 4, request.param == "split") if width >= 800 else None
+
+        monkeypatch.setattr(kernel, "make_plan", plan)
 
     return cut
 
@@ -63,7 +65,7 @@ def cut_small(monkeypatch, request):
 @pytest.fixture(params=PATHS)
 def path(monkeypatch, request):
     """Every row too long for one program takes this path."""
-    monkeypatch.setattr(kernel, "ONE_PASS", 0 if request.param == "split" else kernel.MAX_WIDTH)
+    monkeypatch.setattr(kernel, "FEW_ROWS", 10**6 if request.param == "split" else 0)
 
 
 @pytest.mark.parametrize("topk", [1, 64, 299, 300, 301, 500])
@@ -282,10 +284,11 @@ def test_plans_fit_their_kernels():
                 plan = kernel.make_plan(num_rows, width, topk)
                 assert topk < plan.room <= 32768
                 assert plan.room % 4 == 0
-                assert 0 < plan.want <= plan.sample <= width
-                assert width // (plan.sample // 4) >= 4, "a stride holds a group of four"
+                assert plan.sample <= width
+                assert topk < plan.aim <= width
+                assert plan.aim * plan.sample < 2**31, "int32 holds it"
                 assert plan.room * 16 // plan.warps <= 2**14, "32 entries a thread at most"
-                assert plan.split == (width > kernel.ONE_PASS and num_rows < kernel.MANY_ROWS)
+                assert plan.split == (num_rows < kernel.FEW_ROWS)
                 assert kernel.unsupported(num_rows, width, topk) is None
     assert kernel.make_plan(1, kernel.ONE_PROGRAM, 64) is None
     assert "scores" in kernel.unsupported(1, kernel.MAX_WIDTH + 1, 64)

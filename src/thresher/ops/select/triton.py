@@ -3,13 +3,15 @@
 ``one_program``: a short row stays in one program's registers, where a search over scores finds the threshold. That takes as many ties as
 there is room for, and the row is written in column order. A longer row is read once in full:
 
-- A sample of it gives a level that somewhat more than k scores should lie above.
+- A sample of it gives a level that somewhat more than k scores should lie above. A row that the list has room for needs none.
 - What lies above the level goes to a short list, which is searched and written like a short row.
-- The list does not hold the answer where the sample misled, or where the level is a plateau that the k-th place falls into. Then
-  four more passes over the row find the threshold, and a last one writes.
+- Where the list falls short and ties with the level make up for it, a plateau or NaN, the level is the threshold: the list is written
+  whole, and with it as many of the first ties as are lacking.
+- Where the sample misled, so that neither holds the answer, four more passes over the row find the threshold, and a last one writes.
 
-``one_pass`` does all that in one program a row. Few rows of great width would leave most of the chip idle, so for them ``guess_level``
-takes the sample, a program a chunk ``collect``s, and whichever of a row's programs ends last selects from the list.
+``one_pass`` does all that in one program a row; it looks for ties from the row's start until it has enough. Few rows would leave most of
+the chip idle, so for them ``guess_level`` takes the sample, a program a chunk ``collect``s, and whichever of a row's programs ends last
+selects from the list, or writes the ties from marks that all have left, a bit a column.
 
 The guess is only about speed: whatever it is, the set is exact. So are two runs: chunks append to a list in any order, but which entries
 it holds, and where each is written, do not depend on that.
@@ -30,19 +32,16 @@ from thresher.ops.select import triton_kernels as kernels
 from thresher.ops.select import triton_split as split
 from thresher.types import Selection
 
-ONE_PROGRAM = 8192  # columns that one program holds: 16 a thread at 16 warps
-ONE_PASS = 2**17  # columns that one program reads in a pass, however few the rows
-MANY_ROWS = 64  # rows that fill the chip with one program each, however long
+ONE_PROGRAM = 8192  # columns that one program holds: 32 a thread at 8 warps
+FEW_ROWS = 64  # fewer leave multiprocessors idle that one program each would take: programs share them
 MAX_WIDTH = 2**21
 MAX_TOPK = 8192
 MAX_ROOM = 16384  # entries of a list, where a sample of 32768 allows it: more do not fit in the registers of ``collect``
+SMALL = 4096  # entries of a list that a narrower search does for
 CHUNK = 8192  # columns a program of ``collect`` reads: 16 a thread at 16 warps
 TILE = 256  # columns, or entries of a list, that a warp writes at a time: 8 a thread
-SMALL = 4096  # entries of a list that a narrower search does for
-ONE_TILE = 8192  # columns of a short row that are written at a time
-AHEAD = True  # ``one_pass`` reads its next chunk while it appends from the last
-OVERLAP = True  # ``collect`` starts while ``guess_level`` runs (programmatic dependent launch)
-MAX_REGISTERS = 64  # a thread: 32 warps fit on a multiprocessor
+SHORT_REGISTERS = 128  # a thread of ``one_program``, with room for its 32 scores
+MAX_REGISTERS = 64  # a thread of the others: 32 warps fit on a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,18 @@ class Plan:
 
     Attributes:
         sample: scores looked at for the level, a power of two.
-        want: which largest of them the level is.
-        slack: how many places the level may be lower, to end its search sooner.
+        aim: how many of the row's scores should lie above the level.
         room: entries of the list, a power of two.
+        small: entries that the narrower of two searches takes.
         chunk: columns read at a time.
         warps: warps of a program.
         split: whether a row is shared by a program for each chunk.
     """
 
     sample: int
-    want: int
-    slack: int
+    aim: int
     room: int
+    small: int
     chunk: int
     warps: int
     split: bool
@@ -72,31 +71,27 @@ def make_plan(num_rows: int, width: int, topk: int) -> Plan | None:
     """The plan of ``num_rows`` rows of ``width`` scores, None where a program holds a row.
 
     The sample holds ``hits`` of the topk best on average, give or take ``sqrt(hits)``, more where neighbours are alike. The level is set
-    for a quarter as many again and five such deviations; the list has room for five deviations of what that brings. The smallest sample
-    is taken that needs a list of no more than four times topk.
+    for a quarter as many again and five such deviations; the list has room for five deviations of what that brings, and for the sixteenth
+    by which a search may end early. The smallest sample is taken that needs a list of no more than four times topk. A row that ends
+    before its width has the same aim out of a denser sample.
     """
     if width <= ONE_PROGRAM:
         return None
     for sample in (4096, 8192, 16384, 32768):
         hits = topk * sample / width
         want = min(math.ceil(1.25 * hits + 5 * math.sqrt(hits) + 4), sample)
-        slack = want // 16
-        room = triton.next_power_of_2(math.ceil((want + slack + 5 * math.sqrt(want)) * width / sample))
+        room = triton.next_power_of_2(math.ceil((want + want // 16 + 5 * math.sqrt(want)) * width / sample))
         if room <= min(max(4 * topk, 4096), MAX_ROOM) or 4 * sample > width:
             break
-    shared = width > ONE_PASS and num_rows < MANY_ROWS
-    warps = 16 if shared else pass_warps(num_rows)
-    return Plan(sample, want, slack, room, CHUNK if shared else 1024 * warps, max(warps, room // 1024), shared)
-
-
-def pass_warps(num_rows: int) -> int:
-    """Warps of a program of ``one_pass``: as many as leave each multiprocessor about 32 of them."""
-    return 32 if num_rows <= 132 else 16 if num_rows <= 264 else 8
+    split = num_rows < FEW_ROWS
+    warps = 16 if split or num_rows <= 264 else 8  # about 32 warps on each of an H100's 132 multiprocessors
+    chunk = CHUNK if split else 1024 * warps
+    return Plan(sample, want * width // sample, room, min(SMALL, room), chunk, max(warps, room // 1024), split)
 
 
 def num_warps(block: int) -> int:
-    """Warps for a program that holds ``block`` keys: 16 keys a thread."""
-    return min(max(block // 512, 4), 16)
+    """Warps for a program that holds ``block`` scores: 16 or 32 a thread."""
+    return min(max(block // 512, 4), 8)
 
 
 def unsupported(num_rows: int, width: int, topk: int) -> str | None:
@@ -110,10 +105,17 @@ def unsupported(num_rows: int, width: int, topk: int) -> str | None:
     return None
 
 
-def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, with_scores: bool = True) -> Selection:
+def select_topk(
+    scores: Tensor,
+    topk: int,
+    space: str = "logical",
+    positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    with_scores: bool = True,
+) -> Selection:
     """``thresher.ops.select_topk`` for checked arguments; without ``with_scores`` the selection's scores are None."""
     with on_device(scores):
-        indices, lengths, beside = _run(scores, topk, positions, None, with_scores)
+        indices, lengths, beside = _run(scores, topk, positions, ends, None, with_scores)
     return Selection(indices=indices, lengths=lengths, space=space, scores=beside)
 
 
@@ -124,12 +126,13 @@ def select_topk_slots(
     requests: Tensor,
     page_size: int,
     positions: Tensor | None = None,
+    ends: Tensor | None = None,
     with_scores: bool = False,
 ) -> Selection:
     """Top-k as slots: each selected position goes through its request's page table as it is written.
 
     Args:
-        scores, topk, positions: as for ``select_topk``; a column (or its entry of ``positions``) is a position of the row's request.
+        scores, topk, positions, ends: as for ``select_topk``; a column (or its entry of ``positions``) is a position of the row's request.
         page_table: int32 ``[B, max_pages]``, -1 where unused.
         requests: int64 ``[Q]``, each row's request.
         page_size: tokens in a page.
@@ -149,12 +152,17 @@ def select_topk_slots(
     require(page_size >= 1, "page_size must be at least 1", page_size, "64 is usual")
     paged = (page_table.contiguous(), requests.contiguous(), page_size)
     with on_device(scores):
-        indices, lengths, beside = _run(scores, topk, positions, paged, with_scores)
+        indices, lengths, beside = _run(scores, topk, positions, ends, paged, with_scores)
     return Selection(indices=indices, lengths=lengths, space="slot", scores=beside)
 
 
 def _run(
-    scores: Tensor, topk: int, positions: Tensor | None, paged: tuple[Tensor, Tensor, int] | None, with_scores: bool
+    scores: Tensor,
+    topk: int,
+    positions: Tensor | None,
+    ends: Tensor | None,
+    paged: tuple[Tensor, Tensor, int] | None,
+    with_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     positions = positions if positions is None or positions.stride(1) == 1 else positions.contiguous()
@@ -167,48 +175,45 @@ def _run(
         return indices, lengths, beside
 
     page_table, requests, page_size = paged or (indices, lengths, 1)
-    given = positions is not None
-    flags = {"HAS_POSITIONS": given, "SLOTS": paged is not None, "WITH_SCORES": with_scores}
-    source = (scores, positions if positions is not None else scores)
-    pages = (page_table, requests)
-    out = (indices, lengths, beside if beside is not None else scores)
-    strides = (scores.stride(0), positions.stride(0) if positions is not None else 0)
+    given = {"HAS_POSITIONS": positions is not None, "HAS_ENDS": ends is not None}
+    flags = given | {"SLOTS": paged is not None, "WITH_SCORES": with_scores}
+    source = (scores, scores if positions is None else positions, lengths if ends is None else ends.contiguous())
+    out = (page_table, requests, indices, lengths, beside if beside is not None else scores)
+    strides = (scores.stride(0), 0 if positions is None else positions.stride(0))
     table = (page_table.shape[0], page_table.shape[1], page_size)
 
     plan = make_plan(num, width, topk)
     if plan is None:
         block = max(triton.next_power_of_2(width), 128)
-        warps = num_warps(block)
         kernels.one_program[(num,)](
-            *source, *pages, *out, width, topk, *strides, *table,
-            BLOCK=block, TILE=min(block, ONE_TILE), **flags, num_warps=warps, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
+            *source, *out, width, topk, *strides, *table, BLOCK=block, **flags, num_warps=num_warps(block), maxnreg=SHORT_REGISTERS
+        )
         return indices, lengths, beside
 
     found = torch.empty(num, 2, plan.room, dtype=torch.int32, device=device)
-    guess = (width // (plan.sample // 4), plan.want, plan.slack)
-    sizes = {"CHUNK": plan.chunk, "ROOM": plan.room, "SMALL": min(SMALL, plan.room), "TILE": min(TILE * plan.warps, plan.room)}
+    sizes = {"CHUNK": plan.chunk, "ROOM": plan.room, "SMALL": plan.small, "TILE": min(TILE * plan.warps, plan.room)}
     if not plan.split:
-        if given:  # positions take registers, too
+        if positions is not None:  # they take registers, too
             sizes["CHUNK"] //= 2
         kernels.one_pass[(num,)](
-            *source, *pages, *out, found, width, topk, *guess, *strides, *table,
-            SAMPLE=plan.sample, AHEAD=AHEAD and not given, **sizes, **flags, num_warps=plan.warps, maxnreg=MAX_REGISTERS,
+            *source, *out, found, width, topk, plan.aim, *strides, *table,
+            SAMPLE=plan.sample, **sizes, **flags, num_warps=plan.warps, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         return indices, lengths, beside
 
     chunks = triton.cdiv(width, plan.chunk)
     levels = torch.empty(num, dtype=torch.float32, device=device)
     counters = torch.empty(2, num, dtype=torch.int32, device=device)
-    tables = torch.empty(2, num, chunks, dtype=torch.int32, device=device)
-    overlap = {"OVERLAP": OVERLAP and not INTERPRET}
+    tables = torch.empty(3, num, chunks, dtype=torch.int32, device=device)
+    marks = torch.empty(2, num, chunks * plan.chunk // 32, dtype=torch.int32, device=device)
+    overlap = not INTERPRET  # ``collect`` starts while ``guess_level`` runs (programmatic dependent launch)
     split.guess_level[(num,)](
-        *source, levels, *counters, *guess, *strides,
-        SAMPLE=plan.sample, HAS_POSITIONS=given, **overlap, num_warps=min(plan.sample // 256, 32),
+        *source, levels, *counters, width, plan.aim, *strides,
+        SAMPLE=plan.sample, ROOM=plan.room, **given, OVERLAP=overlap, num_warps=min(plan.sample // 256, 32),
     )  # fmt: skip
     split.collect[(num * chunks,)](
-        *source, *pages, *out, levels, *counters, *tables, found, width, topk, chunks, *strides, *table,
-        CHUNKS=max(triton.next_power_of_2(chunks), 32), **sizes, **flags, **overlap,
-        num_warps=plan.warps, maxnreg=MAX_REGISTERS, launch_pdl=overlap["OVERLAP"],
+        *source, *out, levels, *counters, *tables, found, *marks, width, topk, chunks, *strides, *table,
+        CHUNKS=max(triton.next_power_of_2(chunks), 32), **sizes, **flags, OVERLAP=overlap,
+        num_warps=plan.warps, maxnreg=MAX_REGISTERS, launch_pdl=overlap,
     )  # fmt: skip
     return indices, lengths, beside

@@ -43,12 +43,25 @@ def key_number(key):
 
 
 @triton.jit
-def load_row(scores, positions, columns, live, HAS_POSITIONS: tl.constexpr):
-    """Scores of one row's columns, -inf where not live (None: all are) or no candidate. Both pointers are at the row's start."""
-    score = tl.load(scores + columns, mask=live, other=None if live is None else float("-inf"))
+def row_end(ends, row, width, HAS_ENDS: tl.constexpr):
+    """One past a row's last candidate."""
+    end = width
+    if HAS_ENDS:
+        end = tl.minimum(tl.maximum(tl.load(ends + row), 0), width).to(tl.int32)
+    return end
+
+
+@triton.jit
+def load_row(scores, positions, columns, end, width, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr):
+    """Scores of one row's columns, -inf from ``end`` on and where no candidate is. Both pointers are at the row's start."""
+    there = columns < width
+    if HAS_ENDS:
+        there = there & (columns < (end + 3) // 4 * 4)  # fours are read whole, and at once where rows are aligned
+    score = tl.load(scores + columns, mask=there, other=float("-inf"))
+    if HAS_ENDS:
+        score = tl.where(columns < end, score, float("-inf"))
     if HAS_POSITIONS:
-        held = tl.load(positions + columns, mask=live, other=None if live is None else -1) >= 0
-        score = tl.where(held, score, float("-inf"))
+        score = tl.where(tl.load(positions + columns, mask=there, other=-1) >= 0, score, float("-inf"))
     return score
 
 
@@ -82,28 +95,39 @@ def search(score, want, slack, low, high, low_count):
 
 
 @triton.jit
-def sample_cut(scores, positions, stride, want, slack, SAMPLE: tl.constexpr, HAS_POSITIONS: tl.constexpr):
-    """About the ``want``-th largest of SAMPLE scores of a row, 4 neighbours out of every ``stride`` columns; -inf if there are too few.
+def sample_cut(
+    scores, positions, end, width, aim, SAMPLE: tl.constexpr, ROOM: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr
+):
+    """A level that about ``aim`` of a row's scores lie above, by SAMPLE of them; -inf if numbers are too few, or all have room in the list.
 
-    Where in its stride a group lies is scattered, so that a period in the data does not meet the sample's own.
+    4 neighbours are looked at out of every stride. Where in its stride a group lies is scattered, so that a period in the data does not
+    meet the sample's own. A row of fewer than SAMPLE columns is looked at as a whole.
     """
-    at = tl.arange(0, SAMPLE)
-    group = at // 4
-    columns = group * stride + ((group * 40503) & 0xFFFF) % (stride // 4) * 4 + at % 4
-    score = load_row(scores, positions, columns, at >= 0, HAS_POSITIONS)
-    score = tl.where(score == score, score, float("-inf"))
-    num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
-    full = num >= want
-    top = tl.max(score, axis=0)
-    low = num * 0 + _LOWEST
-    level = search(score, want + num * 0, slack, low, tl.where(full, number_key(top), low - 1), num)
-    return tl.where(full, key_number(level), float("-inf"))
+    level = tl.zeros([], tl.float32) + float("-inf")
+    if end > ROOM:
+        at = tl.arange(0, SAMPLE)
+        group = at // 4
+        stride = end // (SAMPLE // 4)
+        scattered = (group * stride + (((group * 40503) & 0xFFFF) * tl.maximum(stride - 3, 1) >> 16)) // 4
+        columns = tl.where(stride < 4, group, scattered) * 4 + at % 4
+        score = load_row(scores, positions, columns, end, width, HAS_POSITIONS, HAS_ENDS)
+        score = tl.where(score == score, score, float("-inf"))
+        num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
+        seen = tl.minimum(end, SAMPLE)
+        want = tl.minimum((aim * seen + end - 1) // end, seen) + num * 0
+        full = num >= want
+        top = tl.max(score, axis=0)
+        low = num * 0 + _LOWEST
+        key = search(score, want, want // 16, low, tl.where(full, number_key(top), low - 1), num)
+        level = tl.where(full, key_number(key), float("-inf"))
+    return level
 
 
 @triton.jit
-def passes(score, cut):
-    """Which scores stand above a cut; above -inf, NaN does too."""
-    return (score > cut) | ((score != score) & (tl.zeros_like(score) + cut == float("-inf")))
+def ties_of(score, cut):
+    """Which scores tie with a cut; with -inf, NaN does."""
+    every = tl.zeros_like(score) + cut == float("-inf")
+    return ((score == cut) & ~every) | ((score != score) & every)
 
 
 @triton.jit
@@ -127,9 +151,7 @@ def threshold(score, topk, low):
 @triton.jit
 def count_chosen(score, cut):
     """1 for each score above the cut, and 1 << 16 for each tie."""
-    every = tl.zeros_like(score) + cut == float("-inf")
-    tied = ((score == cut) & ~every) | ((score != score) & every)
-    return (score > cut).to(tl.int32) + (tied.to(tl.int32) << 16)
+    return (score > cut).to(tl.int32) + (ties_of(score, cut).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -155,45 +177,56 @@ def put(
 
 
 @triton.jit
-def load_chunk(scores, positions, first, width, CHUNK: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+def load_chunk(scores, positions, first, end, width, CHUNK: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr):
     """One chunk of a row's scores, ``[CHUNK // 32, 32]``."""
     columns = first + tl.arange(0, CHUNK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    if first + CHUNK <= width:  # without a mask, four scores come at a time whatever the width
-        score = load_row(scores, positions, columns, None, HAS_POSITIONS)
+    if first + CHUNK <= end:  # without a mask, four scores come at a time whatever the width
+        score = tl.load(scores + columns)
+        if HAS_POSITIONS:
+            score = tl.where(tl.load(positions + columns) >= 0, score, float("-inf"))
     else:
-        score = load_row(scores, positions, columns, columns < width, HAS_POSITIONS)
+        score = load_row(scores, positions, columns, end, width, HAS_POSITIONS, HAS_ENDS)
     return score
 
 
 @triton.jit
-def flag(score, cut, CHUNK: tl.constexpr):
-    """What passes in a chunk, as uint32 words of 32 columns, one held by each thread: (words, how many bits each has set)."""
+def pack(flags, CHUNK: tl.constexpr):
+    """Flags of a chunk as uint32 words of 32 columns, one held by each thread."""
     bit = tl.full([1, 32], 1, tl.uint32) << tl.arange(0, 32)[None, :].to(tl.uint32)
-    word = tl.sum(tl.where(passes(score, cut), bit, 0), axis=1)
-    word = tl.gather(word, tl.arange(0, CHUNK // 32), axis=0)  # the same words, but each now held by one thread and not by eight
+    word = tl.sum(tl.where(flags, bit, 0), axis=1)
+    return tl.gather(word, tl.arange(0, CHUNK // 32), axis=0)  # the same words, but each was held by eight threads
+
+
+@triton.jit
+def count_bits(word):
+    """Set bits of uint32 words, as int32."""
     count = word - ((word >> 1) & 0x55555555)
     count = (count & 0x33333333) + ((count >> 2) & 0x33333333)
     count = (count + (count >> 4)) & 0x0F0F0F0F
     count += count >> 8
-    return word, ((count + (count >> 16)) & 0x3F).to(tl.int32)
+    return ((count + (count >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def lowest_bit(word):
+    """The place of the lowest set bit of uint32 words: a power of two's exponent as a float."""
+    return ((word ^ (word & (word - 1))).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
 
 
 @triton.jit
 def append(scores, found, first, word, counts, base, CHUNK: tl.constexpr, ROOM: tl.constexpr):
-    """Append what ``flag`` marked to a row's list from place ``base`` on, as far as there is room: int32 ``[2, ROOM]``, bits and columns.
+    """Append what a chunk's words mark to a row's list from place ``base`` on, as far as there is room: int32 ``[2, ROOM]``, bits and columns.
 
     Few scores pass, so every word gives up its bits one by one: as many turns as the fullest has, each reading its scores again, from L1.
     """
     to = base + tl.cumsum(counts, axis=0) - counts
     for _turn in range(tl.max(counts, axis=0)):
         live = word != 0
-        rest = word & (word - 1)
-        exponent = ((word ^ rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # of a power of two: the lowest bit's place
-        column = first + tl.arange(0, CHUNK // 32) * 32 + exponent
+        column = first + tl.arange(0, CHUNK // 32) * 32 + lowest_bit(word)
         bits = tl.load(scores + column, mask=live, other=0.0).to(tl.int32, bitcast=True)
         tl.store(found + to, bits, mask=live & (to < ROOM))
         tl.store(found + ROOM + to, column, mask=live & (to < ROOM))
-        word = rest
+        word = word & (word - 1)
         to += 1
 
 
@@ -245,16 +278,16 @@ def finish(row, length, lengths, indices, beside, topk, TILE: tl.constexpr, WITH
 
 
 @triton.jit
-def search_row(scores, positions, width, topk, TILE: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+def search_row(scores, positions, end, width, topk, TILE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr):
     """(cut, ties) as ``threshold`` has them, for a whole row that no list holds: four passes, each fixing 8 bits of the key."""
-    want = topk + width * 0
-    prefix = width * 0
-    lacking = width < 0
+    want = topk + end * 0
+    prefix = end * 0
+    lacking = end < 0
     for step in tl.static_range(4):
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, width, TILE):
+        counts = tl.zeros([256], tl.int32)  # each warp has all of them in registers: more would spill
+        for start in range(0, end, TILE):
             at = start + tl.arange(0, TILE)
-            keys = order(load_row(scores, positions, at, at < width, HAS_POSITIONS).to(tl.int32, bitcast=True))
+            keys = order(load_row(scores, positions, at, end, width, HAS_POSITIONS, HAS_ENDS).to(tl.int32, bitcast=True))
             if step == 0:
                 counts += tl.histogram((keys >> 24) + 128, 256, mask=keys > _NONE)
             else:
@@ -269,22 +302,22 @@ def search_row(scores, positions, width, topk, TILE: tl.constexpr, HAS_POSITIONS
             prefix = prefix * 256 + digit
     short = lacking | (prefix <= _NAN)
     cut = tl.where(short, float("-inf"), key_number(prefix))
-    return cut, tl.where(lacking, width, want)
+    return cut, tl.where(lacking, end, want)
 
 
 @triton.jit
 def write_row(
-    row, scores, positions, page_table, requests, indices, lengths, beside, width, topk, num_requests, max_pages, page_size,
-    TILE: tl.constexpr, HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    row, scores, positions, page_table, requests, indices, lengths, beside, end, width, topk, num_requests, max_pages, page_size,
+    TILE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Select from the row itself, when no list holds the answer."""
-    cut, ties = search_row(scores, positions, width, topk, TILE, HAS_POSITIONS)
-    above = width * 0
-    tied = width * 0
-    start = width * 0
-    while (start < width) & (above + tl.minimum(tied, ties) < topk):
+    """Select from the row itself, where the sample misled: five passes at most."""
+    cut, ties = search_row(scores, positions, end, width, topk, TILE, HAS_POSITIONS, HAS_ENDS)
+    above = end * 0
+    tied = end * 0
+    start = end * 0
+    while (start < end) & (above + tl.minimum(tied, ties) < topk):
         at = start + tl.arange(0, TILE)
-        score = load_row(scores, positions, at, at < width, HAS_POSITIONS)
+        score = load_row(scores, positions, at, end, width, HAS_POSITIONS, HAS_ENDS)
         above, tied = write(
             row, at, score, cut, ties, above, tied, positions, page_table, requests, indices, beside,
             topk, num_requests, max_pages, page_size, HAS_POSITIONS, SLOTS, WITH_SCORES,

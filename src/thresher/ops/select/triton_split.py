@@ -8,16 +8,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thresher.ops.select.triton_search import (
     append,
+    count_bits,
     count_chosen,
     finish,
-    flag,
     listed,
     listed_scores,
     load_chunk,
+    lowest_bit,
     number_key,
+    pack,
     put,
+    row_end,
     sample_cut,
     threshold,
+    ties_of,
     write_row,
 )  # fmt: skip
 
@@ -26,8 +30,8 @@ _LOWEST = tl.constexpr(-0x7F800000)
 
 @triton.jit
 def guess_level(
-    scores, positions, levels, counters, tickets, stride, want, slack, score_stride, position_stride,
-    SAMPLE: tl.constexpr, HAS_POSITIONS: tl.constexpr, OVERLAP: tl.constexpr,
+    scores, positions, ends, levels, counters, tickets, width, aim, score_stride, position_stride,
+    SAMPLE: tl.constexpr, ROOM: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each row's level, from a sample, and its counters at zero. With OVERLAP, ``collect`` may already start to read scores."""
     if OVERLAP:
@@ -35,9 +39,11 @@ def guess_level(
     row = tl.program_id(0).to(tl.int64)
     if HAS_POSITIONS:
         positions += row * position_stride
+    end = row_end(ends, row, width, HAS_ENDS)
     tl.store(counters + row, 0)
     tl.store(tickets + row, 0)
-    tl.store(levels + row, sample_cut(scores + row * score_stride, positions, stride, want, slack, SAMPLE, HAS_POSITIONS))
+    level = sample_cut(scores + row * score_stride, positions, end, width, aim, SAMPLE, ROOM, HAS_POSITIONS, HAS_ENDS)
+    tl.store(levels + row, level)
 
 
 @triton.jit
@@ -75,55 +81,125 @@ def _select_shared(
 
 
 @triton.jit
+def _write_marked(
+    row, scores, marks, tie_marks, tie_table, count, ties, positions, page_table, requests, indices, lengths, beside,
+    num_words, topk, num_requests, max_pages, page_size,
+    CHUNK: tl.constexpr, WORDS: tl.constexpr, HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """All ``count`` scores above the level and the first ``ties`` that tie with it, from their marks: 1/32 of the scores' bytes.
+
+    ``marks``, ``tie_marks``, ``tie_table`` are at the row's start; a chunk that has no ties left no marks of them.
+    """
+    above = count * 0
+    tied = count * 0
+    start = count * 0
+    while (start < num_words) & (above + tl.minimum(tied, ties) < count + ties):
+        at = start + tl.arange(0, WORDS)
+        num_tied = tl.load(tie_table + at // (CHUNK // 32), mask=at < num_words, other=0, cache_modifier=".cg")
+        mark = tl.load(marks + at, mask=at < num_words, other=0, cache_modifier=".cg").to(tl.uint32, bitcast=True)
+        tie_mark = tl.load(tie_marks + at, mask=num_tied > 0, other=0, cache_modifier=".cg").to(tl.uint32, bitcast=True)
+        bits = count_bits(mark)
+        tie_bits = count_bits(tie_mark)
+        to_above = above + tl.cumsum(bits, axis=0) - bits
+        to_tied = tied + tl.cumsum(tie_bits, axis=0) - tie_bits
+        above += tl.sum(bits, axis=0)
+        tied += tl.sum(tie_bits, axis=0)
+        word = mark | tl.where(to_tied < ties, tie_mark, 0)
+        for _turn in range(tl.max(count_bits(word), axis=0)):
+            bit = word ^ (word & (word - 1))
+            columns = at * 32 + lowest_bit(word)
+            is_above = (mark & bit) != 0
+            keep = (word != 0) & (is_above | (to_tied < ties))
+            score = tl.load(scores + columns, mask=keep, other=0.0)
+            put(
+                row, to_above + tl.minimum(to_tied, ties), keep,
+                columns, score, positions, page_table, requests, indices, beside, topk, num_requests, max_pages, page_size,
+                HAS_POSITIONS, SLOTS, WITH_SCORES,
+            )  # fmt: skip
+            to_above += ((word != 0) & is_above).to(tl.int32)
+            to_tied += ((word != 0) & ~is_above).to(tl.int32)
+            word = word & (word - 1)
+        start += WORDS
+    finish(row, count + ties, lengths, indices, beside, topk, WORDS, WITH_SCORES)
+
+
+@triton.jit
 def collect(
-    scores, positions, page_table, requests, indices, lengths, beside, levels, counters, tickets, base_table, count_table, found,
+    scores, positions, ends, page_table, requests, indices, lengths, beside,
+    levels, counters, tickets, base_table, count_table, tie_table, found, marks, tie_marks,
     width, topk, num_chunks, score_stride, position_stride, num_requests, max_pages, page_size,
     CHUNK: tl.constexpr, ROOM: tl.constexpr, SMALL: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Append what stands above the level in one chunk of a row to the row's list; the row's last program selects.
 
-    The chunks of a row append in any order and note where; counts are right even where ROOM runs out.
-    ``found`` int32 ``[Q, 2, ROOM]``: score bits, columns.
+    The chunks of a row append in any order and note where; counts are right even where ROOM runs out. Ties with the level are counted, and
+    marks of both are left behind: what a plateau of ties is written from. Chunks past a row's end have no part in it.
+    ``found`` int32 ``[Q, 2, ROOM]``: score bits, columns. ``marks``, ``tie_marks`` int32 ``[Q, num_chunks * CHUNK / 32]``.
     """
     program = tl.program_id(0)
     row = (program // num_chunks).to(tl.int64)
-    scores += row * score_stride
-    if HAS_POSITIONS:
-        positions += row * position_stride
-    found += row * (2 * ROOM)
-    first = (program % num_chunks) * CHUNK
-    score = load_chunk(scores, positions, first, width, CHUNK, HAS_POSITIONS)
-    if OVERLAP:
-        gdc_wait()  # for the level; the scores were there before
-    level = tl.load(levels + row)
-    word, counts = flag(score, level, CHUNK)
-    num = tl.sum(counts, axis=0)
-    base = num * 0
-    if num > 0:
-        base = tl.atomic_add(counters + row, num, sem="relaxed")
-        append(scores, found, first, word, counts, base, CHUNK, ROOM)
-    tl.store(base_table + program, base)
-    tl.store(count_table + program, num)
-    tl.debug_barrier()  # all of this program's stores come before its ticket
-    if tl.atomic_add(tickets + row, 1, sem="acq_rel") == num_chunks - 1:
+    index = program % num_chunks
+    first = index * CHUNK
+    end = row_end(ends, row, width, HAS_ENDS)
+    live = tl.maximum((end + CHUNK - 1) // CHUNK, 1)
+    if index < live:
+        scores += row * score_stride
+        if HAS_POSITIONS:
+            positions += row * position_stride
+        found += row * (2 * ROOM)
+        num_words = live * (CHUNK // 32)
         in_row = row * num_chunks
-        count = tl.load(counters + row, cache_modifier=".cg")
-        holds = (count <= ROOM) & ((count >= topk) | (level == float("-inf")))
-        if holds & (count <= SMALL):
-            _select_shared(
-                row, found, in_row, num_chunks, base_table, count_table, count, level,
-                positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
-                CHUNK, ROOM, SMALL, CHUNKS, HAS_POSITIONS, SLOTS, WITH_SCORES,
-            )  # fmt: skip
-        elif holds:
-            _select_shared(
-                row, found, in_row, num_chunks, base_table, count_table, count, level,
-                positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
-                CHUNK, ROOM, ROOM, CHUNKS, HAS_POSITIONS, SLOTS, WITH_SCORES,
-            )  # fmt: skip
-        else:  # the sample misled, or the place of the last lies on a plateau
-            write_row(
-                row, scores, positions, page_table, requests, indices, lengths, beside, width, topk, num_requests, max_pages, page_size,
-                TILE, HAS_POSITIONS, SLOTS, WITH_SCORES,
-            )  # fmt: skip
+        score = load_chunk(scores, positions, first, end, width, CHUNK, HAS_POSITIONS, HAS_ENDS)
+        if OVERLAP:
+            gdc_wait()  # for the level; the scores were there before
+        level = tl.load(levels + row)
+        none = level == float("-inf")
+        word = pack(score > level, CHUNK)
+        counts = count_bits(word)
+        num = tl.sum(counts, axis=0)
+        if none:
+            num_tied = tl.sum((score != score).to(tl.int32))
+        else:
+            num_tied = tl.sum((score == level).to(tl.int32))
+        in_words = program.to(tl.int64) * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
+        tl.store(marks + in_words, word.to(tl.int32, bitcast=True))
+        if num_tied > 0:
+            tl.store(tie_marks + in_words, pack(ties_of(score, level), CHUNK).to(tl.int32, bitcast=True))
+        base = num * 0
+        if num > 0:
+            base = tl.atomic_add(counters + row, num, sem="relaxed")
+            append(scores, found, first, word, counts, base, CHUNK, ROOM)
+        tl.store(base_table + program, base)
+        tl.store(count_table + program, num)
+        tl.store(tie_table + program, num_tied)
+        tl.debug_barrier()  # all of this program's stores come before its ticket
+        if tl.atomic_add(tickets + row, 1, sem="acq_rel") == live - 1:
+            count = tl.load(counters + row, cache_modifier=".cg")
+            chunk = tl.arange(0, CHUNKS)
+            all_tied = tl.sum(tl.load(tie_table + in_row + chunk, mask=chunk < live, other=0, cache_modifier=".cg"), axis=0)
+            lacking = topk - count
+            ties = tl.where(none, tl.minimum(lacking, all_tied), lacking)
+            if (count > ROOM) | (ties > all_tied):  # the sample misled
+                write_row(
+                    row, scores, positions, page_table, requests, indices, lengths, beside,
+                    end, width, topk, num_requests, max_pages, page_size, TILE, HAS_POSITIONS, HAS_ENDS, SLOTS, WITH_SCORES,
+                )  # fmt: skip
+            elif ties > 0:  # the place of the last lies among the ties
+                _write_marked(
+                    row, scores, marks + in_row * (CHUNK // 32), tie_marks + in_row * (CHUNK // 32), tie_table + in_row, count, ties,
+                    positions, page_table, requests, indices, lengths, beside, num_words, topk, num_requests, max_pages, page_size,
+                    CHUNK, 2048, HAS_POSITIONS, SLOTS, WITH_SCORES,
+                )  # fmt: skip
+            elif count <= SMALL:
+                _select_shared(
+                    row, found, in_row, live, base_table, count_table, count, level,
+                    positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
+                    CHUNK, ROOM, SMALL, CHUNKS, HAS_POSITIONS, SLOTS, WITH_SCORES,
+                )  # fmt: skip
+            else:
+                _select_shared(
+                    row, found, in_row, live, base_table, count_table, count, level,
+                    positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
+                    CHUNK, ROOM, ROOM, CHUNKS, HAS_POSITIONS, SLOTS, WITH_SCORES,
+                )  # fmt: skip
