@@ -10,7 +10,7 @@ from triton.runtime import interpreter
 
 from thresher.errors import ThresherError
 from thresher.ops.select import triton as kernel
-from thresher.ops.select.reference import select_reference
+from thresher.ops.select.reference import select_reference, select_slots_reference
 
 INF, NAN = math.inf, math.nan
 CRUEL = torch.tensor([0.0, -0.0, 1.0, 1.0000001, -1.0, NAN, -INF, INF, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38])
@@ -26,9 +26,9 @@ def cruel(rows: int, width: int, seed: int) -> torch.Tensor:
     return CRUEL[torch.randint(len(CRUEL), (rows, width), generator=generator(seed))]
 
 
-def check(scores: torch.Tensor, topk: int, positions: torch.Tensor | None = None) -> None:
-    got = kernel.select_topk(scores, topk, "local", positions)
-    want = select_reference(scores, topk, "local", positions)
+def check(scores: torch.Tensor, topk: int, positions: torch.Tensor | None = None, ends: torch.Tensor | None = None) -> None:
+    got = kernel.select_topk(scores, topk, "local", positions, ends)
+    want = select_reference(scores, topk, "local", positions, ends)
     assert got.space == "local"
     assert (got.lengths.dtype, got.indices.dtype) == (torch.int64, torch.int32)
     assert torch.equal(got.lengths, want.lengths)
@@ -178,6 +178,76 @@ def test_a_plateau_that_the_last_place_falls_into(cut_small, zeros):
         check(rows, topk)
 
 
+@pytest.mark.parametrize("where", [0, 5, 7])
+@pytest.mark.parametrize("value", [0.0, NAN])
+def test_a_plateau_in_one_chunk(cut_small, monkeypatch, where, value):
+    """In the first, a middle or the last chunk of eight; no search of the whole row is needed."""
+    cut_small(20, 512)
+    monkeypatch.setattr(kernel.kernels, "write_row", None)
+    monkeypatch.setattr(kernel.split, "write_row", None)
+    rows = torch.full((2, 1000), -INF)
+    rows[:, 128 * where : 128 * where + 104] = value
+    rows[:, 3::100] = 1.0 + torch.rand(10, generator=generator(where))
+    rows[1, 999] = 0.5
+    for topk in (11, 12, 60, 104, 105, 200):
+        check(rows, topk)
+
+
+@pytest.mark.parametrize("kind", ["zeros 90", "zeros 97", "signed zeros", "at most zero", "few candidates", "few, half of them NaN", "few among NaN"])
+def test_a_plateau_or_too_few_numbers_need_no_search(path, monkeypatch, kind):
+    """A row that costs many times an ordinary one would be a trap: rows of relu are common."""
+    monkeypatch.setattr(kernel.kernels, "write_row", None)
+    monkeypatch.setattr(kernel.split, "write_row", None)
+    check(long_rows(kind), 2048)
+
+
+def with_garbage(scores: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Anything past the end: the largest of numbers, NaN, or infinity."""
+    past = torch.arange(scores.shape[1]) >= ends[:, None]
+    return torch.where(past, torch.tensor([INF, NAN, 3e38, -INF])[torch.arange(scores.shape[1]) % 4], scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("width", [300, 1000, 1001])
+def test_ends(cut_small, dtype, width):
+    """About topk, the list's room, a chunk and the sample; below 0 and past the width they are clamped, which no caller may rely on."""
+    cut_small(14, 256)
+    ends = [0, 1, 2, 63, 64, 65, 127, 128, 129, 255, 256, 257, 299, 300, width - 1, width]
+    ends = torch.tensor([end for end in ends if end <= width], dtype=dtype)
+    scores = with_garbage(torch.randn(len(ends), width, generator=generator(18)), ends)
+    check(scores, 64, None, ends)
+    check(with_garbage(cruel(len(ends), width, 19), ends), 64, None, ends)
+    check(with_garbage(torch.where(scores < 1.0, 0.0, scores), ends), 64, None, ends)
+    positions = torch.arange(width).repeat(len(ends), 1) * 3
+    positions[:, width // 2 :] = -1
+    check(scores, 64, positions, ends)
+    outside = torch.tensor([-5, -(2**31), width + 1, 2**31 - 1], dtype=dtype)
+    check(torch.randn(4, width, generator=generator(20)), 64, None, outside)
+
+
+@pytest.mark.parametrize("end", [0, 1, 2047, 2048, 2049, 4096, 4097, 8191, 8193, LONG - 1])
+def test_ends_of_long_rows(path, end):
+    scores = torch.randn(1, LONG, generator=generator(end))
+    ends = torch.tensor([end])
+    check(with_garbage(scores, ends), 2048, None, ends)
+
+
+def test_a_short_end_in_a_row_of_128k(path):
+    ends = torch.tensor([5000, 20001])
+    check(with_garbage(torch.randn(2, 131072, generator=generator(21)), ends), 2048, None, ends)
+
+
+def test_ends_of_slots(cut_small):
+    cut_small(14, 256)
+    ends = torch.tensor([0, 1, 200, 700, 1000])
+    scores = with_garbage(torch.randn(5, 1000, generator=generator(22)), ends)
+    table = torch.randperm(16, generator=generator(23)).int()[None]
+    got = kernel.select_topk_slots(scores, 64, table, torch.zeros(5, dtype=torch.int64), 64, ends=ends)
+    want = select_slots_reference(scores, 64, table, torch.zeros(5, dtype=torch.int64), 64, None, ends)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.lengths, want.lengths)
+
+
 def test_a_level_between_zero_and_the_highest_negative_number(cut_small):
     """The search's first step from the largest score, which is subnormal, lands on the bits that only -0.0 has."""
     cut_small(128, 1024)
@@ -308,6 +378,8 @@ for width in (8192, 65536):
     scores, requests = torch.empty(2, width), torch.empty(2, dtype=torch.int64)
     kernel.select_topk(scores, 2048, "logical", torch.empty(2, width, dtype=torch.int64))
     kernel.select_topk_slots(scores, 2048, torch.empty(4, 1024, dtype=torch.int32), requests, 64)
+for rows, width in ((4, 8192), (4, 65536), (200, 65536)):
+    kernel.select_topk(torch.empty(rows, width), 2048, ends=torch.empty(rows, dtype=torch.int64))
 """
 
 

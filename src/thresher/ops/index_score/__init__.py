@@ -64,16 +64,17 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return ragged_scores(q, weights, k, k_scales, starts.tolist(), ends.tolist())
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto") -> Tensor:
+def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto", filled: bool = True) -> Tensor:
     """Scores over a paged cache: query i sees the keys at ``0..positions[i]`` of its request, as far as those are held. No gradient.
 
     Args:
         query: the queries of any mix of requests.
         keys: the paged index keys.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+        filled: whether columns that a row does not see are -inf; otherwise they hold anything, which is less to write.
 
     Returns:
-        fp32 ``[Q, max(keys.lengths)]``, -inf past ``min(position + 1, length)``. While a CUDA graph is recorded, as wide as the page
+        fp32 ``[Q, max(keys.lengths)]``, -inf past ``min(position + 1, length)`` where filled. While a CUDA graph is recorded, as wide as the page
         table has room for.
 
     Raises:
@@ -84,7 +85,7 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto") ->
     kernel = choose("paged_index_score", impl, device, lambda module: _unsupported(module, query, _room(keys)))
     if kernel is None:
         return paged_scores(query, keys)
-    return kernel(query, keys) if can_read(device) else kernel(query, keys, width=_room(keys))
+    return kernel(query, keys, filled=filled) if can_read(device) else kernel(query, keys, width=_room(keys), filled=filled)
 
 
 def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, impl: str = "auto") -> Tensor:
