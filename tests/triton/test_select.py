@@ -193,7 +193,9 @@ def test_a_plateau_in_one_chunk(cut_small, monkeypatch, where, value):
         check(rows, topk)
 
 
-@pytest.mark.parametrize("kind", ["zeros 90", "zeros 97", "signed zeros", "at most zero", "few candidates", "few, half of them NaN", "few among NaN"])
+@pytest.mark.parametrize(
+    "kind", ["zeros 90", "zeros 97", "signed zeros", "at most zero", "few candidates", "few, half of them NaN", "few among NaN"]
+)
 def test_a_plateau_or_too_few_numbers_need_no_search(path, monkeypatch, kind):
     """A row that costs many times an ordinary one would be a trap: rows of relu are common."""
     monkeypatch.setattr(kernel.kernels, "write_row", None)

@@ -215,7 +215,7 @@ def lowest_bit(word):
 
 @triton.jit
 def append(scores, found, first, word, counts, base, CHUNK: tl.constexpr, ROOM: tl.constexpr):
-    """Append what a chunk's words mark to a row's list from place ``base`` on, as far as there is room: int32 ``[2, ROOM]``, bits and columns.
+    """Append what a chunk's words mark to a row's list from place ``base`` on, as far as there is room: int32 ``[2, ROOM]``, bits, columns.
 
     Few scores pass, so every word gives up its bits one by one: as many turns as the fullest has, each reading its scores again, from L1.
     """

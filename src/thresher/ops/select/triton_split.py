@@ -158,10 +158,9 @@ def collect(
         word = pack(score > level, CHUNK)
         counts = count_bits(word)
         num = tl.sum(counts, axis=0)
+        num_tied = tl.sum((score == level).to(tl.int32))
         if none:
             num_tied = tl.sum((score != score).to(tl.int32))
-        else:
-            num_tied = tl.sum((score == level).to(tl.int32))
         in_words = program.to(tl.int64) * (CHUNK // 32) + tl.arange(0, CHUNK // 32)
         tl.store(marks + in_words, word.to(tl.int32, bitcast=True))
         if num_tied > 0:
