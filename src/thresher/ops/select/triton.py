@@ -203,8 +203,9 @@ def _run(
 
     chunks = triton.cdiv(width, plan.chunk)
     levels = torch.empty(num, dtype=torch.float32, device=device)
-    counters = torch.empty(2, num, dtype=torch.int32, device=device)
-    tables = torch.empty(3, num, chunks, dtype=torch.int32, device=device)
+    # Each begins at a multiple of 16 bytes, whatever the rows: Triton compiles a kernel anew for every other alignment.
+    counters = torch.empty(2, triton.cdiv(num, 4) * 4, dtype=torch.int32, device=device)
+    tables = torch.empty(3, triton.cdiv(num * chunks, 4) * 4, dtype=torch.int32, device=device)
     marks = torch.empty(2, num, chunks * plan.chunk // 32, dtype=torch.int32, device=device)
     overlap = not INTERPRET  # ``collect`` starts while ``guess_level`` runs (programmatic dependent launch)
     split.guess_level[(num,)](
