@@ -100,14 +100,15 @@ def wrong(what: str, row: Tensor, topk: int, indices: Tensor, length: int, besid
     return None
 
 
-def check(names: list[str], scores: Tensor, topk: int, positions: Tensor | None = None) -> list[str | None]:
+def check(names: list[str], scores: Tensor, topk: int, positions: Tensor | None = None, ends: Tensor | None = None) -> list[str | None]:
     moved = None if positions is None else positions.to(DEVICE)
-    got = kernels.select_topk(scores.to(DEVICE), topk, "local", moved)
+    got = kernels.select_topk(scores.to(DEVICE), topk, "local", moved, None if ends is None else ends.to(DEVICE))
     assert got.space == "local"
     indices, lengths, beside = got.indices.cpu(), got.lengths.cpu(), got.scores.cpu()
     problems = []
     for i, name in enumerate(names):
         row = scores[i] if positions is None else scores[i].masked_fill(positions[i] < 0, -INF)
+        row = row if ends is None else row.masked_fill(torch.arange(len(row)) >= ends[i], -INF)
         given = None if positions is None else positions[i]
         what = f"{name}, row {i}, width {scores.shape[1]}, k {topk}"
         problems.append(wrong(what, row, topk, indices[i], int(lengths[i]), beside[i], given))
@@ -157,6 +158,39 @@ def test_positions(width):
         positions[row, held:] = -1
     problems = check(names, scores, 64, positions)
     problems += check(names, scores, 64, positions.int())
+    fail_on(problems)
+
+
+@pytest.mark.parametrize("rows", sized([20, 100], [6]))
+@pytest.mark.parametrize("width", sized([1000, 8192, 50001, 131072], [300, LONG]))
+def test_ends(width, rows):
+    """Few rows and many take other kernels; past the end stands what would be selected, or NaN."""
+    topk = sized(2048, 64)
+    lengths = [0, 1, topk - 1, topk, topk + 1, 4096, 8193, 16385, width - 1, width]
+    ends = torch.tensor([min(max(lengths[i % len(lengths)], 0), width) for i in range(rows)])
+    kinds = ("normal", "90 % zeros of both signs", "NaN among numbers")
+    names = [f"{kinds[i % 3]}, end {int(ends[i])}" for i in range(rows)]
+    scores = torch.stack([make_row(kinds[i % 3], width, topk, i) for i in range(rows)])
+    garbage = torch.tensor([INF, NAN, 3e38])[torch.arange(width) % 3]
+    scores = torch.where(torch.arange(width) < ends[:, None], scores, garbage)
+    problems = check(names, scores, topk, None, ends)
+    problems += check(names, scores, topk, torch.arange(width).repeat(rows, 1), ends.int())
+    fail_on(problems)
+
+
+@pytest.mark.parametrize("rows", sized([1, 80], [1]))
+@pytest.mark.parametrize("width", sized([32768, 131072, 2**20], [LONG]))
+def test_plateaus_at_the_last_place(width, rows):
+    """Dense from the start, or in the middle or the last columns alone."""
+    if rows * width > 2**24:
+        pytest.skip("one program a row reads no more than at 128k columns")
+    topk = sized(2048, 64)
+    problems = []
+    for start, stop in ((0, width), (width // 2, width // 2 + 3 * topk), (width - 3 * topk, width)):
+        scores = torch.stack([make_row("normal", width, topk, i).clamp(max=-1.0) * 2 for i in range(rows)])
+        scores[:, start:stop] = 0.0
+        scores[:, :: width // (topk // 2)] = 1.0
+        problems += check([f"zeros in {start}..{stop}"] * rows, scores, topk)
     fail_on(problems)
 
 

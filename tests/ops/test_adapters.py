@@ -188,6 +188,21 @@ class TestFlashInfer:
             ops.select_topk(torch.randn(2, 9), 2049, impl="flashinfer")
 
 
+def rows_with_ends():
+    """Distinct scores, the best of them past the ends."""
+    ends = torch.tensor([700, 600, 513, 512, 100])
+    return torch.where(torch.arange(700) < ends[:, None], torch.randn(5, 700), 99.0), ends
+
+
+@pytest.mark.parametrize("impl", ["flashinfer", "vllm"])
+def test_what_stands_past_a_row_s_end_is_not_selected(monkeypatch, vllm_ops, impl):
+    install(monkeypatch, FlashInfer())
+    scores, ends = rows_with_ends()
+    for dtype in (torch.int32, torch.int64):
+        given = {"ends": ends.to(dtype)}
+        assert equal(ops.select_topk(scores, 512, impl=impl, **given), ops.select_topk(scores, 512, impl="reference", **given))
+
+
 class TestVllm:
     @pytest.mark.parametrize(
         ("shape", "topk", "kernel"),

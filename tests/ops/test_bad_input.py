@@ -35,6 +35,7 @@ PLAIN = {
     "scale": REAL,
     "factor": REAL,
     "style": [None, "neox", 3],
+    "filled": [None, 1, "no"],
     "space": [None, "page", 3],
 }
 # Tensors whose sizes follow from the arguments before them: one row too many is a mistake of theirs.
@@ -43,8 +44,8 @@ SIZED = {
     "dequantize_fp8": ["scales"],
     "index_score": ["weights", "k_scales", "starts", "ends"],
     "gathered_index_score": ["positions"],
-    "select_topk": ["positions"],
-    "select_topk_slots": ["positions", "requests"],
+    "select_topk": ["positions", "ends"],
+    "select_topk_slots": ["positions", "requests", "ends"],
     "pool_keys": ["scales"],
     "partial_means": ["scales"],
     "sparse_attend": ["v", "slots"],
@@ -98,6 +99,7 @@ MORE = [
     ("index_score", "ends", torch.tensor([71, 0])),
     ("select_topk", "positions", torch.tensor([[5, 4, -1], [1, 2, 3]])),
     ("select_topk_slots", "positions", torch.tensor([[1, -1, 2], [1, 2, 3]])),
+    *((name, "ends", torch.tensor(x)) for name in ("select_topk", "select_topk_slots") for x in ([-1, 3], [0, 4])),
     ("select_topk_slots", "requests", torch.tensor([0, 1])),
     ("select_topk_slots", "requests", torch.tensor([-1, 0])),
     ("partial_means", "positions", torch.tensor([-2, 0])),

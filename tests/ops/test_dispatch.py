@@ -356,7 +356,7 @@ def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
             function(*given, impl="triton")
         assert len(seen) == 1
         if operation == "paged_index_score":
-            assert seen[0][1] == {"width": 128}
+            assert seen[0][1] == {"width": 128, "filled": True}
 
 
 def test_the_reference_of_head_mass_stays_a_reference_inside_using():

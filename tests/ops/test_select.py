@@ -120,6 +120,23 @@ def test_positions_name_the_columns(dtype):
     assert torch.equal(got.lengths, want.lengths)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_stands_past_a_row_s_end_is_no_candidate(dtype):
+    ends = torch.tensor([0, 1, 7, 8, 9, 40], dtype=dtype)
+    scores = torch.randn(6, 40, generator=torch.Generator().manual_seed(4))
+    past = torch.arange(40) >= ends[:, None]
+    spoilt = torch.where(past, torch.tensor([INF, NAN, 9.0, -INF])[torch.arange(40) % 4], scores)
+    got, want = select_topk(spoilt, 8, ends=ends), select_topk(scores.masked_fill(past, -INF), 8)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.scores, want.scores)
+    assert got.lengths.tolist() == [0, 1, 7, 8, 8, 8]
+    positions = torch.arange(0, 120, 3).repeat(6, 1)
+    assert torch.equal(select_topk(spoilt, 8, positions=positions, ends=ends).indices, want.indices * 3 + (want.indices < 0) * 2)
+    table, requests = torch.tensor([[7, 0, 3, 9, 1]], dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
+    got = select_topk_slots(spoilt, 8, table, requests, 8, ends=ends)
+    assert torch.equal(got.indices, select_topk_slots(scores.masked_fill(past, -INF), 8, table, requests, 8).indices)
+
+
 def test_empty_shapes():
     assert select_topk(torch.zeros(0, 5), 3).indices.shape == (0, 3)
     assert select_topk(torch.zeros(2, 0), 3).indices.tolist() == [[-1] * 3] * 2

@@ -69,9 +69,10 @@ def test_index_score():
 def test_select():
     scores = randn(4, 30).relu()
     scores[0, 3], scores[1] = torch.nan, -torch.inf
+    ends = torch.tensor([30, 30, 17, 0])
     for topk in (5, 29, 35):
-        want = run("select", scores=scores, topk=topk, Q=4, N=30).indices
-        assert torch.equal(ops.select_topk(scores, topk).indices.long(), want)
+        want = run("select", scores=scores, topk=topk, ends=ends.tolist(), Q=4).indices
+        assert torch.equal(ops.select_topk(scores, topk, ends=ends).indices.long(), want)
 
 
 def test_pool_keys():

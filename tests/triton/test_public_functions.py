@@ -75,6 +75,27 @@ def test_the_kernel_agrees_with_the_reference(operation):
         torch.testing.assert_close(got, want, rtol=loose, atol=loose)
 
 
+@pytest.mark.parametrize("garbage", [float("inf"), float("nan")])
+@pytest.mark.parametrize("selector", [DSA(20), MISA(2, 16, 20), HISA(16, 4, 20)])
+def test_selectors_read_no_score_that_is_out_of_sight(monkeypatch, selector, garbage):
+    """Scores that are not filled hold whatever the memory held: the worst of it, here."""
+    query = IndexQuery(QUERY.q, QUERY.weights, torch.tensor([70, 9]), QUERY.requests)
+    with dispatch.using("triton"):
+        want = selector.select(query, KEYS)
+        empty = torch.empty
+
+        def filled(*size, **options):
+            return empty(*size, **options).fill_(garbage if "dtype" not in options else 0)
+
+        monkeypatch.setattr(torch, "empty", filled)
+        bare = ops.paged_index_score(query, KEYS, filled=False)
+        got = selector.select(query, KEYS)
+    assert torch.equal(bare[:, :10], ops.paged_index_score(query, KEYS, impl="triton")[:, :10])
+    assert not (bare[:, 128:] == -torch.inf).any(), "nothing was filled"
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.lengths, want.lengths)
+
+
 def test_what_a_kernel_cannot_take_is_refused_with_its_reason():
     narrow = IndexQuery(QUERY.q[:, :, :32], QUERY.weights, QUERY.positions, QUERY.requests)
     with pytest.raises(ThresherError, match=r'impl="triton" of paged_index_score .* head_dim'):

@@ -17,6 +17,7 @@ from thresher.errors import require
 from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
 from thresher.ops.dispatch import AUTO, TABLE, choose, preferred, using
 from thresher.selectors.base import Selector
+from thresher.selectors.rows import visible_counts
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 # op -> kinds of case it is timed on; the first op of a kind is its default.
@@ -43,6 +44,7 @@ class Work:
         attend: attention inputs of "layer", "sparse_attend_mla" and, over the FP8 cache, "sparse_attend_mla_fp8".
         contiguous: a prefill's keys and ranges, for "index_score": ``(k, k_scales, starts, ends)``.
         scores: fp32 ``[Q, N]``, for "select_topk".
+        ends: int64 ``[Q]``, how many of a row's scores count, where rows of "select_topk" differ in that.
         state: what a decoding step finds from the steps before it.
     """
 
@@ -54,6 +56,7 @@ class Work:
     attend: AttendInputs | None
     contiguous: tuple[Tensor, Tensor, Tensor, Tensor] | None
     scores: Tensor | None
+    ends: Tensor | None
     state: LayerState | None
 
     @property
@@ -91,16 +94,17 @@ def make_work(
     needs_attention = case.kind in ("layer", "mla-decode")
     index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
     attend = make_attend_inputs(case, seed, device, copy, op == "sparse_attend_mla_fp8") if needs_attention else None
-    contiguous = scores = state = None
+    contiguous = scores = ends = state = None
     if index is not None and op == "index_score" and case.kind == "prefill":
-        ends = index.query.positions + 1
-        contiguous = (*load_keys(index.keys, 0), torch.zeros_like(ends), ends)
+        past = index.query.positions + 1
+        contiguous = (*load_keys(index.keys, 0), torch.zeros_like(past), past)
     if index is not None and op == "select_topk":
         with using(impl):
             scores = paged_index_score(index.query, index.keys)
+        ends = visible_counts(index.query, index.keys) if case.length is None else None
     if case.kind != "prefill" and op in ("select", "layer"):
         state = LayerState(0)
-    return Work(case, op, selector, impl, index, attend, contiguous, scores, state)
+    return Work(case, op, selector, impl, index, attend, contiguous, scores, ends, state)
 
 
 def check_op(case: Case, op: str) -> None:
@@ -151,13 +155,13 @@ def _index_score(work: Work) -> Tensor:
     assert work.index is not None
     query = work.index.query
     if work.contiguous is None:
-        return paged_index_score(query, work.index.keys)
+        return paged_index_score(query, work.index.keys, filled=False)  # as peers do: what a row does not see is left unwritten
     return index_score(query.q, query.weights, *work.contiguous)
 
 
 def _select_topk(work: Work) -> Selection:
     assert work.scores is not None
-    return select_topk(work.scores, work.case.topk)
+    return select_topk(work.scores, work.case.topk, ends=work.ends)
 
 
 def _attend(work: Work) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from thresher.cache.index_keys import pack_keys
 from thresher.errors import require
 from thresher.ops.index_score import gathered_index_score, paged_index_score
-from thresher.ops.select import select_topk
+from thresher.ops.select import select_topk, select_visible
 from thresher.selectors.base import Selector, require_int
 from thresher.selectors.rows import in_chunks, longest, visible_counts
 from thresher.selectors.scan import up_to_date_means
@@ -78,13 +78,14 @@ class HISA(Selector):
             mean_keys: the means of every request's full blocks, as keys whose positions are block numbers.
         """
         own = (visible + self.block_size - 1) // self.block_size - 1
-        score_QM = paged_index_score(replace(query, positions=(own - 1).clamp(min=-1)), mean_keys)
+        before = replace(query, positions=(own - 1).clamp(min=-1))
+        score_QM = paged_index_score(before, mean_keys, filled=False)
         score_QM[:, :1] = float("-inf")  # block 0 is forced, not chosen
         first = torch.where(own > 0, 0, -1)[:, None]
         columns = [first, own[:, None]]
         free = min(self.num_blocks - 2, score_QM.shape[1])
         if free > 0:
-            columns.insert(1, select_topk(score_QM, free).indices.long())
+            columns.insert(1, select_visible(score_QM, free, visible_counts(before, mean_keys)).indices.long())
         blocks = torch.cat(columns, dim=1)
         none = torch.iinfo(torch.int64).max
         blocks = blocks.masked_fill(blocks < 0, none).sort(dim=1).values

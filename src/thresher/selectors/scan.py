@@ -10,9 +10,9 @@ from thresher.cache.block_means import BlockMeans
 from thresher.ops.index_score import paged_index_score
 from thresher.ops.pool_keys import pool_keys
 from thresher.ops.route_heads import head_mass, route_heads
-from thresher.ops.select import select_topk
+from thresher.ops.select import select_visible
 from thresher.selectors.base import require_active_heads
-from thresher.selectors.rows import in_chunks, keep_heads, longest
+from thresher.selectors.rows import in_chunks, keep_heads, longest, visible_counts
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Means = list[tuple[Tensor, Tensor]]
 
 def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
     """The ``topk`` visible keys of largest score over all heads of ``query``."""
-    return in_chunks(query, longest(keys), lambda rows, _: select_topk(paged_index_score(rows, keys), topk))
+    return in_chunks(query, longest(keys), lambda rows, _: _best_visible(rows, keys, topk))
 
 
 def routed_topk(query: IndexQuery, keys: IndexKeys, means: Means, block_size: int, active_heads: int, topk: int) -> Selection:
@@ -35,9 +35,14 @@ def routed_topk(query: IndexQuery, keys: IndexKeys, means: Means, block_size: in
 
     def select_rows(rows: IndexQuery, _: slice) -> Selection:
         heads = route_heads(head_mass(rows, means, keys, block_size), active_heads)
-        return select_topk(paged_index_score(keep_heads(rows, heads), keys), topk)
+        return _best_visible(keep_heads(rows, heads), keys, topk)
 
     return in_chunks(query, max(length, num_blocks * query.num_heads), select_rows)
+
+
+def _best_visible(rows: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
+    """Scores past what a row sees are neither written nor read."""
+    return select_visible(paged_index_score(rows, keys, filled=False), topk, visible_counts(rows, keys))
 
 
 def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> Means:

@@ -20,7 +20,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from thresher.checks import FLOAT, FP32, INDEX, INT64, check_tensor
+from thresher.checks import FLOAT, FP32, INDEX, INT64, check_kind, check_tensor
 from thresher.ops.arguments import check_paged, check_values
 from thresher.ops.dispatch import can_read, choose, device_of
 from thresher.ops.index_score.paged import gathered_scores, paged_scores
@@ -64,27 +64,29 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return ragged_scores(q, weights, k, k_scales, starts.tolist(), ends.tolist())
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto") -> Tensor:
+def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto", filled: bool = True) -> Tensor:
     """Scores over a paged cache: query i sees the keys at ``0..positions[i]`` of its request, as far as those are held. No gradient.
 
     Args:
         query: the queries of any mix of requests.
         keys: the paged index keys.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+        filled: whether columns that a row does not see are -inf; otherwise they hold anything, which is less to write.
 
     Returns:
-        fp32 ``[Q, max(keys.lengths)]``, -inf past ``min(position + 1, length)``. While a CUDA graph is recorded, as wide as the page
-        table has room for.
+        fp32 ``[Q, max(keys.lengths)]``, -inf past ``min(position + 1, length)`` where filled. While a CUDA graph is recorded, as wide as
+        the page table has room for.
 
     Raises:
         ThresherError: something else than queries and keys, head dims or devices that differ, strided pages, a query that names a
-            request that is not there, a length outside 0..the page table's room, or an impl that cannot run.
+            request that is not there, a length outside 0..the page table's room, filled that is no bool, or an impl that cannot run.
     """
     device = check_paged(query, keys)
+    check_kind("filled", filled, bool, "pass True or False")
     kernel = choose("paged_index_score", impl, device, lambda module: _unsupported(module, query, _room(keys)))
     if kernel is None:
         return paged_scores(query, keys)
-    return kernel(query, keys) if can_read(device) else kernel(query, keys, width=_room(keys))
+    return kernel(query, keys, filled=filled) if can_read(device) else kernel(query, keys, width=_room(keys), filled=filled)
 
 
 def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, impl: str = "auto") -> Tensor:

@@ -89,13 +89,14 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return logits.masked_fill_((column < starts[:, None]) | (column >= ends[:, None]), -torch.inf)
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = None) -> Tensor:
+def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = None, filled: bool = True) -> Tensor:
     """See ``thresher.ops.index_score.paged_index_score``; rows of the result may lie apart.
 
     Args:
         query: the queries.
         keys: contiguous pages of 64 tokens.
         width: columns to return, at least every length; None reads the longest length from the device.
+        filled: whether columns out of a query's sight become -inf.
 
     Raises:
         ThresherError: pages of another size or apart from each other, or more than 32768 queries.
@@ -109,6 +110,8 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
     with on_device(query.q):
         logits = paged_logits(paged_inputs(query, keys, width))
     _check_shape(logits, num, width)
+    if not filled:
+        return logits
     column = torch.arange(width, device=query.q.device)
     return logits.masked_fill_(column >= visible(query, keys)[:, None], -torch.inf)
 

@@ -3,7 +3,7 @@
 ```python
 indices = torch.full((Q, topk), -1)
 for i, row in enumerate(scores.tolist()):
-    candidates = [p for p in range(N) if row[p] != -torch.inf]
+    candidates = [p for p in range(ends[i]) if row[p] != -torch.inf]
     candidates.sort(key=lambda p: (row[p] != row[p], -row[p] if row[p] == row[p] else 0.0, p))  # NaN after every number
     kept = sorted(candidates[:topk])
     indices[i, : len(kept)] = torch.tensor(kept)
@@ -18,12 +18,19 @@ from torch import Tensor
 from thresher.checks import FP32, INDEX, INT32, INT64, check_count, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_values
-from thresher.ops.dispatch import can_read, choose, device_of
+from thresher.ops.dispatch import AUTO, can_read, choose, device_of
 from thresher.ops.select.reference import select_reference, select_slots_reference
 from thresher.types import SPACES, Selection
 
 
-def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, impl: str = "auto") -> Selection:
+def select_topk(
+    scores: Tensor,
+    topk: int,
+    space: str = "logical",
+    positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    impl: str = "auto",
+) -> Selection:
     """Keep the topk best candidates of each row: score descending, ties to the smaller position.
 
     -inf marks "not a candidate" and is never kept, so a row may hold fewer than topk. NaN ranks below every number. -0.0 equals 0.0.
@@ -34,23 +41,38 @@ def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Te
         space: the index space of the columns (or of ``positions``).
         positions: int32 or int64 ``[Q, N]``, ascending and -1 padded: column c stands for ``positions[:, c]``, -1 for no candidate.
             None: column c is position c.
+        ends: int32 or int64 ``[Q]``, each in 0..N: the candidates of row i are among its columns ``0 .. ends[i] - 1``, whatever the others
+            hold. None: all columns.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
 
     Returns:
         Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores beside (-inf where padded).
 
     Raises:
-        ThresherError: a shape, dtype or device that does not fit, topk below 1, an unknown space, positions out of order, or an impl that
-            cannot run.
+        ThresherError: a shape, dtype or device that does not fit, topk below 1, an unknown space, positions out of order, an end
+            outside 0..N, or an impl that cannot run. While a CUDA graph is recorded no value is looked at; ends are clamped.
     """
-    device = _check(scores, topk, positions)
+    device = _check(scores, topk, positions, ends)
     require(space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(space), "name the index space")
-    kernel = choose("select_topk", impl, device, lambda module: module.unsupported(*scores.shape, topk))
-    return select_reference(scores, topk, space, positions) if kernel is None else kernel(scores, topk, space, positions)
+    if ends is not None:
+        check_values(("ends", ends, 0, scores.shape[1], "clamp them to the columns"))
+    return _select(scores, topk, space, positions, ends, impl, device)
+
+
+def select_visible(scores: Tensor, topk: int, ends: Tensor) -> Selection:
+    """``select_topk`` for a caller that knows its ends to be in bounds: the host reads no value, and so waits for nothing."""
+    return _select(scores, topk, "logical", None, ends, AUTO, _check(scores, topk, None, ends))
 
 
 def select_topk_slots(
-    scores: Tensor, topk: int, page_table: Tensor, requests: Tensor, page_size: int, positions: Tensor | None = None, impl: str = "auto"
+    scores: Tensor,
+    topk: int,
+    page_table: Tensor,
+    requests: Tensor,
+    page_size: int,
+    positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    impl: str = "auto",
 ) -> Selection:
     """``select_topk``, each selected position as the slot where its request's page table has it.
 
@@ -61,6 +83,7 @@ def select_topk_slots(
         requests: int64 ``[Q]``, the row of ``page_table`` that each row of scores belongs to.
         page_size: tokens in a page, at least 1.
         positions: int32 or int64 ``[Q, N]``, as for ``select_topk``: a column, or its entry here, is a position of the row's request.
+        ends: int32 or int64 ``[Q]``, as for ``select_topk``.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
 
     Returns:
@@ -71,27 +94,40 @@ def select_topk_slots(
         ThresherError: what ``select_topk`` refuses, a page_table, requests or page_size that does not fit, a request outside 0..B - 1,
             or an impl that cannot run. While a CUDA graph is recorded no request is looked at; a kernel gives -1 for one outside.
     """
-    device = _check(scores, topk, positions)
+    device = _check(scores, topk, positions, ends)
     check_tensor("page_table", page_table, INT32, ("requests", "max_pages"), "take PageTable.table")
     check_tensor("requests", requests, INT64, (scores.shape[0],), "pass one per row of scores, as .long()")
     check_count("page_size", page_size, 1, do="64 is usual")
     device_of(scores=scores, page_table=page_table, requests=requests)
     check_values(("requests", requests, 0, page_table.shape[0] - 1, "name a row of page_table"))
+    if ends is not None:
+        check_values(("ends", ends, 0, scores.shape[1], "clamp them to the columns"))
     kernel = choose("select_topk_slots", impl, device, lambda module: module.unsupported(*scores.shape, topk))
     if kernel is not None:
-        picked: Selection = kernel(scores, topk, page_table, requests, page_size, positions)
+        picked: Selection = kernel(scores, topk, page_table, requests, page_size, positions, ends)
         return picked
-    return select_slots_reference(scores, topk, page_table, requests, page_size, positions)
+    return select_slots_reference(scores, topk, page_table, requests, page_size, positions, ends)
 
 
-def _check(scores: Tensor, topk: int, positions: Tensor | None) -> torch.device:
+def _select(
+    scores: Tensor, topk: int, space: str, positions: Tensor | None, ends: Tensor | None, impl: str, device: torch.device
+) -> Selection:
+    kernel = choose("select_topk", impl, device, lambda module: module.unsupported(*scores.shape, topk))
+    if kernel is None:
+        return select_reference(scores, topk, space, positions, ends)
+    picked: Selection = kernel(scores, topk, space, positions, ends)
+    return picked
+
+
+def _check(scores: Tensor, topk: int, positions: Tensor | None, ends: Tensor | None) -> torch.device:
     check_tensor("scores", scores, FP32, ("num_queries", "n"), "convert them")
     check_count("topk", topk, 1, do="ask for at least one token")
-    if positions is None:
-        return scores.device
-    check_tensor("positions", positions, INDEX, tuple(scores.shape), "pass one per score")
-    device = device_of(scores=scores, positions=positions)
-    if can_read(device):
+    if positions is not None:
+        check_tensor("positions", positions, INDEX, tuple(scores.shape), "pass one per score")
+    if ends is not None:
+        check_tensor("ends", ends, INDEX, (scores.shape[0],), "pass one per row of scores")
+    device = device_of(scores=scores, positions=positions, ends=ends)
+    if positions is not None and can_read(device):
         before, after = positions[:, :-1], positions[:, 1:]
         ordered = torch.where(before < 0, after < 0, (after > before) | (after < 0))
         require(bool(ordered.all()), "positions must ascend strictly, with -1 at the end", "another order", "sort each row")

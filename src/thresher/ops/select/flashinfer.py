@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from thresher.ops.dispatch import on_device
-from thresher.ops.select.unsorted import candidates, sorted_selection
+from thresher.ops.select.reference import candidates
+from thresher.ops.select.unsorted import sorted_selection
 from thresher.types import Selection
 
 MAX_TOPK = 2048  # of the kernel that breaks ties
@@ -44,7 +45,9 @@ def unsupported(num_rows: int, width: int, topk: int) -> str | None:
     return None if width < 2**31 else f"rows hold fewer than 2**31 scores, got {width}"
 
 
-def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None) -> Selection:
+def select_topk(
+    scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, ends: Tensor | None = None
+) -> Selection:
     """``thresher.ops.select_topk`` for checked arguments, but for NaN and -0.0."""
     num, width = scores.shape
     scores = candidates(scores, positions)
@@ -52,7 +55,7 @@ def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Te
         none = torch.full((num, topk), -1, dtype=torch.int32, device=scores.device)
         return Selection(none, none.new_zeros(num, dtype=torch.int64), space, scores.new_full((num, topk), -torch.inf))
     with on_device(scores):
-        picked = top_k(make_inputs(scores), topk, SMALLER_FIRST)
+        picked = top_k(make_inputs(scores, ends), topk, SMALLER_FIRST)
     return sorted_selection(scores, picked, space, positions)
 
 

@@ -11,6 +11,15 @@ _LOWEST = -(2**31)
 _NAN = _LOWEST + 1
 
 
+def candidates(scores: Tensor, positions: Tensor | None, ends: Tensor | None = None) -> Tensor:
+    """Scores with -inf where a column stands for no position, and from a row's end on."""
+    if positions is not None:
+        scores = scores.masked_fill(positions < 0, -torch.inf)
+    if ends is not None:
+        scores = scores.masked_fill(torch.arange(scores.shape[1], device=scores.device) >= ends[:, None], -torch.inf)
+    return scores
+
+
 def order_keys(scores: Tensor) -> Tensor:
     """int64 ``[Q, N]``, distinct in a row: a larger key comes first in the order (score descending, column ascending).
 
@@ -23,10 +32,10 @@ def order_keys(scores: Tensor) -> Tensor:
     return (ordered.long() << 32) | (2**32 - 1 - column)
 
 
-def select_reference(scores: Tensor, topk: int, space: str, positions: Tensor | None) -> Selection:
+def select_reference(scores: Tensor, topk: int, space: str, positions: Tensor | None, ends: Tensor | None = None) -> Selection:
     """The selection; see ``select_topk``."""
     num, width = scores.shape
-    candidate = scores if positions is None else scores.masked_fill(positions < 0, -torch.inf)
+    candidate = candidates(scores, positions, ends)
     kept = min(topk, width)
     columns = order_keys(candidate).topk(kept, dim=1, sorted=False).indices
     chosen = candidate.gather(1, columns)
@@ -45,10 +54,16 @@ def select_reference(scores: Tensor, topk: int, space: str, positions: Tensor | 
 
 
 def select_slots_reference(
-    scores: Tensor, topk: int, page_table: Tensor, requests: Tensor, page_size: int, positions: Tensor | None
+    scores: Tensor,
+    topk: int,
+    page_table: Tensor,
+    requests: Tensor,
+    page_size: int,
+    positions: Tensor | None,
+    ends: Tensor | None = None,
 ) -> Selection:
     """The selection through the page table; see ``select_topk_slots``."""
-    picked = select_reference(scores, topk, "logical", positions)
+    picked = select_reference(scores, topk, "logical", positions, ends)
     page = picked.indices.long() // page_size
     there = (picked.indices >= 0) & (page < page_table.shape[1])
     # One more column: an empty table has something to look up too.

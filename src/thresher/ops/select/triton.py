@@ -1,16 +1,20 @@
 """Exact top-k on a GPU, in Triton: no sort, no atomics that order could show in, no word from the host.
 
-A row that fits in the registers of one program is searched there: bisection over the ordered 32-bit keys finds the threshold, which takes
-as many ties as there is room for, and the row is written in column order. A longer row is read once in full:
+``one_program``: a short row stays in one program's registers, where a search over scores finds the threshold. That takes as many ties as
+there is room for, and the row is written in column order. A longer row is read once in full:
 
-1. ``guess_level``: a sample of the row (4096 to 16384 scores) gives a level that somewhat more than k scores should lie above.
-2. ``collect``: the one full pass. What lies above the level goes to a short list; what equals it is counted, per chunk.
-3. ``settle``: the short list is searched like a short row. It holds the answer unless the sample misled or the level is a plateau that
-   the k-th place falls into. Then the plateau is the threshold, or four more passes over the row find it, and
-4. ``rescan`` writes such a row from the scores; for the others it returns at once.
+- A sample of it gives a level that somewhat more than k scores should lie above. A row that the list has room for needs none.
+- What lies above the level goes to a short list, which is searched and written like a short row.
+- Where the list falls short and ties with the level make up for it, a plateau or NaN, the level is the threshold: the list is written
+  whole, and with it as many of the first ties as are lacking.
+- Where the sample misled, so that neither holds the answer, four more passes over the row find the threshold, and a last one writes.
+
+``one_pass`` does all that in one program a row; it looks for ties from the row's start until it has enough. Few rows would leave most of
+the chip idle, so for them ``guess_level`` takes the sample, a program a chunk ``collect``s, and whichever of a row's programs ends last
+selects from the list, or writes the ties from marks that all have left, a bit a column.
 
 The guess is only about speed: whatever it is, the set is exact. So are two runs: chunks append to a list in any order, but which entries
-it holds, and the order in which they are read, do not depend on that.
+it holds, and where each is written, do not depend on that.
 """
 
 from __future__ import annotations
@@ -22,59 +26,72 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import on_device
+from thresher.cache.device import INTERPRET, on_device
 from thresher.errors import require
 from thresher.ops.select import triton_kernels as kernels
+from thresher.ops.select import triton_split as split
 from thresher.types import Selection
 
-ONE_PROGRAM = 16384  # columns that one program searches: 32 keys a thread at 16 warps
+ONE_PROGRAM = 8192  # columns that one program holds: 32 a thread at 8 warps
+FEW_ROWS = 64  # fewer leave multiprocessors idle that one program each would take: programs share them
 MAX_WIDTH = 2**21
 MAX_TOPK = 8192
-CHUNK = 4096  # columns a program of ``collect`` reads: 32 a thread at 4 warps
+MAX_ROOM = 16384  # entries of a list, where a sample of 32768 allows it: more do not fit in the registers of ``collect``
+SMALL = 4096  # entries of a list that a narrower search does for
+CHUNK = 8192  # columns a program of ``collect`` reads: 16 a thread at 16 warps
 TILE = 256  # columns, or entries of a list, that a warp writes at a time: 8 a thread
-MAX_REGISTERS = 64  # a thread: two programs of 16 warps fit on a multiprocessor
-COLLECT_REGISTERS = 48  # ten programs of 4 warps: 160 KB in flight
-RESCAN_PROGRAMS = 512  # about four a multiprocessor
+SHORT_REGISTERS = 128  # a thread of ``one_program``, with room for its 32 scores
+MAX_REGISTERS = 64  # a thread of the others: 32 warps fit on a multiprocessor
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a long row is cut: a function of shapes alone.
+    """How a long row is read: a function of shapes alone.
 
     Attributes:
         sample: scores looked at for the level, a power of two.
-        want: which largest of them the level is.
-        slack: how many places the level may be lower, to end its search sooner.
+        aim: how many of the row's scores should lie above the level.
         room: entries of the list, a power of two.
-        chunk: columns a program collects from.
+        small: entries that the narrower of two searches takes.
+        chunk: columns read at a time.
+        warps: warps of a program.
+        split: whether a row is shared by a program for each chunk.
     """
 
     sample: int
-    want: int
-    slack: int
+    aim: int
     room: int
+    small: int
     chunk: int
+    warps: int
+    split: bool
 
 
-def make_plan(width: int, topk: int) -> Plan | None:
-    """The plan of rows of ``width`` scores, None where one program takes a row.
+def make_plan(num_rows: int, width: int, topk: int) -> Plan | None:
+    """The plan of ``num_rows`` rows of ``width`` scores, None where a program holds a row.
 
     The sample holds ``hits`` of the topk best on average, give or take ``sqrt(hits)``, more where neighbours are alike. The level is set
-    for half as many again and six such deviations; the list has room for six deviations of what that brings.
+    for a quarter as many again and five such deviations; the list has room for five deviations of what that brings, and for the sixteenth
+    by which a search may end early. The smallest sample is taken that needs a list of no more than four times topk. A row that ends
+    before its width has the same aim out of a denser sample.
     """
     if width <= ONE_PROGRAM:
         return None
-    sample = min(max(triton.next_power_of_2(width // 32), 4096), 16384)
-    hits = topk * sample / width
-    want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
-    slack = want // 16
-    room = triton.next_power_of_2(math.ceil((want + slack + 6 * math.sqrt(want)) * width / sample))
-    return Plan(sample, want, slack, room, CHUNK)
+    for sample in (4096, 8192, 16384, 32768):
+        hits = topk * sample / width
+        want = min(math.ceil(1.25 * hits + 5 * math.sqrt(hits) + 4), sample)
+        room = triton.next_power_of_2(math.ceil((want + want // 16 + 5 * math.sqrt(want)) * width / sample))
+        if room <= min(max(4 * topk, 4096), MAX_ROOM) or 4 * sample > width:
+            break
+    split = num_rows < FEW_ROWS
+    warps = 16 if split or num_rows <= 264 else 8  # about 32 warps on each of an H100's 132 multiprocessors
+    chunk = CHUNK if split else 1024 * warps
+    return Plan(sample, want * width // sample, room, min(SMALL, room), chunk, max(warps, room // 1024), split)
 
 
 def num_warps(block: int) -> int:
-    """Warps for a program that holds ``block`` keys: 16 to 32 keys a thread."""
-    return min(max(block // 512, 4), 16) if block <= 16384 else 32
+    """Warps for a program that holds ``block`` scores: 16 or 32 a thread."""
+    return min(max(block // 512, 4), 8)
 
 
 def unsupported(num_rows: int, width: int, topk: int) -> str | None:
@@ -88,10 +105,17 @@ def unsupported(num_rows: int, width: int, topk: int) -> str | None:
     return None
 
 
-def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, with_scores: bool = True) -> Selection:
+def select_topk(
+    scores: Tensor,
+    topk: int,
+    space: str = "logical",
+    positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    with_scores: bool = True,
+) -> Selection:
     """``thresher.ops.select_topk`` for checked arguments; without ``with_scores`` the selection's scores are None."""
     with on_device(scores):
-        indices, lengths, beside = _run(scores, topk, positions, None, with_scores)
+        indices, lengths, beside = _run(scores, topk, positions, ends, None, with_scores)
     return Selection(indices=indices, lengths=lengths, space=space, scores=beside)
 
 
@@ -102,12 +126,13 @@ def select_topk_slots(
     requests: Tensor,
     page_size: int,
     positions: Tensor | None = None,
+    ends: Tensor | None = None,
     with_scores: bool = False,
 ) -> Selection:
     """Top-k as slots: each selected position goes through its request's page table as it is written.
 
     Args:
-        scores, topk, positions: as for ``select_topk``; a column (or its entry of ``positions``) is a position of the row's request.
+        scores, topk, positions, ends: as for ``select_topk``; a column (or its entry of ``positions``) is a position of the row's request.
         page_table: int32 ``[B, max_pages]``, -1 where unused.
         requests: int64 ``[Q]``, each row's request.
         page_size: tokens in a page.
@@ -127,12 +152,17 @@ def select_topk_slots(
     require(page_size >= 1, "page_size must be at least 1", page_size, "64 is usual")
     paged = (page_table.contiguous(), requests.contiguous(), page_size)
     with on_device(scores):
-        indices, lengths, beside = _run(scores, topk, positions, paged, with_scores)
+        indices, lengths, beside = _run(scores, topk, positions, ends, paged, with_scores)
     return Selection(indices=indices, lengths=lengths, space="slot", scores=beside)
 
 
 def _run(
-    scores: Tensor, topk: int, positions: Tensor | None, paged: tuple[Tensor, Tensor, int] | None, with_scores: bool
+    scores: Tensor,
+    topk: int,
+    positions: Tensor | None,
+    ends: Tensor | None,
+    paged: tuple[Tensor, Tensor, int] | None,
+    with_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     positions = positions if positions is None or positions.stride(1) == 1 else positions.contiguous()
@@ -145,45 +175,46 @@ def _run(
         return indices, lengths, beside
 
     page_table, requests, page_size = paged or (indices, lengths, 1)
-    given = positions is not None
-    flags = {"HAS_POSITIONS": given, "SLOTS": paged is not None, "WITH_SCORES": with_scores}
-    source = (scores, positions if positions is not None else scores)
-    pages = (page_table, requests)
-    out = (indices, lengths, beside if beside is not None else scores)
-    strides = (scores.stride(0), positions.stride(0) if positions is not None else 0)
+    given = {"HAS_POSITIONS": positions is not None, "HAS_ENDS": ends is not None}
+    flags = given | {"SLOTS": paged is not None, "WITH_SCORES": with_scores}
+    source = (scores, scores if positions is None else positions, lengths if ends is None else ends.contiguous())
+    out = (page_table, requests, indices, lengths, beside if beside is not None else scores)
+    strides = (scores.stride(0), 0 if positions is None else positions.stride(0))
     table = (page_table.shape[0], page_table.shape[1], page_size)
 
-    plan = make_plan(width, topk)
+    plan = make_plan(num, width, topk)
     if plan is None:
         block = max(triton.next_power_of_2(width), 128)
         kernels.one_program[(num,)](
-            *source, *pages, *out, width, topk, *strides, *table,
-            BLOCK=block, TILE=min(block, TILE * num_warps(block)), **flags, num_warps=num_warps(block), maxnreg=MAX_REGISTERS,
+            *source, *out, width, topk, *strides, *table, BLOCK=block, **flags, num_warps=num_warps(block), maxnreg=SHORT_REGISTERS
+        )
+        return indices, lengths, beside
+
+    found = torch.empty(num, 2, plan.room, dtype=torch.int32, device=device)
+    sizes = {"CHUNK": plan.chunk, "ROOM": plan.room, "SMALL": plan.small, "TILE": min(TILE * plan.warps, plan.room)}
+    if not plan.split:
+        if positions is not None:  # they take registers, too
+            sizes["CHUNK"] //= 2
+        kernels.one_pass[(num,)](
+            *source, *out, found, width, topk, plan.aim, *strides, *table,
+            SAMPLE=plan.sample, **sizes, **flags, num_warps=plan.warps, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         return indices, lengths, beside
 
     chunks = triton.cdiv(width, plan.chunk)
-    log_chunks = max((chunks - 1).bit_length(), 5)
-    row_state = torch.empty(5, num, dtype=torch.int32, device=device)
-    levels, counters, rescans = row_state[0], row_state[1], row_state[2:]
-    tables = torch.empty(3, num, chunks, dtype=torch.int32, device=device)
-    found = torch.empty(num, plan.room, dtype=torch.int64, device=device)
-    kernels.guess_level[(num,)](
-        *source, levels, counters, width // (plan.sample // 8), plan.want, plan.slack, *strides,
-        SAMPLE=plan.sample, HAS_POSITIONS=given, num_warps=num_warps(plan.sample),
+    levels = torch.empty(num, dtype=torch.float32, device=device)
+    # Each begins at a multiple of 16 bytes, whatever the rows: Triton compiles a kernel anew for every other alignment.
+    counters = torch.empty(2, triton.cdiv(num, 4) * 4, dtype=torch.int32, device=device)
+    tables = torch.empty(3, triton.cdiv(num * chunks, 4) * 4, dtype=torch.int32, device=device)
+    marks = torch.empty(2, num, chunks * plan.chunk // 32, dtype=torch.int32, device=device)
+    overlap = not INTERPRET  # ``collect`` starts while ``guess_level`` runs (programmatic dependent launch)
+    split.guess_level[(num,)](
+        *source, levels, *counters, width, plan.aim, *strides,
+        SAMPLE=plan.sample, ROOM=plan.room, **given, OVERLAP=overlap, num_warps=min(plan.sample // 256, 32),
     )  # fmt: skip
-    kernels.collect[(num * chunks,)](
-        *source, levels, counters, *tables, found, width, chunks, *strides,
-        CHUNK=plan.chunk, ROOM=plan.room, HAS_POSITIONS=given, num_warps=4, maxnreg=COLLECT_REGISTERS,
-    )  # fmt: skip
-    warps = num_warps(plan.room)
-    kernels.settle[(num,)](
-        *source, *pages, *out, levels, counters, *tables, found, rescans, width, topk, chunks, *strides, *table,
-        CHUNK=plan.chunk, ROOM=plan.room, TILE=TILE * warps, LOG_CHUNKS=log_chunks, **flags, num_warps=warps, maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
-    splits = min(chunks, triton.cdiv(RESCAN_PROGRAMS, num))
-    kernels.rescan[(num * splits,)](
-        *source, *pages, out[0], out[2], tables[0], tables[1], rescans, width, topk, chunks, splits, *strides, *table,
-        CHUNK=plan.chunk, TILE=min(TILE * 8, plan.chunk), LOG_CHUNKS=log_chunks, **flags, num_warps=8, maxnreg=MAX_REGISTERS,
+    split.collect[(num * chunks,)](
+        *source, *out, levels, *counters, *tables, found, *marks, width, topk, chunks, *strides, *table,
+        CHUNKS=max(triton.next_power_of_2(chunks), 32), **sizes, **flags, OVERLAP=overlap,
+        num_warps=plan.warps, maxnreg=MAX_REGISTERS, launch_pdl=overlap,
     )  # fmt: skip
     return indices, lengths, beside

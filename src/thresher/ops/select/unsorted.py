@@ -8,12 +8,6 @@ from torch import Tensor
 from thresher.types import Selection
 
 
-def candidates(scores: Tensor, positions: Tensor | None) -> Tensor:
-    """Scores with -inf where a column stands for no position; rows have unit stride."""
-    scores = scores if positions is None else scores.masked_fill(positions < 0, -torch.inf)
-    return scores if scores.stride(1) == 1 else scores.contiguous()
-
-
 def sorted_selection(scores: Tensor, picked: Tensor, space: str, positions: Tensor | None) -> Selection:
     """Ascending and -1 padded.
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from thresher.errors import require
 from thresher.ops.dispatch import VLLM_OPS, on_device
-from thresher.ops.select.unsorted import candidates, sorted_selection
+from thresher.ops.select.reference import candidates
+from thresher.ops.select.unsorted import sorted_selection
 from thresher.types import Selection
 
 COOPERATIVE, PERSISTENT = "cooperative_topk", "persistent_topk"
@@ -82,15 +83,23 @@ def fitting(logits: Tensor, topk: int) -> tuple[str, ...]:
     return tuple(kernels)
 
 
-def select_topk(scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, kernel: str | None = None) -> Selection:
+def select_topk(
+    scores: Tensor,
+    topk: int,
+    space: str = "logical",
+    positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    kernel: str | None = None,
+) -> Selection:
     """``thresher.ops.select_topk`` for checked arguments, but for ties, NaN and issue 51782; ``kernel`` None takes the first that fits."""
     num, width = scores.shape
     scores = candidates(scores, positions)
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
     buffers = make_buffers(num, topk, scores.device)
     if num == 0 or width == 0:
         lengths = torch.zeros(num, dtype=torch.int64, device=scores.device)
         return Selection(buffers.out, lengths, space, scores.new_full((num, topk), -torch.inf))
-    lengths = torch.full_like(buffers.starts, width)
+    lengths = torch.full_like(buffers.starts, width) if ends is None else ends.int().contiguous()
     with on_device(scores):
         top_k(kernel or fitting(scores, topk)[0], scores, lengths, buffers, width)
     return sorted_selection(scores, buffers.out, space, positions)
