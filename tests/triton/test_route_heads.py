@@ -110,6 +110,26 @@ def test_garbage_is_never_followed():
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_sums_that_nobody_made_are_not_read(monkeypatch):
+    """Lengths may claim more means than their table has room for. What lies behind the sums is NaN here."""
+    query, means, keys = case(4, 64)
+    paged = pack_keys(means, 7)
+    many = torch.full_like(keys.lengths, 10**6)
+    query = IndexQuery(query.q, query.weights, many[:1].expand(len(query.positions)).contiguous() - 1, query.requests)
+    empty = torch.empty
+
+    def before_nan(*size, **options):
+        made = empty(*size, **options)
+        if made.dtype != torch.float32:
+            return made
+        return torch.full((made.numel() + 4096,), torch.nan)[: made.numel()].view(made.shape)
+
+    monkeypatch.setattr(torch, "empty", before_nan)
+    mass = kernels.head_mass(query, IndexKeys(paged.pages, paged.page_table, many), IndexKeys(keys.pages, keys.page_table, many), BLOCK)
+    assert mass.isfinite().all()
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_strided_queries_and_zeros():
     query, means, keys = case(8, 64)
     q = query.q.view(torch.uint8).repeat(1, 2, 1)[:, ::2].view(torch.float8_e4m3fn)

@@ -196,7 +196,8 @@ def _finish_kernel(
     real = head < HEADS
     total = tl.zeros([BLOCK_H], tl.float32)
     held = tl.minimum(full, tl.load(counts_ptr + request).to(tl.int32))
-    for segment in range(0, (held + SEGMENT - 1) // SEGMENT):
+    # Means that the table has no room for have no sums either, whatever their number says.
+    for segment in range(0, tl.minimum((held + SEGMENT - 1) // SEGMENT, num_segments)):
         total += tl.load(sums_ptr + (query * num_segments + segment) * HEADS + head, mask=real, other=0.0)
     q_at = query * q_stride_t + head[:, None].to(tl.int64) * q_stride_h + d[None, :]
     q = tl.load(q_ptr + q_at, mask=real[:, None], other=0.0).to(tl.float32)
@@ -372,7 +373,7 @@ def _mass(
             q.stride(0),
             q.stride(1),
             weights.stride(0),
-            max(num_segments, 1),
+            num_segments,
             HEADS=heads,
             BLOCK_H=block_h,
             BLOCK_SIZE=block_size,
