@@ -264,7 +264,7 @@ def test_queries_and_keys_that_do_not_fit(name, noun, change, argument, nothing_
 
 def test_what_can_be_read_only_later_is_not_read_while_a_graph_is_recorded(monkeypatch):
     """The same wrong values pass then: kernels take them as absent."""
-    monkeypatch.setattr("thresher.ops.arguments.can_read", lambda device: False)
+    monkeypatch.setattr("thresher.ops.arguments.checks_values", lambda device: False)
     keys = pack_keys([(VALUES, SCALES)])
     query = dataclasses.replace(GOOD["head_mass"]["query"], requests=torch.tensor([0, 9]))
     monkeypatch.setattr(sys.modules["thresher.ops.index_score"], "choose", lambda *a: lambda *given, **_: given)

@@ -346,8 +346,9 @@ def test_too_few_means_are_refused_for_a_kernel_too(kernel, monkeypatch):
 def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
     """Checks of values and widths from values would synchronise; shapes are checked all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in ("arguments", "index_score", "select", "route_heads", "merge"):
-        monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "can_read", lambda device: False)
+    monkeypatch.setattr(sys.modules["thresher.ops.index_score"], "can_read", lambda device: False)
+    for name in ("arguments", "select", "route_heads", "merge"):
+        monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "checks_values", lambda device: False)
     for operation, (function, given) in CALLS.items():
         seen = kernel(operation, unsupported=able)
         with monkeypatch.context() as patch:
@@ -357,6 +358,20 @@ def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
         assert len(seen) == 1
         if operation == "paged_index_score":
             assert seen[0][1] == {"width": 128, "filled": True}
+
+
+def test_values_on_a_gpu_are_checked_where_asked_for(monkeypatch):
+    """A look would wait for the device; a CPU's values are always checked."""
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.delenv(dispatch.CHECK_VALUES, raising=False)
+    assert [dispatch.checks_values(device) for device in (CPU, GPU)] == [True, False]
+    assert dispatch.can_read(GPU)
+    monkeypatch.setenv(dispatch.CHECK_VALUES, "1")
+    assert [dispatch.checks_values(device) for device in (CPU, GPU)] == [True, True]
+    capturing[0] = True
+    assert [dispatch.checks_values(device) for device in (CPU, GPU)] == [True, False]
+    assert not dispatch.can_read(GPU)
 
 
 def test_the_reference_of_head_mass_stays_a_reference_inside_using():

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from thresher.checks import check_kind
 from thresher.errors import require
-from thresher.ops.dispatch import can_read, device_of
+from thresher.ops.dispatch import checks_values, device_of
 from thresher.types import IndexKeys, IndexQuery
 
 Bounds = tuple[str, Tensor, int | None, int | None, str]
 
 
 def check_values(*bounds: Bounds) -> None:
-    """Raise unless every value lies in its bounds. One read for all of them; none while a CUDA graph is recorded.
+    """Raise unless every value lies in its bounds. One read for all of them; none where ``checks_values`` says so.
 
     Args:
         bounds: ``(name, integer tensor, low, high, what to do)``, all on one device; None where there is no bound.
@@ -23,7 +23,7 @@ def check_values(*bounds: Bounds) -> None:
         ThresherError: naming the tensor, its bounds, and the smallest and largest value it has.
     """
     held = [bound for bound in bounds if bound[1].numel()]
-    if not held or not can_read(held[0][1].device):
+    if not held or not checks_values(held[0][1].device):
         return
     ends = torch.stack([end.long() for bound in held for end in torch.aminmax(bound[1])]).tolist()
     for (name, _, low, high, do), least, most in zip(held, ends[::2], ends[1::2], strict=True):

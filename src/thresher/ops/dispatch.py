@@ -79,6 +79,9 @@ CARDS: Mapping[str, tuple[str, Callable[[tuple[int, int]], bool]]] = MappingProx
 # Names the object file vllm/_C_stable_libtorch.abi3.so of a vllm wheel, where the package itself is not installed.
 VLLM_OPS = "THRESHER_VLLM_OPS"
 
+# Set to 1, the values in tensors on a CUDA device are checked too (checks_values).
+CHECK_VALUES = "THRESHER_CHECK_VALUES"
+
 # operation -> its folder, where that has another name.
 FOLDERS: Mapping[str, str] = MappingProxyType(
     {
@@ -228,8 +231,17 @@ def no_gradient(*tensors: Tensor) -> str | None:
 
 
 def can_read(device: torch.device) -> bool:
-    """Whether values may be looked at: not while a CUDA graph is recorded, so checks of values are made before and left out there."""
+    """Whether a value on a device may be read by the host: not while a CUDA graph is recorded."""
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether the values in tensors are checked: on a CPU always, on a CUDA device with THRESHER_CHECK_VALUES=1, outside of graphs.
+
+    A look waits for all the work before it: 0.4 ms, next to 0.5 for the scores of 1024 queries over 32k keys. Without it a kernel takes
+    what is out of bounds as absent, and never reads there.
+    """
+    return device.type != "cuda" or (os.environ.get(CHECK_VALUES) == "1" and can_read(device))
 
 
 def interpreting() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from thresher.checks import FP32, check_kind, check_list, check_tensor
 from thresher.errors import require
-from thresher.ops.dispatch import can_read, choose, device_of, no_gradient
+from thresher.ops.dispatch import checks_values, choose, device_of, no_gradient
 from thresher.ops.merge.reference import merge_reference
 from thresher.types import PartialAttention
 
@@ -50,7 +50,7 @@ def merge(parts: Sequence[PartialAttention], impl: str = "auto") -> PartialAtten
         check_tensor(f"parts[{i}].lse", part.lse, FP32, shape[:2], "pass one per query and head, in fp32")
         tensors |= {f"parts[{i}].out": part.out, f"parts[{i}].lse": part.lse}
     device = device_of(**tensors)
-    if can_read(device):
+    if checks_values(device):
         high = torch.stack([(part.lse == torch.inf).any() for part in parts])
         require(not bool(high.any()), "the lse of parts must be below +inf", "+inf", "mark empty rows with -inf")
     kernel = choose("merge", impl, device, lambda _: no_gradient(*(x for part in parts for x in (part.out, part.lse))))

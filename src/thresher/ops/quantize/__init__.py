@@ -46,8 +46,8 @@ def store_index_keys(
 
     Raises:
         ThresherError: a shape, dtype, device, size or style that does not fit, a slot outside -1..P * page_size - 1, or an impl that cannot
-            run. While a CUDA graph is recorded no slot is looked at; a kernel leaves out what lies outside. A NaN or an infinity: the
-            reference refuses it and writes nothing, a kernel stores that key as NaN under scale 1.
+            run. Where values are not checked (``ops.dispatch.checks_values``) a kernel leaves out what lies outside. A NaN or an infinity:
+            the reference refuses it and writes nothing, a kernel stores that key as NaN under scale 1.
     """
     check_key_pages(pages)
     num_pages, page_size, dim = pages.shape[0], pages.shape[1], pages.shape[3] - 4

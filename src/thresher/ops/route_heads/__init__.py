@@ -18,7 +18,7 @@ from torch import Tensor
 from thresher.checks import E4M3, FP32, WIDE, check_count, check_list, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_paged
-from thresher.ops.dispatch import can_read, choose, device_of
+from thresher.ops.dispatch import checks_values, choose, device_of
 from thresher.ops.route_heads.reference import head_mass_reference, route_reference
 from thresher.types import IndexKeys, IndexQuery
 
@@ -85,7 +85,7 @@ def _check_means(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys
         check_tensor(f"means[{i}] scales", pair[1], FP32, (len(pair[0]),), "pass one scale per block")
         tensors |= {f"means[{i}] values": pair[0], f"means[{i}] scales": pair[1]}
     device = device_of(**tensors)
-    if not query.num_queries or not can_read(device):
+    if not query.num_queries or not checks_values(device):
         return
     needed = torch.minimum(query.positions + 1, keys.lengths[query.requests]) // block_size
     held = torch.tensor([len(values) for values, _ in means], device=device)[query.requests]

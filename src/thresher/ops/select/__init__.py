@@ -18,7 +18,7 @@ from torch import Tensor
 from thresher.checks import FP32, INDEX, INT32, INT64, check_count, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_values
-from thresher.ops.dispatch import AUTO, can_read, choose, device_of
+from thresher.ops.dispatch import AUTO, checks_values, choose, device_of
 from thresher.ops.select.reference import select_reference, select_slots_reference
 from thresher.types import SPACES, Selection
 
@@ -50,7 +50,7 @@ def select_topk(
 
     Raises:
         ThresherError: a shape, dtype or device that does not fit, topk below 1, an unknown space, positions out of order, an end
-            outside 0..N, or an impl that cannot run. While a CUDA graph is recorded no value is looked at; ends are clamped.
+            outside 0..N, or an impl that cannot run. Where values are not checked (``ops.dispatch.checks_values``) ends are clamped.
     """
     device = _check(scores, topk, positions, ends)
     require(space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(space), "name the index space")
@@ -92,7 +92,7 @@ def select_topk_slots(
 
     Raises:
         ThresherError: what ``select_topk`` refuses, a page_table, requests or page_size that does not fit, a request outside 0..B - 1,
-            or an impl that cannot run. While a CUDA graph is recorded no request is looked at; a kernel gives -1 for one outside.
+            or an impl that cannot run. Where values are not checked a kernel gives -1 for a request outside.
     """
     device = _check(scores, topk, positions, ends)
     check_tensor("page_table", page_table, INT32, ("requests", "max_pages"), "take PageTable.table")
@@ -127,7 +127,7 @@ def _check(scores: Tensor, topk: int, positions: Tensor | None, ends: Tensor | N
     if ends is not None:
         check_tensor("ends", ends, INDEX, (scores.shape[0],), "pass one per row of scores")
     device = device_of(scores=scores, positions=positions, ends=ends)
-    if positions is not None and can_read(device):
+    if positions is not None and checks_values(device):
         before, after = positions[:, :-1], positions[:, 1:]
         ordered = torch.where(before < 0, after < 0, (after > before) | (after < 0))
         require(bool(ordered.all()), "positions must ascend strictly, with -1 at the end", "another order", "sort each row")

@@ -103,8 +103,8 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
         scales in fp32, a kernel may round the product to bf16, which loses nothing where the scale is a power of two.
 
     Raises:
-        ThresherError: a shape, dtype or device that does not fit, a slot outside -1..P * page_size - 1, or an impl that cannot run. While a
-            CUDA graph is recorded no slot is looked at; a kernel takes one outside as -1.
+        ThresherError: a shape, dtype or device that does not fit, a slot outside -1..P * page_size - 1, or an impl that cannot run. Where
+            values are not checked (``ops.dispatch.checks_values``) a kernel takes a slot outside as -1.
 
     Source: the cache of DeepSeek-V3.2-Exp (arXiv 2512.02556); docs/formats.md has its bytes.
     """
