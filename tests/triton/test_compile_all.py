@@ -54,7 +54,7 @@ for module in (index_score, sparse_attend):
     module._hopper = lambda *args, name=module.__package__: import_module(name + ".gluon")
 index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
 sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
-long = pack_keys([(torch.zeros(16384, 128).to(torch.float8_e4m3fn), torch.ones(16384))])
+long = pack_keys([(torch.zeros(32768, 128).to(torch.float8_e4m3fn), torch.ones(32768))])
 score_select.first_try(query, long, 2048)
 """
 

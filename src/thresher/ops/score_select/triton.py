@@ -27,13 +27,14 @@ from thresher.ops.select.triton import select_topk
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 FP8 = torch.float8_e4m3fn
-TILE = 64  # keys; a page holds one
+TILE = 64  # keys; a page holds one, and a row has a list for each place in it
 SAMPLE = 4096  # keys looked at for the level, at least
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 4096
 BLOCK = 512  # (query, head) columns a program
-STAGES = 6
-WARPS = 16
+STAGES = 8
+MIN_ROOM = 8192  # entries of all of a row's lists
+SEARCHED = 512  # entries that a warp searches in ``settle_kernel``, 16 a thread; twice as many in ``level_kernel``
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Plan:
         want: which largest of the sample the level is.
         slack: how many places the level may be lower, to end its search sooner.
         runs: runs that a row's tiles are dealt into.
-        room: entries of each of a row's ``4 * runs`` lists.
+        room: entries of each of a row's ``64 * runs`` lists, a power of two.
     """
 
     stride: int
@@ -59,18 +60,17 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
     The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
-    such deviations. A row's lists together hold four times topk.
+    such deviations. A list has room for what that brings it and six deviations more.
     """
     blocks = triton.cdiv(num_queries * padded_heads(heads), BLOCK)
-    total = max(8192, 4 * triton.next_power_of_2(topk))
-    # More runs share few blocks out; a list should still be long enough for chance to even out.
-    runs = 1 if blocks >= programs else min(2 ** ((programs // blocks).bit_length() - 1), 8)
-    room = total // (4 * runs)
-    if room_tokens <= total:
-        return Plan(0, 0, 0, runs, room)
+    runs = 1 if blocks >= programs else min(2 ** ((programs // blocks).bit_length() - 1), 8)  # more runs share few blocks out
     stride = max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
     hits = topk / stride
     want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
+    expected = (want + want // 16) * stride / (TILE * runs)
+    room = max(triton.next_power_of_2(math.ceil(expected + 6 * math.sqrt(expected))), MIN_ROOM // (TILE * runs))
+    if room_tokens <= TILE * runs * room:
+        return Plan(0, 0, 0, runs, room)
     return Plan(stride, want, want // 16, runs, room)
 
 
@@ -115,7 +115,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     ends = torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
     levels = torch.full((num,), -math.inf, device=device)
     level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
-    lists = 4 * plan.runs
+    lists = TILE * plan.runs
     found = torch.empty(num, lists, plan.room, dtype=torch.int64, device=device)
     counts = torch.empty(num, lists, dtype=torch.int32, device=device)
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
@@ -129,7 +129,8 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
             settle_kernel[(num,)](
                 found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, topk,
-                LISTS=lists, ROOM=plan.room, BLOCK_K=triton.next_power_of_2(topk), WITH_SCORES=with_scores, num_warps=WARPS,
+                LISTS=lists, ROOM=plan.room, BLOCK_K=triton.next_power_of_2(topk), WITH_SCORES=with_scores,
+                num_warps=min(lists * plan.room // SEARCHED, 32),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
@@ -142,11 +143,12 @@ def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, le
     seen = (ends // TILE + plan.stride - 1) // plan.stride * TILE
     few = IndexKeys(keys.pages, table, torch.full_like(keys.lengths, width))
     sample = paged_index_score(IndexQuery(query.q, query.weights, seen - 1, query.requests), few, width)
-    whole = 4 * plan.runs * plan.room
+    whole = TILE * plan.runs * plan.room
+    block = triton.next_power_of_2(width)
     with on_device(query.q):
         level_kernel[(query.num_queries,)](
             sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, whole, sample.stride(0),
-            BLOCK=triton.next_power_of_2(width), num_warps=WARPS,
+            BLOCK=block, num_warps=min(max(block // (2 * SEARCHED), 4), 32),
         )  # fmt: skip
 
 
