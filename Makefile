@@ -8,8 +8,9 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/thresher demo
 
+# One process for each core up to four: interpreted kernels take most of the time.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests

@@ -24,6 +24,7 @@ from .machine import DEVICE, INTERPRET, sized
 
 score = importlib.import_module("thresher.ops.index_score.triton")
 select = importlib.import_module("thresher.ops.select.triton")
+fused = importlib.import_module("thresher.ops.score_select.triton")
 attention = importlib.import_module("thresher.ops.sparse_attend.triton")
 merging = importlib.import_module("thresher.ops.merge.triton")
 pooling = importlib.import_module("thresher.ops.pool_keys.triton")
@@ -72,6 +73,36 @@ def paged_61() -> Run:
     return lambda: [score.paged_index_score(*given, width=333)]
 
 
+def many() -> Run:
+    """Enough queries of each request for the Hopper kernel, in pages and contiguous."""
+    query, keys = odd_world(64)
+    q, weights = queries(96, 20, DIM, seed=14)
+    times = torch.arange(96, device=DEVICE) % 12
+    crowd = query_of(q, weights, query.positions[times], query.requests[times])
+    k, scales = vectors(131, DIM, seed=3)
+    ranges = WILD.to(DEVICE)[times % len(WILD)], WILD.flip(0).to(DEVICE)[times % len(WILD)]
+    return lambda: [score.paged_index_score(crowd, keys, width=333), score.index_score(q, weights, k, scales, *ranges)]
+
+
+def score_and_select() -> Run:
+    """Holes in the page table, and rows long enough for a level."""
+    keys = paged([vectors(n, DIM, seed=n) for n in (17000, 70)], 64)
+    table = keys.page_table.clone()
+    table[0, 5:9] = torch.tensor([-1, 2**31 - 1, -(2**31), 10**6], dtype=torch.int32)
+    q, weights = queries(70, 20, DIM, seed=15)
+    where = torch.arange(70)
+    query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), where % 2)
+    keys = IndexKeys(keys.pages, table, keys.lengths)
+
+    def run() -> list[Tensor]:
+        if DEVICE.type != "cuda":
+            return []
+        selection, redo = fused.first_try(query, keys, 200)
+        return [selection.indices, selection.lengths, redo]
+
+    return run
+
+
 def gathered() -> Run:
     query, keys = odd_world(64)
     wanted = torch.randint(-5, 200, (12, 140), generator=generator(5))
@@ -80,16 +111,16 @@ def gathered() -> Run:
     return lambda: [score.gathered_index_score(query, keys, wanted)]
 
 
-def _selected(width: int, topk: int) -> Run:
+def _selected(width: int, topk: int, times: int = 1) -> Run:
     gen = generator(width)
     scores = torch.randn(3, width, generator=gen)
     scores[1] = torch.where(torch.rand(width, generator=gen) < 0.9, -0.0, scores[1])
     scores[2, ::3], scores[2, 1::3] = -torch.inf, torch.nan
-    scores = scores.to(DEVICE)
-    positions = torch.arange(width, device=DEVICE).expand(3, -1).contiguous()
+    scores = scores.repeat(times, 1).to(DEVICE)
+    positions = torch.arange(width, device=DEVICE).repeat(3 * times, 1)
     positions[1, width // 2 :] = -1
     table = torch.cat((torch.arange(9).int(), GARBAGE)).expand(3, -1).to(DEVICE)
-    requests = torch.tensor([1, 2**40, -1], device=DEVICE)
+    requests = torch.tensor([1, 2**40, -1], device=DEVICE).repeat(times)
 
     def run() -> list[Tensor]:
         plain = select.select_topk(scores, topk, positions=positions)
@@ -105,6 +136,10 @@ def select_short() -> Run:
 
 def select_long() -> Run:
     return _selected(20000, 512)
+
+
+def select_many() -> Run:
+    return _selected(9000, 256, 22)
 
 
 def _slots(num: int, topk: int, total: int) -> Tensor:
@@ -229,8 +264,8 @@ def empty_caches() -> Run:
 CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
-        ragged, ragged_bf16, paged_64, paged_61, gathered, select_short, select_long, gqa, mla, mla_fp8, merge, pool, route, quantize,
-        empty_caches,
+        ragged, ragged_bf16, paged_64, paged_61, many, gathered, select_short, select_long, select_many, score_and_select,
+        gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 

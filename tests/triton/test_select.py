@@ -209,8 +209,7 @@ def with_garbage(scores: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return torch.where(past, torch.tensor([INF, NAN, 3e38, -INF])[torch.arange(scores.shape[1]) % 4], scores)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("width", [300, 1000, 1001])
+@pytest.mark.parametrize(("width", "dtype"), [(300, torch.int64), (1000, torch.int32), (1001, torch.int64)])
 def test_ends(cut_small, dtype, width):
     """About topk, the list's room, a chunk and the sample; below 0 and past the width they are clamped, which no caller may rely on."""
     cut_small(14, 256)
