@@ -28,8 +28,8 @@ query = IndexQuery(torch.zeros(8, 64, 128).to(torch.float8_e4m3fn), torch.zeros(
 index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
 index_score.paged_index_score(query, keys, width=2048)
 index_score.gathered_index_score(query, keys, torch.zeros(8, 256, dtype=torch.int64))
-for width in (8192, 131072):
-    select.select_topk_slots(torch.empty(8, width), 2048, keys.page_table, zeros, 64)
+for rows, width in ((8, 8192), (8, 131072), (64, 131072)):
+    select.select_topk_slots(torch.empty(rows, width), 2048, keys.page_table, zeros.repeat(rows // 8), 64)
 means = pool_keys.pool_keys(values, scales, 128)
 pool_keys.partial_means(values, scales, 128, zeros)
 route_heads.head_mass(query, [means], keys, 128)

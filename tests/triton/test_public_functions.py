@@ -83,7 +83,9 @@ def test_selectors_read_no_score_that_is_out_of_sight(monkeypatch, selector, gar
     with dispatch.using("triton"):
         want = selector.select(query, KEYS)
         empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(garbage if "dtype" not in options else 0))
+        monkeypatch.setattr(
+            torch, "empty", lambda *size, **options: empty(*size, **options).fill_(garbage if "dtype" not in options else 0)
+        )
         bare = ops.paged_index_score(query, KEYS, filled=False)
         got = selector.select(query, KEYS)
     assert torch.equal(bare[:, :10], ops.paged_index_score(query, KEYS, impl="triton")[:, :10])
