@@ -62,9 +62,11 @@ def settle(found, counts, ends, topk, with_scores):
     num, lists, room = found.shape
     indices, beside = torch.full((num, topk), -9, dtype=torch.int32), torch.full((num, topk), math.nan)
     lengths, redo = torch.full((num,), -9), torch.full((num,), -9, dtype=torch.int32)
-    parts.settle_kernel[(num,)](
-        found, counts, ends, indices, lengths, beside, redo, topk,
-        LISTS=lists, ROOM=room, BLOCK_K=1 << (topk - 1).bit_length(), WITH_SCORES=with_scores,
+    words, programs = 80, 3  # fewer programs than rows, and more than one turn for a mask
+    masks = torch.full((2, programs, words), -1, dtype=torch.int32)
+    parts.settle_kernel[(programs,)](
+        found, counts, ends, indices, lengths, beside, redo, masks[0], masks[1], topk, num, words,
+        LISTS=lists, ROOM=room, BLOCK_K=1 << (topk - 1).bit_length(), WORDS=32, WITH_SCORES=with_scores,
     )  # fmt: skip
     return indices, lengths, beside, redo
 

@@ -34,6 +34,7 @@ MAX_TOPK = 4096
 BLOCK = 512  # (query, head) columns a program
 STAGES = 8
 MIN_ROOM = 8192  # entries of all of a row's lists
+WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
 SEARCHED = 512  # entries that a warp searches in ``settle_kernel``, 16 a thread; twice as many in ``level_kernel``
 
 
@@ -127,9 +128,12 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
             find_levels(query, keys, ends, plan, levels, level_keys)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
-            settle_kernel[(num,)](
-                found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, topk,
-                LISTS=lists, ROOM=plan.room, BLOCK_K=triton.next_power_of_2(topk), WITH_SCORES=with_scores,
+            settlers = min(num, 2 * programs)
+            words = room_tokens // 32
+            masks = torch.empty(2, settlers, words, dtype=torch.int32, device=device)
+            settle_kernel[(settlers,)](
+                found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, masks[0], masks[1],
+                topk, num, words, LISTS=lists, ROOM=plan.room, BLOCK_K=triton.next_power_of_2(topk), WORDS=WORDS, WITH_SCORES=with_scores,
                 num_warps=min(lists * plan.room // SEARCHED, 32),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo

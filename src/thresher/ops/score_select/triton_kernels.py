@@ -69,49 +69,75 @@ def level_kernel(sample, ends, levels, level_keys, width, stride, want, slack, w
 
 
 @triton.jit
+def _num_bits(word):
+    """Set bits of int32 words."""
+    word = word.to(tl.uint32, bitcast=True)
+    word -= (word >> 1) & 0x55555555
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word += word >> 8
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
 def settle_kernel(
-    found, counts, ends, indices, lengths, beside, redo, topk, LISTS: tl.constexpr, ROOM: tl.constexpr, BLOCK_K: tl.constexpr,
-    WITH_SCORES: tl.constexpr,
+    found, counts, ends, indices, lengths, beside, redo, masks, before, topk, num_rows, num_words,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer."""
-    row = tl.program_id(0).to(tl.int64)
-    entry = tl.arange(0, LISTS * ROOM)
-    count = tl.load(counts + row * LISTS + entry // ROOM)
-    live = entry % ROOM < count
-    pair = tl.load(found + row * (LISTS * ROOM) + entry, mask=live, other=0)
-    key = (pair & 0xFFFFFFFF).to(tl.int32)
-    score = tl.where(live, _order((pair >> 32).to(tl.int32)), _LAST)
-    held = tl.sum(live.to(tl.int32), axis=0)
-    wanted = tl.minimum(tl.load(ends + row), topk).to(tl.int32)
-    wrong = (tl.max(count, axis=0) > ROOM) | (held < wanted)
-    tl.store(redo + row, wrong.to(tl.int32))
-    length = tl.where(wrong, 0, wanted)
-    if length > 0:
-        cut = _kth(score, length, 0, (length & 0) + (_LAST + 1), tl.max(score, axis=0))
-        above = tl.sum((score > cut).to(tl.int32), axis=0)
-        tied = score == cut
-        last = tl.full([], _SIGN, tl.int32)
-        if tl.sum(tied.to(tl.int32), axis=0) > length - above:  # ties go to the smaller key
-            last = -_kth(tl.where(tied, -key, _LAST), length - above, 0, (length & 0) - _SIGN, length & 0)
-        take = (score > cut) | (tied & (key <= last))
-        to = tl.cumsum(take.to(tl.int32), axis=0) - 1
-        # In any order first; then each is read back, all sorted.
-        tl.store(indices + row * topk + to, key, mask=take)
+    """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
+
+    Nothing is sorted: the keys taken become bits of a mask as long as the row, and a key's place is the number of bits before its own.
+    ``masks`` and ``before`` int32 ``[programs, num_words]`` are a program's own, for one row after the other.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    masks += program * num_words
+    before += program * num_words
+    for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = program * 0 + index
+        entry = tl.arange(0, LISTS * ROOM)
+        count = tl.load(counts + row * LISTS + entry // ROOM)
+        live = entry % ROOM < count
+        pair = tl.load(found + row * (LISTS * ROOM) + entry, mask=live, other=0)
+        key = (pair & 0xFFFFFFFF).to(tl.int32)
+        score = tl.where(live, _order((pair >> 32).to(tl.int32)), _LAST)
+        held = tl.sum(live.to(tl.int32), axis=0)
+        end = tl.load(ends + row)
+        wanted = tl.minimum(end, topk).to(tl.int32)
+        wrong = (tl.max(count, axis=0) > ROOM) | (held < wanted)
+        length = tl.where(wrong, 0, wanted)
+        tl.store(redo + row, wrong.to(tl.int32))
+        tl.store(lengths + row, length.to(tl.int64))
+        if length > 0:
+            cut = _kth(score, length, 0, (length & 0) + (_LAST + 1), tl.max(score, axis=0))
+            above = tl.sum((score > cut).to(tl.int32), axis=0)
+            tied = score == cut
+            last = tl.full([], _SIGN, tl.int32)
+            if tl.sum(tied.to(tl.int32), axis=0) > length - above:  # ties go to the smaller key
+                last = -_kth(tl.where(tied, -key, _LAST), length - above, 0, (length & 0) - _SIGN, length & 0)
+            take = (score > cut) | (tied & (key <= last))
+            words = tl.minimum((end + 31) // 32, num_words).to(tl.int32)
+            for start in range(0, words, WORDS):
+                word = start + tl.arange(0, WORDS)
+                tl.store(masks + word, tl.zeros([WORDS], tl.int32), mask=word < words)
+            tl.debug_barrier()
+            bit = (key & 0) + 1 << (key & 31)
+            tl.atomic_or(masks + key // 32, bit, mask=take, sem="relaxed")
+            tl.debug_barrier()
+            total = length * 0
+            for start in range(0, words, WORDS):
+                word = start + tl.arange(0, WORDS)
+                num = _num_bits(tl.load(masks + word, mask=word < words, other=0, cache_modifier=".cg"))
+                tl.store(before + word, total + tl.cumsum(num, axis=0) - num, mask=word < words)
+                total += tl.sum(num, axis=0)
+            tl.debug_barrier()
+            mine = tl.load(masks + key // 32, mask=take, other=0, cache_modifier=".cg")
+            to = tl.load(before + key // 32, mask=take, other=0, cache_modifier=".cg") + _num_bits(mine & (bit - 1))
+            tl.store(indices + row * topk + to, key, mask=take)
+            if WITH_SCORES:
+                tl.store(beside + row * topk + to, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=take)
+            tl.debug_barrier()  # before the next row's zeros
+        place = tl.arange(0, BLOCK_K)
+        none = (place >= length) & (place < topk)
+        tl.store(indices + row * topk + place, tl.full([BLOCK_K], -1, tl.int32), mask=none)
         if WITH_SCORES:
-            tl.store(beside + row * topk + to, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=take)
-    tl.debug_barrier()
-    place = tl.arange(0, BLOCK_K)
-    there = place < length
-    mine = tl.load(indices + row * topk + place, mask=there, other=_SIGN)
-    if WITH_SCORES:
-        bits = tl.load(beside + row * topk + place, mask=there, other=float("-inf")).to(tl.int32, bitcast=True)
-        tl.debug_barrier()
-        pair = tl.sort((mine.to(tl.int64) << 32) | (bits.to(tl.int64) & 0xFFFFFFFF))
-        mine = (pair >> 32).to(tl.int32)
-        bits = (pair & 0xFFFFFFFF).to(tl.int32)
-        tl.store(beside + row * topk + place, bits.to(tl.float32, bitcast=True), mask=place < topk)
-    else:
-        tl.debug_barrier()
-        mine = tl.sort(mine)
-    tl.store(indices + row * topk + place, tl.where(there, mine, -1), mask=place < topk)
-    tl.store(lengths + row, length.to(tl.int64))
+            tl.store(beside + row * topk + place, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=none)
