@@ -15,6 +15,7 @@ import torch
 
 from thresher.bench.check import BITS, rows_to_cpu, score_bound, selections_agree
 from thresher.cache import pack_keys
+from thresher.cache.index_keys import visible_counts
 from thresher.eval.demo import run_demo
 from thresher.eval.needle import DEPTHS, LENGTHS, build_needle
 from thresher.eval.recall import recall_rows
@@ -26,7 +27,6 @@ from thresher.models.smollm2 import load_model, load_tokenizer
 from thresher.ops import dispatch
 from thresher.ops.route_heads import head_mass, route_heads
 from thresher.selectors import DSA, HISA
-from thresher.selectors.rows import visible_counts
 from thresher.selectors.scan import up_to_date_means
 from thresher.types import Selection
 

@@ -11,11 +11,11 @@ from thresher.bench.cases import Case
 from thresher.bench.check import BITS, score_bound, selections_agree
 from thresher.bench.inputs import CRUEL, make_inputs
 from thresher.cache import pack_keys
+from thresher.cache.index_keys import visible_counts
 from thresher.ops import head_mass, route_heads
 from thresher.ops.dispatch import using
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.selectors.base import Selector
-from thresher.selectors.rows import visible_counts
 from thresher.selectors.scan import up_to_date_means
 from thresher.types import IndexKeys, IndexQuery, Selection
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from thresher.bench.inputs import SCALE
 from thresher.bench.work import Work, slots_of
-from thresher.cache.index_keys import planes
+from thresher.cache.index_keys import planes, visible_counts
 from thresher.ops import paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
 from thresher.ops.dispatch import using
-from thresher.selectors.rows import visible_counts
 from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
 
 ROWS = 4

@@ -22,6 +22,7 @@ from thresher.bench.inputs import SCALE
 from thresher.bench.timing import Step, interleave
 from thresher.bench.work import Work
 from thresher.cache import load_keys
+from thresher.cache.index_keys import visible_counts
 from thresher.errors import ThresherError
 from thresher.ops import paged_index_score
 from thresher.ops.dispatch import using
@@ -132,7 +133,7 @@ def flash_mla_fits(case: Case, op: str) -> str | None:
 def _deep_gemm_scores(work: Work) -> _Scores:
     assert work.index is not None
     query, keys = work.index.query, work.index.keys
-    ends = deep_gemm.visible(query, keys)
+    ends = visible_counts(query, keys)
     lengths, longest = ends.int(), int(ends.max())
     if work.case.kind == "prefill":
         ragged = deep_gemm.ragged_inputs(query.q, query.weights, *load_keys(keys, 0), torch.zeros_like(ends), ends)
@@ -144,7 +145,7 @@ def _given_scores(work: Work) -> _Scores:
     """The scores that ours is timed on, and how many of each row count."""
     assert work.scores is not None
     assert work.index is not None
-    ends = deep_gemm.visible(work.index.query, work.index.keys)
+    ends = visible_counts(work.index.query, work.index.keys)
     given = work.scores
     return _Scores(lambda: given, ends.int(), int(ends.max()))
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from thresher.bench.cases import Case
 from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, make_attend_inputs, make_inputs
 from thresher.cache import LayerState, load_keys
+from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
 from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
 from thresher.ops.dispatch import AUTO, TABLE, choose, preferred, using
 from thresher.selectors.base import Selector
-from thresher.selectors.rows import visible_counts
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 # op -> kinds of case it is timed on; the first op of a kind is its default.

@@ -50,6 +50,20 @@ def flat_rows(values: Tensor, scales: Tensor, starts: Tensor) -> Rows:
     return Rows(values.contiguous(), scales.contiguous(), starts, 0, values.shape[0], 0, 0, 0, 0)
 
 
+# Gluon is an experimental part of Triton: these versions have been tried.
+GLUON = "3.6."
+
+
+def runs_gluon(tensor: Tensor) -> bool:
+    """Whether kernels written in Gluon for Hopper can run for a tensor."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == (9, 0) and triton.__version__.startswith(GLUON)
+
+
+def unit_rows(tensor: Tensor) -> Tensor:
+    """The tensor with a last dim of stride 1."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Launches go to this tensor's GPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

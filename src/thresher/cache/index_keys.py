@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thresher.cache.pages import PageTable, check_slots
 from thresher.errors import require
-from thresher.types import IndexKeys
+from thresher.types import IndexKeys, IndexQuery
 
 
 def planes(pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +123,11 @@ def load_keys(keys: IndexKeys, request: int, start: int = 0, end: int | None = N
     cut = slice(start - first * size, end - first * size)
     got = values.view(torch.uint8).index_select(0, pages).view(torch.float8_e4m3fn).flatten(0, 1)
     return got[cut], scales.index_select(0, pages).flatten()[cut]
+
+
+def visible_counts(query: IndexQuery, keys: IndexKeys) -> Tensor:
+    """int64 ``[Q]``: how many keys each query sees, ``min(position + 1, length)``, 0 at position -1."""
+    return torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
 
 
 def pack_keys(requests: Sequence[tuple[Tensor, Tensor]], page_size: int = 64) -> IndexKeys:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 
+from thresher.cache.index_keys import visible_counts
 from thresher.selectors.base import Selector, require_int
-from thresher.selectors.rows import in_chunks, visible_counts
+from thresher.selectors.rows import in_chunks
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thresher.cache.index_keys import pack_keys
+from thresher.cache.index_keys import pack_keys, visible_counts
 from thresher.errors import require
 from thresher.ops.index_score import gathered_index_score, paged_index_score
 from thresher.ops.select import select_topk, select_visible
 from thresher.selectors.base import Selector, require_int
-from thresher.selectors.rows import in_chunks, longest, visible_counts
+from thresher.selectors.rows import in_chunks, longest
 from thresher.selectors.scan import up_to_date_means
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
 from thresher.ops.select import select_topk
 from thresher.selectors.base import Selector, require_int
-from thresher.selectors.rows import concat, in_chunks, visible_counts
+from thresher.selectors.rows import concat, in_chunks
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from thresher.cache.index_keys import visible_counts
 from thresher.ops.select import select_topk
 from thresher.selectors.base import Selector, require_int
 from thresher.selectors.hashing import hash_counters, hash_scores
-from thresher.selectors.rows import in_chunks, longest, visible_counts
+from thresher.selectors.rows import in_chunks, longest
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:

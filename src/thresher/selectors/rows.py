@@ -15,11 +15,6 @@ CPU_ELEMENTS = 2**24
 GPU_ELEMENTS = 2**26
 
 
-def visible_counts(query: IndexQuery, keys: IndexKeys) -> Tensor:
-    """int64 ``[Q]``: how many keys each query sees, ``min(position + 1, length)``, 0 at position -1."""
-    return torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
-
-
 def longest(keys: IndexKeys) -> int:
     """The largest length of any request, 0 when there are none; what the page table has room for while a CUDA graph is recorded."""
     if not can_read(keys.lengths.device):

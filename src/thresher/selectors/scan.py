@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from thresher.cache.block_means import BlockMeans
+from thresher.cache.index_keys import visible_counts
 from thresher.ops.index_score import paged_index_score
 from thresher.ops.pool_keys import pool_keys
 from thresher.ops.route_heads import head_mass, route_heads
 from thresher.ops.select import select_visible
 from thresher.selectors.base import require_active_heads
-from thresher.selectors.rows import in_chunks, keep_heads, longest, visible_counts
+from thresher.selectors.rows import in_chunks, keep_heads, longest
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:

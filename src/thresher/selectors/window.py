@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
 from thresher.selectors.base import Selector, require_int
-from thresher.selectors.rows import visible_counts
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:

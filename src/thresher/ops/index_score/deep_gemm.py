@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
 from thresher.ops.dispatch import on_device
 from thresher.types import IndexKeys, IndexQuery
@@ -113,7 +114,7 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int | None = No
     if not filled:
         return logits
     column = torch.arange(width, device=query.q.device)
-    return logits.masked_fill_(column >= visible(query, keys)[:, None], -torch.inf)
+    return logits.masked_fill_(column >= visible_counts(query, keys)[:, None], -torch.inf)
 
 
 def ragged_inputs(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts: Tensor, ends: Tensor) -> RaggedInputs:
@@ -136,7 +137,7 @@ def paged_inputs(query: IndexQuery, keys: IndexKeys, width: int) -> PagedInputs:
     of no work at all is not defined; unused entries of the table become page 0.
     """
     package = load()
-    lengths = visible(query, keys).clamp(1, width).int()[:, None].contiguous()
+    lengths = visible_counts(query, keys).clamp(1, width).int()[:, None].contiguous()
     table = keys.page_table[query.requests].clamp(min=0)
     schedule = _tensor(package.get_paged_mqa_logits_metadata(lengths, PAGE_SIZE, package.get_num_sms()))
     return PagedInputs(query.q[:, None].contiguous(), keys.pages, query.weights.contiguous(), lengths, table, schedule, width)
@@ -146,11 +147,6 @@ def paged_logits(inputs: PagedInputs) -> Tensor:
     """fp32 ``[Q, width]``; what stands past a query's length has no meaning."""
     q, pages, weights, lengths, table, schedule, width = inputs
     return _tensor(load().fp8_paged_mqa_logits(q, pages, weights, lengths, table, schedule, width, clean_logits=False))
-
-
-def visible(query: IndexQuery, keys: IndexKeys) -> Tensor:
-    """int64 ``[Q]``, one past the last key that each query sees."""
-    return torch.minimum(query.positions + 1, keys.lengths[query.requests])
 
 
 def _check_pages(query: IndexQuery, keys: IndexKeys) -> None:

@@ -7,16 +7,17 @@ jobs, keys fetched by the copy engine, and a matrix product that runs while the 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from thresher.cache.device import on_device
+from thresher.cache.device import on_device, unit_rows
 from thresher.ops.index_score.gluon_kernels import prefill_kernel
+from thresher.ops.index_score.triton import padded_heads
 from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
+BLOCK = 512  # (query, head) columns a program
 STAGES = 6
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -32,15 +33,26 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
 
 def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int, out: Tensor) -> Tensor:
     """``triton.paged_index_score`` for checked arguments, at least one query and one page; pages hold a multiple of 64 tokens."""
-    pages, size, dim = keys.pages.shape[0], keys.page_size, keys.head_dim
-    flat = keys.pages.contiguous().view(-1)
-    record = size * (dim + 4)
-    desc = TensorDescriptor(flat.view(FP8), [pages, size, dim], [record, dim, 1], [1, 64, dim], _layout(dim))
-    table = keys.page_table if keys.page_table.stride(-1) == 1 else keys.page_table.contiguous()
+    desc, scales, table, record = paged_keys(keys)
     positions, requests, lengths = query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous()
-    sizes = (keys.num_requests, pages, table.shape[1] * size, record // 4, table.stride(0))
-    scales = flat.view(torch.float32)
-    return _run(desc, query.q, query.weights, scales, positions, positions, requests, lengths, table, out, width, sizes, size)
+    sizes = (keys.num_requests, keys.pages.shape[0], table.shape[1] * keys.page_size, record // 4, table.stride(0))
+    return _run(desc, query.q, query.weights, scales, positions, positions, requests, lengths, table, out, width, sizes, keys.page_size)
+
+
+def paged_keys(keys: IndexKeys) -> tuple[TensorDescriptor, Tensor, Tensor, int]:
+    """What a Hopper kernel reads paged keys by: tiles for the copy engine, all bytes as fp32 for the scales, the page table, and the bytes
+    of a page."""
+    pages, size, dim = keys.pages.shape[0], keys.page_size, keys.head_dim
+    flat, record = keys.pages.contiguous().view(-1), size * (dim + 4)
+    desc = TensorDescriptor(flat.view(FP8), [pages, size, dim], [record, dim, 1], [1, 64, dim], _layout(dim))
+    return desc, flat.view(torch.float32), unit_rows(keys.page_table), record
+
+
+def columns(num_heads: int) -> dict[str, int]:
+    """The constants by which a Hopper kernel deals 512 (query, head) columns out (``gluon_tiles.py``)."""
+    heads = padded_heads(num_heads)
+    pairs = min(heads // 2, 16)
+    return {"HEADS": heads, "BLOCK": BLOCK // heads, "ROWS": BLOCK // 2 // heads, "HB": pairs, "SUB": 16 // pairs}
 
 
 def _run(
@@ -49,16 +61,13 @@ def _run(
 ) -> Tensor:  # fmt: skip
     num, heads, dim = q.shape
     num_requests, num_pages, num_keys, page_words, table_row = sizes
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    weights = weights if weights.stride(-1) == 1 else weights.contiguous()
-    padded = max(8, triton.next_power_of_2(heads))
-    pairs = min(padded // 2, 16)
+    q, weights = unit_rows(q), unit_rows(weights)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     with on_device(q):
         prefill_kernel[(programs,)](
             desc, q, weights, scales, low, high, owners, lengths, table, out, num, heads, num_keys, num_requests, num_pages, width,
             q.stride(0), q.stride(1), weights.stride(0), page_words, table_row, out.stride(0),
-            HEADS=padded, BLOCK=512 // padded, ROWS=256 // padded, STAGES=STAGES, D=dim, PAGE=page, HB=pairs, SUB=16 // pairs, **OPTIONS,
+            STAGES=STAGES, D=dim, PAGE=page, **columns(heads), **OPTIONS,
         )  # fmt: skip
     return out
 

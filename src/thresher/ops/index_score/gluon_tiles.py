@@ -40,11 +40,17 @@ def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: 
 
 
 @gluon.jit
-def total(sums, SUB: gl.constexpr):
-    """The fixed tree over a parity's four classes, then over both parities: ``[64, SUB, 4]``."""
+def parity_sums(sums, SUB: gl.constexpr):
+    """The fixed tree over a parity's four classes: ``[64, SUB, 2, 4]``."""
     a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
     a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
-    return gl.sum(a + b, 2) + 0.0
+    return a + b
+
+
+@gluon.jit
+def total(sums, SUB: gl.constexpr):
+    """The sums of both parities: ``[64, SUB, 4]``."""
+    return gl.sum(parity_sums(sums, SUB), 2) + 0.0
 
 
 @gluon.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thresher.cache.index_keys import load_keys
+from thresher.cache.index_keys import load_keys, visible_counts
 from thresher.ops.index_score.reference import chunk_elements, ragged_scores, score_pairs, to_double
 from thresher.types import IndexKeys, IndexQuery
 
@@ -49,7 +49,7 @@ def gathered_scores(query: IndexQuery, keys: IndexKeys, positions: Tensor) -> Te
 
 def _by_request(query: IndexQuery, keys: IndexKeys) -> list[tuple[int, Tensor, Tensor]]:
     """``(request, its query rows, the end of each row's keys)`` for every request asked about."""
-    ends = torch.minimum(query.positions + 1, keys.lengths.to(query.positions.device)[query.requests]).clamp(min=0)
+    ends = visible_counts(query, keys)
     groups = []
     for request in query.requests.unique().tolist():
         rows = (query.requests == request).nonzero()[:, 0]

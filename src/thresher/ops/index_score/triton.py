@@ -12,7 +12,6 @@ compiled without implicit fusion, so a compiler has no say in the roundings. The
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -21,11 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
+from thresher.cache.device import INTERPRET, on_device, runs_gluon, unit_rows
 from thresher.errors import require
 from thresher.ops.index_score.triton_kernels import gathered_kernel, paged_kernel, ragged_kernel
 from thresher.types import IndexKeys, IndexQuery
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 
@@ -40,10 +38,9 @@ OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
 MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form
 SHARED_PROGRAMS = 132 * 4  # of the paged form, where programs share the work out evenly among themselves
+MAX_GROUPS = 512  # of rows that a program of the paged form looks at to do so
 # With fewer queries a block of ``gluon.py`` is mostly padding, with fewer heads its columns hold more queries than it has registers for.
 HOPPER_QUERIES, HOPPER_ROWS, HOPPER_HEADS = 64, 16, range(17, 65)  # queries in all, queries of a request, heads
-GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
-MAX_GROUPS = 512  # of rows that a program of the paged form looks at to do so
 
 
 def unsupported(q_dtype: torch.dtype, k_dtype: torch.dtype, num_heads: int, head_dim: int, num_keys: int = 0) -> str | None:
@@ -91,11 +88,11 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     hopper = _hopper(q, k.dtype)
     if hopper is not None:
         return hopper.index_score(q, weights, k, k_scales, starts, ends, out)
-    q, weights, k = _rows(q), _rows(weights), _rows(k)
+    q, weights, k = unit_rows(q), unit_rows(weights), unit_rows(k)
     padded = padded_heads(heads)
     rows = QUERIES[padded] // (2 if q.dtype == BF16 else 1)
     tiles = key_tiles(triton.cdiv(num, rows), num_keys)
-    with _on(q):
+    with on_device(q):
         ragged_kernel[triton.cdiv(num, rows), triton.cdiv(num_keys, tiles * KEYS)](
             q, weights, k, k_scales.contiguous(), starts.contiguous(), ends.contiguous(), out, num, heads, num_keys, tiles,
             q.stride(0), q.stride(1), weights.stride(0), k.stride(0), out.stride(0),
@@ -111,7 +108,7 @@ def paged_index_score(
 
     Args:
         width: columns of the result. ``max(keys.lengths)`` when None, which reads the lengths on the host; pass an upper bound, such as
-            the page table's room, where that must not happen (in a CUDA graph). Columns past a request's length are -inf.
+            the page table's room, where that must not happen (in a CUDA graph). Where filled, columns past a request's length are -inf.
         out: fp32 ``[Q, width]`` to write, rows contiguous; new memory when None.
         filled: whether columns that a row does not see are -inf; otherwise they may hold anything.
     """
@@ -137,7 +134,7 @@ def paged_index_score(
     programs = min(groups * triton.cdiv(width, KEYS), PROGRAMS if groups > MAX_GROUPS else SHARED_PROGRAMS)
     registers = {"maxnreg": 128} if tile * padded <= 64 else {}  # four programs on a multiprocessor, and nothing spilled
     tensors, sizes, strides = _paged_arguments(query, keys)
-    with _on(query.q):
+    with on_device(query.q):
         paged_kernel[(programs,)](
             *tensors, out, num, *sizes, width, *strides, out.stride(0), GROUPS=max(triton.next_power_of_2(groups), 16) if even else 0,
             STEP=step, PAGE=keys.page_size, FILLED=filled, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET,
@@ -159,9 +156,9 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
     if not out.numel():
         return out
     padded = padded_heads(heads)
-    positions = _rows(positions)
+    positions = unit_rows(positions)
     tensors, sizes, strides = _paged_arguments(query, keys)
-    with _on(query.q):
+    with on_device(query.q):
         gathered_kernel[(num * triton.cdiv(width, GATHERED_KEYS),)](
             *tensors, positions, out, *sizes, width, *strides, positions.stride(0), out.stride(0),
             PAGE=keys.page_size, HEADS=padded, D=dim, BN=GATHERED_KEYS, BQ=max(1, MIN_COLUMNS // padded), INTERPRET=INTERPRET, **OPTIONS,
@@ -173,7 +170,7 @@ def _paged_arguments(query: IndexQuery, keys: IndexKeys) -> tuple[tuple[Tensor, 
     """``(tensors, sizes, strides)`` that the paged and gathered kernels share, in the order of their parameters."""
     num_pages, page_size, _, key_bytes = keys.pages.shape
     flat = keys.pages.view(num_pages, page_size * key_bytes)
-    q, weights, table = _rows(query.q), _rows(query.weights), _rows(keys.page_table)
+    q, weights, table = unit_rows(query.q), unit_rows(query.weights), unit_rows(keys.page_table)
     tensors = (q, weights, flat.view(FP8), flat.view(torch.float32), table, keys.lengths.contiguous())
     sizes = (query.num_heads, keys.num_requests, num_pages, table.shape[1])
     strides = (q.stride(0), q.stride(1), weights.stride(0), page_size * key_bytes // 4, table.stride(0))
@@ -184,9 +181,7 @@ def _hopper(q: Tensor, k_dtype: torch.dtype) -> ModuleType | None:
     """The module with the kernels for many queries on Hopper, which have the same bits, where they can run and are faster."""
     num, heads, dim = q.shape
     fits = num >= HOPPER_QUERIES and heads in HOPPER_HEADS and dim in (64, 128) and (q.dtype, k_dtype) == (FP8, FP8)
-    if not fits or not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0) or not triton.__version__.startswith(GLUON):
-        return None
-    return import_module("thresher.ops.index_score.gluon")
+    return import_module("thresher.ops.index_score.gluon") if fits and runs_gluon(q) else None
 
 
 def _check(q: Tensor, k_dtype: torch.dtype, num_keys: int) -> None:
@@ -201,13 +196,3 @@ def _result(out: Tensor | None, num: int, width: int, device: torch.device) -> T
     must = f"out must be float32 [{num}, {width}] with contiguous rows"
     require(ok, must, f"{out.dtype} {tuple(out.shape)}, strides {out.stride()}", "allocate it so")
     return out
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with a last dim of stride 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -22,6 +22,7 @@ from thresher.ops.index_score.gluon_tiles import (
     load_block,
     load_scales,
     multiply,
+    parity_sums,
     sight,
 )
 
@@ -88,14 +89,12 @@ def _parity(zero):
 
 @gluon.jit
 def _place_total(sums, parity, SUB: gl.constexpr):
-    """The fixed tree over a parity's four classes, then over both parities: ``[4, 8, SUB, 2, 4]``, key ``16 * warp + 8 * half + lane``.
+    """The sums of both parities: ``[4, 8, SUB, 2, 4]``, key ``16 * warp + 8 * half + lane``.
 
     Where ``total`` gives both lanes of a pair both of their sums, here the lane of parity p keeps half p, so each sum is made once. The
     addition of the two parities has the same bits in either order.
     """
-    a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
-    a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
-    low, high = _halves(a + b, SUB)
+    low, high = _halves(parity_sums(sums, SUB), SUB)
     return gl.inline_asm_elementwise(
         """{
         .reg .pred p;

@@ -19,9 +19,10 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device
+from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
+from thresher.cache.index_keys import visible_counts
 from thresher.ops.dispatch import can_read
-from thresher.ops.index_score.triton import paged_index_score
+from thresher.ops.index_score.triton import padded_heads, paged_index_score
 from thresher.ops.score_select.triton_kernels import level_kernel, settle_kernel
 from thresher.ops.select.triton import select_topk
 from thresher.types import IndexKeys, IndexQuery, Selection
@@ -75,17 +76,12 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     return Plan(stride, want, want // 16, runs, room)
 
 
-def padded_heads(num_heads: int) -> int:
-    """Heads as the kernel counts them: a power of two from 8 on."""
-    return max(8, triton.next_power_of_2(num_heads))
-
-
 def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     """Why these kernels cannot run, or None."""
     if INTERPRET:
         return "cannot be interpreted"
-    if not query.q.is_cuda or torch.cuda.get_device_capability(query.q.device) != (9, 0):
-        return "needs compute capability 9.0"
+    if not runs_gluon(query.q):
+        return f"needs compute capability 9.0, and Triton {GLUON}x"
     if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 17 <= query.num_heads <= 64:
         return f"needs 17 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
     if keys.page_size != TILE or not len(keys.pages):
@@ -113,7 +109,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     room_tokens = keys.page_table.shape[1] * TILE
     programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
-    ends = torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
+    ends = visible_counts(query, keys)
     levels = torch.full((num,), -math.inf, device=device)
     level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
     lists = TILE * plan.runs
@@ -160,24 +156,14 @@ def collect(
     query: IndexQuery, keys: IndexKeys, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor, plan: Plan, programs: int
 ) -> None:
     """Launch ``collect_kernel``."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
+    from thresher.ops.index_score.gluon import OPTIONS, columns, paged_keys
     from thresher.ops.score_select.gluon_kernels import collect_kernel
 
-    pages, size, dim = keys.pages.shape[0], keys.page_size, keys.head_dim
-    flat, record = keys.pages.view(-1), size * (dim + 4)
-    layout = gl.NVMMASharedLayout(dim, 8, 3)
-    desc = TensorDescriptor(flat.view(FP8), [pages, size, dim], [record, dim, 1], [1, TILE, dim], layout)
-    q = query.q if query.q.stride(-1) == 1 else query.q.contiguous()
-    weights = query.weights if query.weights.stride(-1) == 1 else query.weights.contiguous()
-    table = keys.page_table if keys.page_table.stride(-1) == 1 else keys.page_table.contiguous()
-    padded = padded_heads(query.num_heads)
-    pairs = min(padded // 2, 16)
+    desc, scales, table, record = paged_keys(keys)
+    q, weights = unit_rows(query.q), unit_rows(query.weights)
     collect_kernel[(programs,)](
-        desc, q, weights, flat.view(torch.float32), query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(),
-        table, levels, level_keys, found, counts, query.num_queries, query.num_heads, table.shape[1] * size, keys.num_requests, pages,
-        plan.runs, q.stride(0), q.stride(1), weights.stride(0), record // 4, table.stride(0),
-        HEADS=padded, BLOCK=BLOCK // padded, ROWS=BLOCK // padded // 2, STAGES=STAGES, D=dim, PAGE=size, HB=pairs, SUB=16 // pairs,
-        ROOM=plan.room, num_warps=4, enable_fp_fusion=False,
+        desc, q, weights, scales, query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table,
+        levels, level_keys, found, counts, query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests,
+        keys.pages.shape[0], plan.runs, q.stride(0), q.stride(1), weights.stride(0), record // 4, table.stride(0),
+        STAGES=STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **columns(query.num_heads), **OPTIONS,
     )  # fmt: skip

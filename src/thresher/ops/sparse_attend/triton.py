@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device
+from thresher.cache.device import INTERPRET, on_device, runs_gluon, unit_rows
 from thresher.cache.latents import FP8_BYTES, LATENT_DIM, ROPE_DIM
 from thresher.errors import ThresherError, require
 from thresher.ops.sparse_attend.triton_kernels import combine_kernel, gqa_kernel, mla_kernel
@@ -41,7 +41,6 @@ MLA_BF16 = {16: (64, 8, 3), 32: (64, 8, 3), 64: (64, 8, 2)}
 GQA_HALF = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 8, 3)}
 GQA_FLOAT = {16: (32, 8, 2)}  # no tensor cores; larger tiles spill
 
-GLUON = "3.6."  # Gluon is an experimental part of Triton: these versions have been tried
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -84,7 +83,7 @@ def sparse_attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float) 
     table = GQA_FLOAT if dtype == torch.float32 else GQA_HALF
     tile_heads = _tile_heads(heads // groups, table)
     tile, warps, stages = table[tile_heads]
-    q, k, v, slots = _unit_rows(q), _unit_rows(k), _unit_rows(v), _unit_rows(slots)
+    q, k, v, slots = unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(slots)
 
     def launch(grid: int, shares: int, share_tiles: int, out: Tensor, lse: Tensor, total: Tensor) -> None:
         gqa_kernel[(grid,)](
@@ -154,7 +153,7 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
     require(cache_data.device == slots.device == q.device, f"cache_data and slots must be on {q.device}", cache_data.device, "move them")
     hopper = _hopper(q)
     if hopper is not None:
-        q, slots, num_slots = _unit_rows(q), _unit_rows(slots), cache_data.shape[0] * cache_data.shape[1]
+        q, slots, num_slots = unit_rows(q), unit_rows(slots), cache_data.shape[0] * cache_data.shape[1]
         launch = hopper.launcher(q, cache_data, slots, scale)
         return _attend(launch, q, slots, num_slots, LATENT_DIM, triton.cdiv(q.shape[1], hopper.HEADS), hopper.TILE)
     pages, page_size = cache_data.shape[:2]
@@ -165,7 +164,7 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
 
 def _hopper(q: Tensor) -> ModuleType | None:
     """The module with the kernel for FP8 latents on Hopper, where it can run."""
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0) or not triton.__version__.startswith(GLUON):
+    if not runs_gluon(q):
         return None
     return import_module("thresher.ops.sparse_attend.gluon")
 
@@ -178,7 +177,7 @@ def _mla(
     table = MLA_FP8 if fp8 else MLA_BF16
     tile_heads = _tile_heads(q.shape[1], table)
     tile, warps, stages = table[tile_heads]
-    q, slots = _unit_rows(q), _unit_rows(slots)
+    q, slots = unit_rows(q), unit_rows(slots)
 
     def launch(grid: int, shares: int, share_tiles: int, out: Tensor, lse: Tensor, total: Tensor) -> None:
         mla_kernel[(grid,)](
@@ -262,10 +261,6 @@ def cut(programs: int, topk: int, tile: int) -> tuple[int, int]:
 def _tile_heads(heads: int, table: dict[int, tuple[int, int, int]]) -> int:
     """Rows of a tile of heads: the smallest of the table that holds them all, else its largest."""
     return min((rows for rows in table if rows >= heads), default=max(table))
-
-
-def _unit_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _refuse(why: str | None) -> None:
