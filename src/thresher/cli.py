@@ -156,7 +156,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--peer", metavar="NAME", help="what to time beside it; see --list")
     parser.add_argument("--impl", default="auto", help="auto, or a name that thresher info lists (default: %(default)s)")
-    parser.add_argument("--timing", choices=["graph", "events"], help="(default: graph, events for a prefill)")
+    parser.add_argument("--timing", choices=["graph", "events"], help="on a GPU (default: graph)")
     parser.add_argument("--repeats", type=int, default=50, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(

@@ -11,7 +11,7 @@ import torch
 from thresher import cli
 from thresher.bench import check, run, work
 from thresher.bench.cases import parse_case
-from thresher.bench.floor import floor_us, useful_work
+from thresher.bench.floor import Ceilings, floor_us, measure_ceilings, useful_work
 from thresher.bench.peer_steps import Prepared
 from thresher.bench.peers import PEERS, Peer, peer_reason
 from thresher.bench.record import read
@@ -273,11 +273,12 @@ def test_slots_follow_the_page_table():
 
 def test_useful_work_of_known_cases():
     """By hand: 132 bytes and 2 H D operations a key."""
+    card = Ceilings(copy=4.27e12, fp8=1331e12, bf16=729e12)
     case = parse_case("decode-1x1m-h64")
     flops, moved = useful_work(case, "select", DSA(topk=2048), [2**20])
     assert flops == 2 * 64 * 128 * 2**20
     assert moved == 132 * 2**20 + 64 * 132 + 4 * 2048
-    assert floor_us("NVIDIA H200", "select", flops, moved) == pytest.approx(32.42, abs=0.01)
+    assert floor_us(card, "select", flops, moved) == pytest.approx(32.42, abs=0.01)
     case = parse_case("prefill-1024x128k-h64")
     flops, moved = useful_work(case, "index_score", None, [131072])
     assert flops == 2 * 64 * 128 * sum(range(131072 - 1023, 131073))
@@ -285,13 +286,13 @@ def test_useful_work_of_known_cases():
     assert useful_work(case, "select", HISA(), [131072])[0] < useful_work(case, "select", MISA(), [131072])[0] < flops
     flops, moved = useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla_fp8", None, [32768] * 32)
     assert moved == 32 * (2048 * 656 + 128 * (576 * 2 + 512 * 4 + 4))
-    assert floor_us("NVIDIA H200", "sparse_attend_mla_fp8", 729e12, 0.0) == pytest.approx(1e6)
+    assert floor_us(card, "sparse_attend_mla_fp8", 729e12, 0.0) == pytest.approx(1e6)
     assert useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla", None, [32768] * 32)[0] == flops
     flops, moved = useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla", None, [32768] * 32)
     assert flops == 2 * 32 * 128 * (576 + 512) * 2048
     assert moved == 32 * (2048 * 1152 + 128 * (576 * 2 + 512 * 4 + 4))
-    assert floor_us("NVIDIA H200 NVL", "sparse_attend_mla", 729e12, 0.0) == pytest.approx(1e6)
-    assert floor_us("cpu x86_64", "select", flops, moved) is None
+    assert floor_us(card, "sparse_attend_mla", 729e12, 0.0) == pytest.approx(1e6)
+    assert floor_us(measure_ceilings(torch.device("cpu")), "select", flops, moved) is None
 
 
 def test_info_says_what_can_run(capsys, monkeypatch):

@@ -1,8 +1,13 @@
-"""What a case must do at least, and how long that takes at the card's measured ceilings."""
+"""What a case must do at least, and how long that takes at ceilings measured on the card."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
 
 from thresher.bench.cases import Case
 from thresher.selectors.base import Selector
@@ -12,17 +17,44 @@ LATENT_DIM, VALUE_DIM = 576, 512
 LATENT_BYTES = {"sparse_attend_mla_fp8": 656, "sparse_attend_mla": 1152, "layer": 1152}
 
 
+COPIED = 2**30  # bytes
+SIDE = 8192  # of a square product
+WARM_UPS, SAMPLES = 10, 21
+
+
 @dataclass(frozen=True)
-class Ceiling:
-    """Measured on the card, not from its data sheet: bytes a second (copy, read plus write) and FLOPs a second of matrix products."""
+class Ceilings:
+    """What a card does in large library calls: bytes a second of a copy (read plus write), FLOPs a second of matrix products."""
 
     copy: float
     fp8: float
     bf16: float
 
 
-# Part of the device's name -> its ceilings. A card that is not here gets no floor.
-CEILINGS = {"H200": Ceiling(copy=4.27e12, fp8=1331e12, bf16=729e12)}
+@cache
+def measure_ceilings(device: torch.device) -> Ceilings | None:
+    """Measured once a process, at the clocks that the card keeps under such work (medians); None without FP8 matrix units."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return None
+    source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    a, b = (torch.randn(SIDE, SIDE, device=device) for _ in range(2))
+    wide, narrow, one = (a.bfloat16(), b.bfloat16()), (a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()), a.new_ones(())
+    copied = _seconds(lambda: target.copy_(source))
+    bf16 = _seconds(lambda: torch.mm(*wide))
+    fp8 = _seconds(lambda: torch._scaled_mm(*narrow, one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
+    return Ceilings(copy=2 * COPIED / copied, fp8=2 * SIDE**3 / fp8, bf16=2 * SIDE**3 / bf16)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(SAMPLES + 1)]
+    for _ in range(WARM_UPS):
+        run()
+    for event in events:
+        event.record()
+        run()
+    events[-1].synchronize()
+    took = sorted(first.elapsed_time(second) for first, second in pairwise(events))
+    return 1e-3 * took[len(took) // 2]
 
 
 def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[int]) -> tuple[float, float]:
@@ -49,13 +81,11 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
     return flops, moved
 
 
-def floor_us(gpu: str, op: str, flops: float, moved: float) -> float | None:
-    """The longer of bytes over copy bandwidth and FLOPs over peak, in microseconds; None for a card without measured ceilings."""
-    for part, ceiling in CEILINGS.items():
-        if part in gpu:
-            peak = ceiling.bf16 if op in LATENT_BYTES else ceiling.fp8
-            return 1e6 * max(moved / ceiling.copy, flops / peak)
-    return None
+def floor_us(ceilings: Ceilings | None, op: str, flops: float, moved: float) -> float | None:
+    """The longer of bytes over copy bandwidth and FLOPs over peak, in microseconds; None without ceilings."""
+    if ceilings is None:
+        return None
+    return 1e6 * max(moved / ceilings.copy, flops / (ceilings.bf16 if op in LATENT_BYTES else ceilings.fp8))
 
 
 def _contexts(case: Case, lengths: list[int]) -> list[int]:

@@ -167,7 +167,7 @@ def _with_vllm(name: str, works: Sequence[Work], scores: Sequence[_Scores]) -> P
             else:
                 wrong.append(f"{kernel}: {why}")
         if ways:
-            kernel = _fastest(ways, device, "events" if case.kind == "prefill" else "graph")
+            kernel = _fastest(ways, device)
             return Prepared(tuple(ways[kernel]), kernel)
     _agree(name, "; ".join(wrong))
     raise AssertionError("some kernel always fits")
@@ -178,10 +178,10 @@ def _vllm_step(kernel: str, work: Work, scores: _Scores) -> Callable[[], Tensor]
     return lambda: vllm.top_k(kernel, scores.run(), scores.lengths, buffers, scores.longest)
 
 
-def _fastest(ways: dict[str, Sequence[Step]], device: torch.device, timing: str) -> str:
+def _fastest(ways: dict[str, Sequence[Step]], device: torch.device) -> str:
     if len(ways) == 1:
         return next(iter(ways))
-    times = interleave(ways, device, CHOICE_REPEATS, timing if device.type == "cuda" else "clock")
+    times = interleave(ways, device, CHOICE_REPEATS, "graph" if device.type == "cuda" else "clock")
     return min(times, key=lambda kernel: times[kernel].p50)
 
 

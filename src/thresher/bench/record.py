@@ -21,12 +21,13 @@ class Record:
 
     Attributes:
         case, op, selector, settings, inputs, seed, impl: what ran; settings are the selector's options, how it was timed, and
-            ``peer_kernel``, which kernel a peer with several took.
+            ``peer_kernel``, which kernel a peer with several took, and ``ceilings``, what the card did in that process in bytes and FLOPs a
+            second.
         peer: what ran beside it, or None.
         time_us, peer_time_us: quantiles p20, p50, p80 of one run.
         ratio: peer / ours, of the p50: over 1 is faster than the peer.
         useful_flops, useful_bytes: what the definition asks for, each byte once.
-        floor_us: the longer of both at the card's measured ceilings; None for a card without.
+        floor_us: the longer of both at these ceilings; None on a CPU.
         peak_bytes: most device memory allocated during a run beyond its inputs; None on a CPU.
         rows_redone: rows that a fused kernel had to select again; None where nothing is.
         ranks: devices that shared the work.

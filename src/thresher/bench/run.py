@@ -12,7 +12,7 @@ import torch
 
 from thresher.bench.cases import CASES, Case, parse_case
 from thresher.bench.check import check_work
-from thresher.bench.floor import floor_us, useful_work
+from thresher.bench.floor import floor_us, measure_ceilings, useful_work
 from thresher.bench.inputs import CRUEL, INPUTS
 from thresher.bench.peers import PEERS, Peer, find_peer, module_versions, peer_reason, versions
 from thresher.bench.record import Record, append, ratio_of, results_path, today
@@ -34,7 +34,7 @@ class Settings:
         selector: text, for the ops that select.
         op: None for the whole job of each case.
         peer: None to time ours alone.
-        timing: "graph" or "events"; None for graphs in decode and events in prefill.
+        timing: "graph" or "events"; None for graphs.
         out: a file to append to; None for the results folder on a GPU, and for nothing on a CPU.
         recorded: the file of recorded inputs.
     """
@@ -106,8 +106,7 @@ def _selector(settings: Settings, case: Case, op: str) -> Selector | None:
 def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, peers: Mapping[str, Peer]) -> Record:
     op = settings.op or default_op(case)
     selector = _selector(settings, case, op)
-    timing = settings.timing or ("events" if case.kind == "prefill" else "graph")
-    timing = timing if device.type == "cuda" else "clock"
+    timing = (settings.timing or "graph") if device.type == "cuda" else "clock"
     lengths = case.lengths(settings.seed)
     flops, moved = useful_work(case, op, selector, lengths)
 
@@ -130,12 +129,14 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
     theirs = times[settings.peer] if settings.peer is not None else None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
     options: dict[str, Any] = asdict(selector) if selector is not None else {}
+    ceilings = measure_ceilings(device)
+    measured = {} if ceilings is None else {"ceilings": asdict(ceilings)}
     commit, dirty = source_state()
     return Record(
         case=case.name,
         op=op,
         selector=settings.selector.partition(":")[0].strip() if selector is not None else None,
-        settings={**options, "timing": timing, "copies": len(copies), "repeats": settings.repeats, **kernel},
+        settings={**options, "timing": timing, "copies": len(copies), "repeats": settings.repeats, **kernel, **measured},
         inputs=inputs,
         seed=settings.seed,
         impl=resolved(first),
@@ -145,7 +146,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         ratio=ratio_of(times["ours"], theirs),
         useful_flops=flops,
         useful_bytes=moved,
-        floor_us=floor_us(gpu, op, flops, moved),
+        floor_us=floor_us(ceilings, op, flops, moved),
         peak_bytes=peak,
         rows_redone=None,
         ranks=1,

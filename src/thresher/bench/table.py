@@ -13,6 +13,9 @@ BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.t
 END = "<!-- end of performance -->"
 COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date")
 
+# Settings that do not make it another figure.
+HOW = ("copies", "repeats", "peer_kernel", "ceilings")
+
 
 def load(folder: Path) -> list[Record]:
     """All records of ``*.jsonl`` in a folder, oldest first; none when there is no such folder."""
@@ -43,7 +46,7 @@ def updated(text: str, records: Sequence[Record]) -> str:
 
 
 def _key(record: Record) -> tuple[str, ...]:
-    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in ("copies", "repeats", "peer_kernel"))
+    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in HOW)
     ours = (record.gpu, record.op, record.case, record.selector or "", str(options), record.inputs, record.impl)
     return (*ours, record.peer or "", str(record.ranks))
 
