@@ -125,7 +125,7 @@ def live(start, end, mine, t0, t1):
 def find_page(table, tile, num_pages, PAGE: gl.constexpr):
     """A tile's page, 0 where the table names none, and whether it does. Contiguous keys are one page."""
     if PAGE > 0:
-        page = gl.load(table + tile * KEYS // PAGE)
+        page = gl.load(table + tile // (PAGE // KEYS))
         valid = (page >= 0) & (page < num_pages)
         page = gl.where(valid, page, 0)
     else:
@@ -137,7 +137,7 @@ def find_page(table, tile, num_pages, PAGE: gl.constexpr):
 def load_scales(scales, page, tile, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr):
     """A tile's scales ``[64]``."""
     if PAGE > 0:
-        found = gl.load(scales + page.to(gl.int64) * page_words + PAGE * D // 4 + tile * KEYS % PAGE + key)
+        found = gl.load(scales + page.to(gl.uint32).to(gl.uint64) * page_words.to(gl.uint32).to(gl.uint64) + PAGE * D // 4 + tile * KEYS % PAGE + key)
     else:
         found = gl.load(scales + tile * KEYS + key, mask=tile * KEYS + key < num_keys, other=0.0)
     return found

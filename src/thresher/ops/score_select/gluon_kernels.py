@@ -25,7 +25,6 @@ from thresher.ops.index_score.gluon_tiles import (
     live,
     load_block,
     load_chunk,
-    load_scales,
     multiply,
     sight,
     whole_sums,
@@ -34,7 +33,6 @@ from thresher.ops.score_select.gluon_lists import (
     append_careful,
     append_quick,
     halves,
-    length_of,
     look_ahead,
     parity,
     place_total,
@@ -81,10 +79,10 @@ def _producer(
             if first < last:
                 page0, page1, _valid0, _valid1 = _pages(table, first, stop, num_pages, PAGE, TILES)
             for turn in range(first, last, runs):
-                slot = count % STAGES
+                slot = count & (STAGES - 1)
                 # Asked for one turn ahead, so that nothing waits for the answer.
                 ahead0, ahead1, _valid0, _valid1 = _pages(table, turn + runs, stop, num_pages, PAGE, TILES)
-                mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
+                mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
                 mbarrier.expect(full.index(slot), TILES * KEYS * D)
                 at = turn * TILES * KEYS
                 tma.async_copy_global_to_shared(k_desc, [page0, at % PAGE, 0], full.index(slot), buffers.index(slot * TILES))
@@ -123,18 +121,22 @@ def _load_queries(
 
 
 @gluon.jit
-def _turn_scales(
-    scales, page0, page1, turn, place, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr, WHOLE: gl.constexpr
-):  # fmt: skip
+def _scale(scales, page, page_bytes):
+    """The scales at the places whose addresses in page 0 are ``scales``: one multiply-add, where pointers take more."""
+    at = scales + page.to(gl.uint32).to(gl.int64) * page_bytes.to(gl.uint32).to(gl.int64)
+    return gl.load(at.to(gl.pointer_type(gl.float32), bitcast=True))
+
+
+@gluon.jit
+def _turn_scales(scales, page0, page1, page_bytes, TILES: gl.constexpr, WHOLE: gl.constexpr):
     """The scales of a thread's keys in a turn: one a tile, or two of each tile with whole heads."""
-    tile = turn * TILES
-    a0 = load_scales(scales, page0, tile, place, num_keys, page_words, D, PAGE)
+    a0 = _scale(scales, page0, page_bytes)
     a1, b0, b1 = a0, a0, a0
     if WHOLE:
-        a1 = load_scales(scales, page0, tile, place + 8, num_keys, page_words, D, PAGE)
+        a1 = _scale(scales + 32, page0, page_bytes)
     if TILES == 2:
-        b0 = load_scales(scales, page1, tile + 1, place, num_keys, page_words, D, PAGE)
-        b1 = load_scales(scales, page1, tile + 1, place + 8, num_keys, page_words, D, PAGE)
+        b0 = _scale(scales, page1, page_bytes)
+        b1 = _scale(scales + 32, page1, page_bytes)
     return a0, a1, b0, b1
 
 
@@ -157,9 +159,7 @@ def _consumer(
     nothing = gl.zeros([4, 8, SUB, 2, 4], gl.float32, PLACE)
     side = parity(nothing)
     inside, place, which = rows_and_places(SUB, WHOLE, PLACE)
-    # 1 and 8, but no constants to the compiler: else it makes several instructions of the one that adds to a 64-bit address.
-    one = gl.minimum(num_queries, 1)
-    step = one * 8
+    own_scales = (scales + PAGE * D // 4 + place).to(gl.int64)
     tiles = num_keys // KEYS
     count = 0
     for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
@@ -178,16 +178,17 @@ def _consumer(
         row = block + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
         start, end, owner = sight(row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
         own_row = first_row + inside
-        own_end, own_owner, level, tie_end = read_rows(
-            own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
-        )
-        at = (found + own_row.to(gl.int64) * found_row + (run * PLACES + which) * ROOM).to(gl.int64)
-        list_start = at.to(gl.int32)
+        lists = found + first_row.to(gl.int64) * found_row
+        list_start = (inside * found_row + (run * PLACES + which) * ROOM) * 8
+        at = list_start
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             begin, stop = live(start, end, owner == current, 0, tiles)
             first, last = _turns(begin, stop, run, runs, TILES)
+            own_end, own_owner, level, tie_end = read_rows(
+                own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
+            )
             mine = gl.where(own_owner == current, own_end, 0)
             table = page_table + current.to(gl.int64) * table_row
             # Scales are asked for one turn ahead, pages two.
@@ -197,18 +198,19 @@ def _consumer(
             a1, b0, b1 = a0, a0, a0
             if first < last:
                 page0, page1, valid0, valid1 = _pages(table, first, stop, num_pages, PAGE, TILES)
-                a0, a1, b0, b1 = _turn_scales(scales, page0, page1, first, place, num_keys, page_words, D, PAGE, TILES, WHOLE)
+                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES, WHOLE)
                 page0, page1, ahead0, ahead1 = _pages(table, first + runs, stop, num_pages, PAGE, TILES)
             bar, edge = nothing, first
             for turn in range(first, last, runs):
                 now_a0, now_a1, now_b0, now_b1, now_valid0, now_valid1 = a0, a1, b0, b1, valid0, valid1
-                a0, a1, b0, b1 = _turn_scales(scales, page0, page1, turn + runs, place, num_keys, page_words, D, PAGE, TILES, WHOLE)
+                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES, WHOLE)
                 valid0, valid1 = ahead0, ahead1
                 page0, page1, ahead0, ahead1 = _pages(table, turn + 2 * runs, stop, num_pages, PAGE, TILES)
                 key = turn * (TILES * KEYS) + place
-                mbarrier.wait(full.index(count % STAGES), count // STAGES & 1)
-                acc0 = multiply(buffers, q0, count * TILES, zero, STAGES * TILES, D)
-                acc1 = multiply(buffers, q1, count * TILES + TILES - 1, zero, STAGES * TILES, D)
+                slot = count & (STAGES - 1)
+                mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
+                acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
+                acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
                 # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
                 if WHOLE:
                     sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True, 8)
@@ -216,7 +218,7 @@ def _consumer(
                         s0, s1 = halves(whole_sums(sums, SUB), SUB)
                         s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
                     dots = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(count % STAGES))
+                    mbarrier.arrive(empty.index(slot))
                     sums = chunk_sums(dots, w1, sums, SUB, HB, TILES == 2, 8)
                     s2, s3 = halves(whole_sums(sums, SUB), SUB)
                     if TILES == 2:
@@ -226,30 +228,30 @@ def _consumer(
                 else:
                     sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
                     dots = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(count % STAGES))
+                    mbarrier.arrive(empty.index(slot))
                     s0 = gl.fma(place_total(chunk_sums(dots, w1, sums, SUB, HB, False), side, SUB), now_a0, nothing)
                 if (turn < edge) & now_valid0 & now_valid1:
-                    at = append_quick(s0, bar, key, at, step, one)
+                    at = append_quick(s0, bar, key, at, lists)
                     if WHOLE:
-                        at = append_quick(s1, bar, key + 8, at, step, one)
+                        at = append_quick(s1, bar, key + 8, at, lists)
                     if TILES == 2:
-                        at = append_quick(s2, bar, key + KEYS, at, step, one)
-                        at = append_quick(s3, bar, key + KEYS + 8, at, step, one)
+                        at = append_quick(s2, bar, key + KEYS, at, lists)
+                        at = append_quick(s3, bar, key + KEYS + 8, at, lists)
                 else:
                     # A page that is not there is seen by nobody.
                     seen = gl.where(now_valid0, mine, 0)
-                    at = append_careful(s0, key, seen, level, tie_end, at, list_start, ROOM)
+                    at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
                     if WHOLE:
-                        at = append_careful(s1, key + 8, seen, level, tie_end, at, list_start, ROOM)
+                        at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
                     if TILES == 2:
                         seen = gl.where(now_valid1, mine, 0)
-                        at = append_careful(s2, key + KEYS, seen, level, tie_end, at, list_start, ROOM)
-                        at = append_careful(s3, key + KEYS + 8, seen, level, tie_end, at, list_start, ROOM)
-                    overfull = length_of(at, list_start) > ROOM
+                        at = append_careful(s2, key + KEYS, seen, level, tie_end, at, lists, list_start, ROOM)
+                        at = append_careful(s3, key + KEYS + 8, seen, level, tie_end, at, lists, list_start, ROOM)
+                    overfull = at - list_start > ROOM * 8
                     bar, edge = look_ahead(turn + runs, runs, mine, level, tie_end, overfull, TILES * KEYS)
                 count += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        gl.store(counts + (own_row * runs + run) * PLACES + which, length_of(at, list_start), mask=own_row < num_queries)
+        gl.store(counts + (own_row * runs + run) * PLACES + which, (at - list_start) // 8, mask=own_row < num_queries)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])

@@ -99,41 +99,40 @@ def read_rows(row, owners, positions, lengths, levels, level_keys, num_queries, 
 
 
 @gluon.jit
-def length_of(at, list_start):
-    """Entries of lists that are written up to ``at``; ``list_start`` is the low word of their addresses."""
-    return (at.to(gl.int32) - list_start) >> 3
+def append_quick(score, bar, key, at, lists):
+    """Append the scores not below ``bar`` to the threads' lists, as (score bits, key).
 
-
-@gluon.jit
-def append_quick(score, bar, key, at, step, one):
-    """Append the scores not below ``bar`` to the threads' lists, as (score bits, key). Returns where the lists go on."""
+    ``at``, bytes from the address ``lists`` on, is where a list goes on; returned as it is then.
+    """
     return gl.inline_asm_elementwise(
         """{
         .reg .pred p;
+        .reg .b64 to;
         setp.ge.f32 p, $1, $2;
-        mov.b64 $0, $4;
-        @p st.global.v2.b32 [$4], {$3, $1};
-        @p mad.wide.u32 $0, $5, $6, $4;
+        cvt.u64.u32 to, $4;
+        add.s64 to, to, $5;
+        @p st.global.v2.b32 [to], {$3, $1};
+        mov.b32 $0, $4;
+        @p add.u32 $0, $0, 8;
         }""",
-        "=&l,r,r,r,l,r,r",
-        [score, bar, key, at, step, one],
-        dtype=gl.int64,
+        "=&r,r,r,r,r,l",
+        [score, bar, key, at, lists.to(gl.int64)],
+        dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
 
 
 @gluon.jit
-def append_careful(score, key, end, level, tie_end, at, list_start, ROOM: gl.constexpr):
+def append_careful(score, key, end, level, tie_end, at, lists, list_start, ROOM: gl.constexpr):
     """The same by the rule itself: a larger score than the level, or the level's own before ``tie_end``, at a key before the row's end.
 
     Lengths go on counting where ROOM ends.
     """
     keep = ((score > level) | ((score == level) & (key < tie_end))) & (key < end)
     pair = (score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | key.to(gl.int64)
-    fits = keep & (length_of(at, list_start) < ROOM)
-    gl.store(at.to(gl.pointer_type(gl.int64), bitcast=True), pair, mask=fits)
-    return at + keep.to(gl.int64) * 8
+    gl.store(lists + (at >> 3), pair, mask=keep & (at - list_start < ROOM * 8))
+    return at + keep.to(gl.int32) * 8
 
 
 @gluon.jit
