@@ -51,7 +51,8 @@ def parity_sums(sums, SUB: gl.constexpr):
 def whole_sums(sums, SUB: gl.constexpr):
     """The fixed tree over eight classes that one thread holds, ``[64, SUB, 8, 2, 4]``: ``[64, SUB, 2, 4]``.
 
-    With x, y the sums of neighbours 0 + 1 and 4 + 5, 2 + 3 and 6 + 7, it is (x0 + x1) + (y0 + y1): that of ``parity_sums`` and of a shuffle.
+    ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)), as ``parity_sums`` of both parities, and as ``triton.py``: there a thread holds classes 2c
+    and 2c + 1, and lanes c are added 2 apart, then 1 apart. Heads that are only padding are products of zeros, which change no sum.
     """
     a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 4, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
     a, b = gl.split(gl.permute(gl.reshape(a + b, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
@@ -137,7 +138,7 @@ def find_page(table, tile, num_pages, PAGE: gl.constexpr):
 def load_scales(scales, page, tile, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr):
     """A tile's scales ``[64]``."""
     if PAGE > 0:
-        found = gl.load(scales + page.to(gl.uint32).to(gl.uint64) * page_words.to(gl.uint32).to(gl.uint64) + PAGE * D // 4 + tile * KEYS % PAGE + key)
+        found = gl.load(scales + page.to(gl.int64) * page_words + PAGE * D // 4 + tile * KEYS % PAGE + key)
     else:
         found = gl.load(scales + tile * KEYS + key, mask=tile * KEYS + key < num_keys, other=0.0)
     return found

@@ -96,16 +96,20 @@ def _producer(
 
 
 @gluon.jit
+def row_and_head(column, HB: gl.constexpr):
+    """Which of the consumer's queries, and which of a chunk's heads, a column is with whole heads."""
+    return column // (8 * HB) * 8 + column % 8, column // 8 % HB
+
+
+@gluon.jit
 def _load_queries(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
     HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
     """``load_block`` for whole heads: both chunks with 32 heads, otherwise the one there is."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC))
-    load_column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD))
-    row, head = column // (8 * HB) * 8 + column % 8, column // 8 % HB
-    load_row, load_head = load_column // (8 * HB) * 8 + load_column % 8, load_column // 8 % HB
+    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)), HB)
+    load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)), HB)
     w0 = zero + load_chunk(
         q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
         q_buffers.index(HALF * (HEADS // HB)), D, LOAD,

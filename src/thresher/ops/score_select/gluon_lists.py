@@ -6,7 +6,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from thresher.ops.index_score.gluon_tiles import KEYS, parity_sums, sight
+from thresher.ops.index_score.gluon_tiles import parity_sums, sight
 
 QUICK = gl.constexpr(15)  # turns in a row, at most, that do not look at whether a list is full
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
