@@ -135,9 +135,8 @@ def _scale(scales, page, page_bytes):
 def _turn_scales(scales, page0, page1, page_bytes, TILES: gl.constexpr, WHOLE: gl.constexpr):
     """The scales of a thread's keys in a turn: one a tile, or two of each tile with whole heads."""
     a0 = _scale(scales, page0, page_bytes)
-    a1, b0, b1 = a0, a0, a0
-    if WHOLE:
-        a1 = _scale(scales + 32, page0, page_bytes)
+    a1 = _scale(scales + 32, page0, page_bytes) if WHOLE else a0
+    b0, b1 = a0, a1
     if TILES == 2:
         b0 = _scale(scales, page1, page_bytes)
         b1 = _scale(scales + 32, page1, page_bytes)
@@ -215,42 +214,41 @@ def _consumer(
                 mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
                 acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
                 acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
+                quick = (turn < edge) & now_valid0 & now_valid1
+                # A page that is not there is seen by nobody.
+                seen = gl.where(now_valid0, mine, 0)
                 # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
                 if WHOLE:
                     sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True, 8)
                     if TILES == 2:
                         s0, s1 = halves(whole_sums(sums, SUB), SUB)
                         s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
+                        # Here and not below, so that it is done while the other tile is multiplied.
+                        if quick:
+                            at = append_quick(s0, bar, key, at, lists)
+                            at = append_quick(s1, bar, key + 8, at, lists)
+                        else:
+                            at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
+                            at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
+                        seen = gl.where(now_valid1, mine, 0)
+                        key += KEYS
                     dots = warpgroup_mma_wait(0, [acc1])
                     mbarrier.arrive(empty.index(slot))
-                    sums = chunk_sums(dots, w1, sums, SUB, HB, TILES == 2, 8)
-                    s2, s3 = halves(whole_sums(sums, SUB), SUB)
-                    if TILES == 2:
-                        s2, s3 = gl.fma(s2, now_b0, nothing), gl.fma(s3, now_b1, nothing)
-                    else:
-                        s0, s1 = gl.fma(s2, now_a0, nothing), gl.fma(s3, now_a1, nothing)
+                    s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2, 8), SUB), SUB)
+                    s0, s1 = gl.fma(s0, now_b0, nothing), gl.fma(s1, now_b1, nothing)
                 else:
                     sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
                     dots = warpgroup_mma_wait(0, [acc1])
                     mbarrier.arrive(empty.index(slot))
                     s0 = gl.fma(place_total(chunk_sums(dots, w1, sums, SUB, HB, False), side, SUB), now_a0, nothing)
-                if (turn < edge) & now_valid0 & now_valid1:
+                if quick:
                     at = append_quick(s0, bar, key, at, lists)
                     if WHOLE:
                         at = append_quick(s1, bar, key + 8, at, lists)
-                    if TILES == 2:
-                        at = append_quick(s2, bar, key + KEYS, at, lists)
-                        at = append_quick(s3, bar, key + KEYS + 8, at, lists)
                 else:
-                    # A page that is not there is seen by nobody.
-                    seen = gl.where(now_valid0, mine, 0)
                     at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
                     if WHOLE:
                         at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
-                    if TILES == 2:
-                        seen = gl.where(now_valid1, mine, 0)
-                        at = append_careful(s2, key + KEYS, seen, level, tie_end, at, lists, list_start, ROOM)
-                        at = append_careful(s3, key + KEYS + 8, seen, level, tie_end, at, lists, list_start, ROOM)
                     overfull = at - list_start > ROOM * 8
                     bar, edge = look_ahead(turn + runs, runs, mine, level, tie_end, overfull, TILES * KEYS)
                 count += 1
