@@ -3,55 +3,24 @@ which scores a bar lets pass. Gluon itself cannot be interpreted; all that these
 
 from __future__ import annotations
 
-import functools
 import importlib
-import types
+from typing import Any
 
 import numpy as np
 import pytest
+
+from .gluon_on_numpy import array, fma, language
+from .gluon_on_numpy import plain as on_numpy
 
 tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
 lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
 fused = importlib.import_module("thresher.ops.score_select.triton")
+GL = language([])
 
 
-def fma(a, b, c):
-    """In one rounding: nearly always, and the same numbers give the same bits."""
-    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
-
-
-class Array(np.ndarray):
-    """NumPy's, with the method that Gluon's tensors have."""
-
-    def to(self, dtype, bitcast=False):
-        return self.view(dtype) if bitcast else self.astype(dtype)
-
-
-def array(x) -> Array:
-    return np.asarray(x).view(Array)
-
-
-GL = types.SimpleNamespace(
-    int32=np.int32, float32=np.float32, fma=fma, reshape=np.reshape, permute=np.transpose, minimum=np.minimum, expand_dims=np.expand_dims,
-    SliceLayout=lambda dim, parent: None, arange=lambda start, stop, layout: np.arange(start, stop), min=np.min,
-    split=lambda x: (x[..., 0], x[..., 1]), maximum=lambda a, b, propagate_nan: np.maximum(a, np.float32(b)),
-    where=lambda c, a, b: array(np.where(c, a, b).astype(np.int32)),
-)  # fmt: skip
-
-
-@functools.cache
-def plain(jitted):
-    """A Gluon function as a Python one over arrays, and so all that it calls."""
-    names = dict(jitted.fn.__globals__)
-    out = types.FunctionType(jitted.fn.__code__, names, None, jitted.fn.__defaults__)
-    for name, value in names.items():
-        if hasattr(value, "fn"):
-            names[name] = out if value is jitted else (lambda *args, value=value: plain(value)(*args))
-        elif type(value).__name__ == "constexpr":
-            names[name] = value.value
-    names["gl"] = GL
-    return out
+def plain(jitted: Any) -> Any:
+    return on_numpy(jitted, GL)
 
 
 def tree(classes):
@@ -96,10 +65,7 @@ def test_parities_are_added_in_the_order_of_plain_triton(heads):
     dots, weights = drawn(rows, heads)
     found = []
     for chunk in range(2):
-        column = np.arange(128)
-        GL.arange = lambda start, stop, layout, column=column: column
         row, head = plain(tiles.row_and_head)(chunk, heads, pairs, groups, None)
-        GL.arange = lambda start, stop, layout: np.arange(start, stop)
         before = found.pop() if heads == 64 and chunk else np.zeros((), np.float32)
         take = (slice(None), row, head)
         found.append(plain(tiles.chunk_sums)(dots[take], weights[take], before, groups, pairs, heads == 32 or not chunk, 4))
