@@ -23,7 +23,7 @@ WORDS = PAGE * (D + 4) // 4
 
 
 class World:
-    """Two requests in shuffled pages with a hole, rows of both, and levels of all kinds."""
+    """Two requests in shuffled pages with two holes, rows of both, and levels of all kinds."""
 
     def __init__(self, heads: int, num: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -32,7 +32,7 @@ class World:
         self.table = np.full((2, 48), -1, np.int32)
         order = rng.permutation(self.pages).astype(np.int32)
         self.table[0], self.table[1, :30] = order[:48], order[48:78]
-        self.table[0, 20] = -1
+        self.table[0, [20, 33]] = -1
         self.owners = np.sort(rng.integers(0, 2, num)) if seed % 2 else rng.integers(0, 2, num)
         self.positions = self.lengths[self.owners] - 1 - np.arange(num) % 90 * rng.integers(0, 9)
         self.dots = rng.integers(-4, 9, (self.pages, 64, num, heads)).astype(np.float32)

@@ -86,7 +86,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
     The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
-    such deviations. A list has room for what that brings it and six deviations more.
+    such deviations. A list has room for what that brings it and six deviations more, its own and the level's.
     """
     constants = layout(heads)
     places = 32 if constants["WHOLE"] else 64  # lists of a run; a thread has two keys of a tile where it sums up whole heads
@@ -96,7 +96,8 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     hits = topk / stride
     want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
     expected = (want + want // 16) * stride / lists
-    room = max(triton.cdiv(math.ceil(expected + 6 * math.sqrt(expected)), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
+    most = expected + 6 * math.sqrt(expected + expected**2 / want)
+    room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
     if room_tokens <= lists * room:
         return Plan(0, 0, 0, runs, lists, room)
     return Plan(stride, want, want // 16, runs, lists, room)
