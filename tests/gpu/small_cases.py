@@ -84,12 +84,12 @@ def many() -> Run:
     return lambda: [score.paged_index_score(crowd, keys, width=333), score.index_score(q, weights, k, scales, *ranges)]
 
 
-def score_and_select() -> Run:
+def score_and_select(heads: int = 20) -> Run:
     """Holes in the page table, and rows long enough for a level."""
     keys = paged([vectors(n, DIM, seed=n) for n in (17000, 70)], 64)
     table = keys.page_table.clone()
     table[0, 5:9] = torch.tensor([-1, 2**31 - 1, -(2**31), 10**6], dtype=torch.int32)
-    q, weights = queries(70, 20, DIM, seed=15)
+    q, weights = queries(70, heads, DIM, seed=15)
     where = torch.arange(70)
     query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), where % 2)
     keys = IndexKeys(keys.pages, table, keys.lengths)
@@ -101,6 +101,11 @@ def score_and_select() -> Run:
         return [selection.indices, selection.lengths, redo]
 
     return run
+
+
+def score_and_select_few() -> Run:
+    """Few heads, which are summed up by one thread, and take two tiles a turn."""
+    return score_and_select(7)
 
 
 def gathered() -> Run:
@@ -265,7 +270,7 @@ CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
         ragged, ragged_bf16, paged_64, paged_61, many, gathered, select_short, select_long, select_many, score_and_select,
-        gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
+        score_and_select_few, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 

@@ -65,6 +65,15 @@ def world(kind: str, lengths: list[int], num: int, heads: int, dim: int) -> tupl
         ("ascending", [30000], 64, 32, 128, 2048),
         ("descending", [30000], 64, 64, 64, 2048),
         ("signs", [8000, 100], 300, 40, 128, 2048),
+        ("normal", [70000], 203, 8, 128, 2048),
+        ("mixed", [40011, 900, 33000, 65], 150, 5, 128, 512),
+        ("sorted", [33000, 9000, 70], 128, 16, 128, 2048),
+        ("plateaus", [30000], 64, 8, 64, 2048),
+        ("plateaus", [33000, 20000], 90, 16, 128, 100),
+        ("ascending", [30000], 64, 16, 64, 2048),
+        ("descending", [50000], 64, 1, 128, 2048),
+        ("signs", [8000, 100], 300, 12, 128, 2048),
+        ("normal", [70000], 1024, 8, 128, 2048),
     ],
 )
 def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_property):
@@ -82,6 +91,7 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_proper
             differ("settled at once", first.indices[settled], want.indices[settled]),
         ]
     )
+    assert kind in ("plateaus", "ascending", "descending") or redo.sum() <= num // 50, "rows done again"
     for _ in range(20):
         again, redone = fused.first_try(query, keys, topk, with_scores=False)
         fail_on([differ("again", again.indices, first.indices), differ("rows", redone, redo)])

@@ -62,3 +62,34 @@ def test_prefill_compiles(compile_for_hopper, heads, spills, dim):
         assert "cp.async.bulk.tensor" in kernel.ptx
         assert kernel.shared <= SHARED_LIMIT
         assert getattr(kernel, "hot_spills", 0) <= spills
+
+
+COLLECT = """
+import torch
+from importlib import import_module
+from types import SimpleNamespace
+from thresher.cache import pack_keys
+from thresher.types import IndexQuery
+fused = import_module("thresher.ops.score_select.triton")
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+at = torch.full((70,), 30000)
+for heads in HEADS:
+    query = IndexQuery(torch.zeros(70, heads, DIM).to(torch.float8_e4m3fn), torch.zeros(70, heads), at, at * 0)
+    keys = pack_keys([(torch.zeros(30000, DIM).to(torch.float8_e4m3fn), torch.ones(30000))])
+    plan = fused.make_plan(70, heads, 30016, 2048, 132)
+    levels, found = torch.zeros(70), torch.zeros(70, plan.lists * plan.room + fused.PAST, dtype=torch.int64)
+    fused.collect(query, keys, levels, levels.int(), found, torch.zeros(70, plan.lists, dtype=torch.int32), plan, 132)
+"""
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_collect_compiles(compile_for_hopper, dim):
+    """8, 16, 32 and 64 padded heads, three of them not full."""
+    found = compile_for_hopper(COLLECT.replace("DIM", str(dim)).replace("HEADS", "(5, 16, 24, 64)"))
+    assert [kernel.name for kernel in found] == ["collect_kernel"] * 4
+    for kernel in found:
+        assert "wgmma.mma_async" in kernel.ptx
+        assert "cp.async.bulk.tensor" in kernel.ptx
+        assert kernel.shared <= SHARED_LIMIT
+        # Scalars, most of them where a tile is looked at closely: turns of the common kind touch local memory twice.
+        assert getattr(kernel, "hot_spills", 0) <= 20

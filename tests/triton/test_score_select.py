@@ -44,14 +44,15 @@ def find_levels(scores, ends, plan):
 
 
 def collect(scores, ends, levels, level_keys, plan):
-    """``collect_kernel`` after its scores: each (run, place in a tile) a list of its own, keys ascending, counted on where it is full."""
-    num, lists = len(scores), 64 * plan.runs
+    """``collect_kernel`` after its scores: each (run, one or two places in a tile) has a list, which is counted on where it is full."""
+    num, lists = len(scores), plan.lists
+    places = lists // plan.runs
     found, counts = torch.full((num, lists, plan.room), -7), torch.zeros(num, lists, dtype=torch.int32)
     for row in range(num):
         mine = scores[row, : ends[row]]
         key = torch.arange(len(mine))
         for n in key[(mine > levels[row]) | ((mine == levels[row]) & (key <= level_keys[row]))].tolist():
-            which = n // 64 % plan.runs * 64 + n % 64
+            which = n // 64 % plan.runs * places + n % places
             if counts[row, which] < plan.room:
                 found[row, which, counts[row, which]] = (int(mine[n].view(torch.int32)) << 32) | n
             counts[row, which] += 1
@@ -60,23 +61,26 @@ def collect(scores, ends, levels, level_keys, plan):
 
 def settle(found, counts, ends, topk, with_scores):
     num, lists, room = found.shape
+    found = torch.cat((found.flatten(1), torch.full((num, 5), -7)), 1)
     indices, beside = torch.full((num, topk), -9, dtype=torch.int32), torch.full((num, topk), math.nan)
     lengths, redo = torch.full((num,), -9), torch.full((num,), -9, dtype=torch.int32)
     words, programs = 80, 3  # fewer programs than rows, and more than one turn for a mask
     masks = torch.full((2, programs, words), -1, dtype=torch.int32)
     parts.settle_kernel[(programs,)](
-        found, counts, ends, indices, lengths, beside, redo, masks[0], masks[1], topk, num, words,
-        LISTS=lists, ROOM=room, BLOCK_K=1 << (topk - 1).bit_length(), WORDS=32, WITH_SCORES=with_scores,
+        found, counts, ends, indices, lengths, beside, redo, masks[0], masks[1], topk, num, words, found.stride(0),
+        LISTS=lists, ROOM=room, BLOCK=1 << (lists * room - 1).bit_length(), BLOCK_K=1 << (topk - 1).bit_length(),
+        WORDS=32, WITH_SCORES=with_scores,
     )  # fmt: skip
     return indices, lengths, beside, redo
 
 
 @pytest.mark.parametrize("with_scores", [True, False])
+@pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24)])
 @pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, with_scores):
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
-    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, 2, 16)
+    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room)
     scores, ends = rows_of(width, topk)
     levels, level_keys = find_levels(scores, ends, plan)
     found, counts = collect(scores, ends, levels, level_keys, plan)
@@ -94,7 +98,7 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, with_score
 
 
 def test_a_full_list_is_done_again():
-    plan = kernels.Plan(2, 30, 2, 2, 8)
+    plan = kernels.Plan(2, 30, 2, 2, 128, 8)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
     found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
@@ -104,15 +108,28 @@ def test_a_full_list_is_done_again():
     assert torch.equal(redo[full], torch.ones_like(redo[full]))
 
 
-def test_no_two_entries_of_a_row_share_a_place():
-    """The plan's lists hold a row of the largest size that is collected whole, and what a level brings give or take six deviations."""
-    for num, heads, topk in ((1024, 64, 2048), (256, 32, 2048), (64, 20, 512), (4096, 64, 4096)):
-        plan = kernels.make_plan(num, heads, 2**17, topk, 132)
-        whole = 64 * plan.runs * plan.room
-        tiles = torch.arange(whole // 64)
-        expected = plan.want * plan.stride / (64 * plan.runs)
-        assert torch.bincount(tiles % plan.runs).max() <= plan.room
+def test_the_plan():
+    """Lists hold a row of the largest size that is collected whole, and what a level brings give or take six deviations."""
+    cases = ((1024, 64, 2048), (256, 32, 2048), (64, 20, 512), (4096, 64, 4096), (1024, 8, 2048), (1024, 16, 2048), (1, 1, 1))
+    for num, heads, topk in cases:
+        plan, shape = kernels.make_plan(num, heads, 2**17, topk, 132), kernels.layout(heads)
+        whole = plan.lists * plan.room
+        turns = torch.arange(-(-whole // (64 * shape["TILES"])))
+        each = shape["TILES"] * (2 if shape["WHOLE"] else 1)  # keys of a turn that share a list
+        assert torch.bincount(turns % plan.runs).max() * each <= plan.room
+        assert plan.room % each == 0
+        assert 15 * each <= kernels.PAST, "what a list may run over before it is noticed"
+        expected = plan.want * plan.stride / plan.lists
         assert expected + 6 * math.sqrt(expected) <= plan.room
         assert plan.stride * plan.want >= 1.5 * topk
-        assert num * whole * 8 <= 2**28 * max(num / 1024, 1)
+        assert num * whole * 8 <= 100e6 * max(num * topk / 2**21, 1)
         assert kernels.make_plan(num, heads, 8192, topk, 132).stride == 0, "short rows are collected whole"
+
+
+def test_units_keep_the_multiprocessors_busy():
+    for blocks in (1, 7, 32, 64, 100, 128, 140, 200, 1000):
+        units = blocks * kernels.share_out(blocks, 16, 132)
+        turns = -(-units // 132)
+        assert units / (turns * 132) > 0.9 or blocks * 16 < 132
+    assert kernels.share_out(128, 8, 132) == 1
+    assert kernels.share_out(32, 16, 132) == 4

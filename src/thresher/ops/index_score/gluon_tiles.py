@@ -20,29 +20,42 @@ COLUMNS = gl.constexpr(128)  # of a chunk
 
 
 @gluon.jit
-def _sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
-    """``[64, SUB, HB, 2, 4]`` to ``[64, SUB, 4, 2, 4]``: pairs of heads ascending, each onto the sum of its index modulo 4."""
-    if HB == 4:
+def _sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr, CLASSES: gl.constexpr):
+    """``[64, SUB, HB, 2, 4]`` to ``[64, SUB, CLASSES, 2, 4]``: ascending, each onto the sum of its index modulo ``CLASSES``."""
+    if HB == CLASSES:
         sums = dots * weights if FIRST else gl.fma(dots, weights, sums)
     else:
         low, high = gl.split(gl.permute(gl.reshape(dots, [KEYS, SUB, 2, HB // 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
         low_w, high_w = gl.split(gl.permute(gl.reshape(weights, [KEYS, SUB, 2, HB // 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
-        sums = _sums(low, low_w, sums, SUB, HB // 2, FIRST)
-        sums = _sums(high, high_w, sums, SUB, HB // 2, False)
+        sums = _sums(low, low_w, sums, SUB, HB // 2, FIRST, CLASSES)
+        sums = _sums(high, high_w, sums, SUB, HB // 2, False, CLASSES)
     return sums
 
 
 @gluon.jit
-def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
+def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr, CLASSES: gl.constexpr = 4):
     """A chunk's products onto the sums of its groups' heads."""
     dots = gl.maximum(dots, 0.0, propagate_nan=NAN_ALL)
-    return _sums(gl.reshape(dots, [KEYS, SUB, HB, 2, 4]), gl.reshape(weights, [KEYS, SUB, HB, 2, 4]), sums, SUB, HB, FIRST)
+    return _sums(gl.reshape(dots, [KEYS, SUB, HB, 2, 4]), gl.reshape(weights, [KEYS, SUB, HB, 2, 4]), sums, SUB, HB, FIRST, CLASSES)
 
 
 @gluon.jit
 def parity_sums(sums, SUB: gl.constexpr):
     """The fixed tree over a parity's four classes: ``[64, SUB, 2, 4]``."""
     a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
+    a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
+    return a + b
+
+
+@gluon.jit
+def whole_sums(sums, SUB: gl.constexpr):
+    """The fixed tree over eight classes that one thread holds, ``[64, SUB, 8, 2, 4]``: ``[64, SUB, 2, 4]``.
+
+    ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)), as ``parity_sums`` of both parities, and as ``triton.py``: there a thread holds classes 2c
+    and 2c + 1, and lanes c are added 2 apart, then 1 apart. Heads that are only padding are products of zeros, which change no sum.
+    """
+    a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 4, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
+    a, b = gl.split(gl.permute(gl.reshape(a + b, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
     a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
     return a + b
 
@@ -113,7 +126,7 @@ def live(start, end, mine, t0, t1):
 def find_page(table, tile, num_pages, PAGE: gl.constexpr):
     """A tile's page, 0 where the table names none, and whether it does. Contiguous keys are one page."""
     if PAGE > 0:
-        page = gl.load(table + tile * KEYS // PAGE)
+        page = gl.load(table + tile // (PAGE // KEYS))
         valid = (page >= 0) & (page < num_pages)
         page = gl.where(valid, page, 0)
     else:
@@ -138,6 +151,20 @@ def multiply(buffers, q, turn, zero, STAGES: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
+def load_chunk(
+    q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer,
+    D: gl.constexpr, LOAD: gl.constexpr,
+):  # fmt: skip
+    """A chunk's queries into its buffer; returns its weights ``[1, 128]``. What each column is is given once in either layout."""
+    used = (first + load_row < num_queries) & (load_head < num_heads)
+    at = (first + load_row).to(gl.int64) * q_row + load_head * q_head
+    dim = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
+    buffer.store(gl.load(q + at[:, None] + dim[None, :], mask=used[:, None], other=0.0))
+    used = (first + row < num_queries) & (head < num_heads)
+    return gl.expand_dims(gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0), 0)
+
+
+@gluon.jit
 def load_block(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
     HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
@@ -146,14 +173,12 @@ def load_block(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     w0, w1 = zero, zero
     for chunk in gl.static_range(2):
-        row, head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(1, LOAD))
-        used = (first + row < num_queries) & (head < num_heads)
-        at = (first + row).to(gl.int64) * q_row + head * q_head
-        dim = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
-        q_buffers.index(HALF * 2 + chunk).store(gl.load(q + at[:, None] + dim[None, :], mask=used[:, None], other=0.0))
+        load_row, load_head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(1, LOAD))
         row, head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(0, ACC))
-        used = (first + row < num_queries) & (head < num_heads)
-        w = gl.expand_dims(gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0), 0)
+        w = load_chunk(
+            q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
+            q_buffers.index(HALF * 2 + chunk), D, LOAD,
+        )  # fmt: skip
         if chunk == 0:
             w0 += w
         else:

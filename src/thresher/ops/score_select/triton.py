@@ -28,12 +28,13 @@ from thresher.ops.select.triton import select_topk
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 FP8 = torch.float8_e4m3fn
-TILE = 64  # keys; a page holds one, and a row has a list for each place in it
+TILE = 64  # keys; a page holds one
 SAMPLE = 4096  # keys looked at for the level, at least
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 4096
-BLOCK = 512  # (query, head) columns a program
-STAGES = 8
+STAGES = 8  # tiles under way
+MAX_LISTS = 512  # of a row
+PAST = 64  # entries behind a row, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
 SEARCHED = 512  # entries that a warp searches in ``settle_kernel``, 16 a thread; twice as many in ``level_kernel``
@@ -47,33 +48,59 @@ class Plan:
         stride: every stride-th tile is in the sample; 0 where rows are short enough to be collected whole.
         want: which largest of the sample the level is.
         slack: how many places the level may be lower, to end its search sooner.
-        runs: runs that a row's tiles are dealt into.
-        room: entries of each of a row's ``64 * runs`` lists, a power of two.
+        runs: runs that a row's turns are dealt into.
+        lists: lists of a row, the same number for each run.
+        room: entries of each list, a multiple of the most that a turn brings.
     """
 
     stride: int
     want: int
     slack: int
     runs: int
+    lists: int
     room: int
+
+
+def layout(num_heads: int) -> dict[str, int]:
+    """The constants by which ``collect_kernel`` deals columns, rows and tiles out (``gluon_kernels.py``)."""
+    heads = padded_heads(num_heads)
+    if heads > 32:
+        return {"HEADS": heads, "BLOCK": 8, "ROWS": 4, "HB": 16, "SUB": 1, "TILES": 1, "WHOLE": 0}
+    a_chunk = min(heads, 16)
+    rows = 128 // a_chunk
+    return {
+        "HEADS": heads, "BLOCK": 2 * rows, "ROWS": rows, "HB": a_chunk, "SUB": rows // 8, "TILES": 1 if heads > 16 else 2, "WHOLE": 1
+    }  # fmt: skip
+
+
+def share_out(blocks: int, most: int, programs: int) -> int:
+    """Runs that blocks of queries are cut into, so that units are nearly a multiple of the multiprocessors, or at least one for each.
+
+    All units take about as long. The fewest runs within 5 % of the best: each has lists of its own, which need their slack.
+    """
+    busy = [blocks * runs / (triton.cdiv(blocks * runs, programs) * programs) for runs in range(1, most + 1)]
+    return next(runs for runs, share in enumerate(busy, 1) if share >= 0.95 * max(busy))
 
 
 def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, programs: int) -> Plan:
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
     The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
-    such deviations. A list has room for what that brings it and six deviations more.
+    such deviations. A list has room for what that brings it and six deviations more, its own and the level's.
     """
-    blocks = triton.cdiv(num_queries * padded_heads(heads), BLOCK)
-    runs = 1 if blocks >= programs else min(2 ** ((programs // blocks).bit_length() - 1), 8)  # more runs share few blocks out
+    constants = layout(heads)
+    places = 32 if constants["WHOLE"] else 64  # lists of a run; a thread has two keys of a tile where it sums up whole heads
+    runs = share_out(triton.cdiv(num_queries, constants["BLOCK"]), MAX_LISTS // places, programs)
+    lists = places * runs
     stride = max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
     hits = topk / stride
     want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
-    expected = (want + want // 16) * stride / (TILE * runs)
-    room = max(triton.next_power_of_2(math.ceil(expected + 6 * math.sqrt(expected))), MIN_ROOM // (TILE * runs))
-    if room_tokens <= TILE * runs * room:
-        return Plan(0, 0, 0, runs, room)
-    return Plan(stride, want, want // 16, runs, room)
+    expected = (want + want // 16) * stride / lists
+    most = expected + 6 * math.sqrt(expected + expected**2 / want)
+    room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
+    if room_tokens <= lists * room:
+        return Plan(0, 0, 0, runs, lists, room)
+    return Plan(stride, want, want // 16, runs, lists, room)
 
 
 def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
@@ -82,8 +109,8 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
         return "cannot be interpreted"
     if not runs_gluon(query.q):
         return f"needs compute capability 9.0, and Triton {GLUON}x"
-    if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 17 <= query.num_heads <= 64:
-        return f"needs 17 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
+    if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
+        return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
     if keys.page_size != TILE or not len(keys.pages):
         return f"needs pages of {TILE} keys, not {keys.page_size}"
     if topk > MAX_TOPK:
@@ -112,9 +139,8 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     ends = visible_counts(query, keys)
     levels = torch.full((num,), -math.inf, device=device)
     level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
-    lists = TILE * plan.runs
-    found = torch.empty(num, lists, plan.room, dtype=torch.int64, device=device)
-    counts = torch.empty(num, lists, dtype=torch.int32, device=device)
+    found = torch.empty(num, plan.lists * plan.room + PAST, dtype=torch.int64, device=device)
+    counts = torch.empty(num, plan.lists, dtype=torch.int32, device=device)
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
     lengths = torch.empty(num, dtype=torch.int64, device=device)
     beside = torch.empty(num, topk, device=device) if with_scores else None
@@ -127,10 +153,11 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
             settlers = min(num, 2 * programs)
             words = room_tokens // 32
             masks = torch.empty(2, settlers, words, dtype=torch.int32, device=device)
+            block = triton.next_power_of_2(plan.lists * plan.room)
             settle_kernel[(settlers,)](
                 found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, masks[0], masks[1],
-                topk, num, words, LISTS=lists, ROOM=plan.room, BLOCK_K=triton.next_power_of_2(topk), WORDS=WORDS, WITH_SCORES=with_scores,
-                num_warps=min(lists * plan.room // SEARCHED, 32),
+                topk, num, words, found.stride(0), LISTS=plan.lists, ROOM=plan.room, BLOCK=block, BLOCK_K=triton.next_power_of_2(topk),
+                WORDS=WORDS, WITH_SCORES=with_scores, num_warps=min(block // SEARCHED, 32),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
@@ -143,7 +170,7 @@ def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, le
     seen = (ends // TILE + plan.stride - 1) // plan.stride * TILE
     few = IndexKeys(keys.pages, table, torch.full_like(keys.lengths, width))
     sample = paged_index_score(IndexQuery(query.q, query.weights, seen - 1, query.requests), few, width)
-    whole = TILE * plan.runs * plan.room
+    whole = plan.lists * plan.room
     block = triton.next_power_of_2(width)
     with on_device(query.q):
         level_kernel[(query.num_queries,)](
@@ -156,14 +183,15 @@ def collect(
     query: IndexQuery, keys: IndexKeys, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor, plan: Plan, programs: int
 ) -> None:
     """Launch ``collect_kernel``."""
-    from thresher.ops.index_score.gluon import OPTIONS, columns, paged_keys
+    from thresher.ops.index_score.gluon import OPTIONS, paged_keys
     from thresher.ops.score_select.gluon_kernels import collect_kernel
 
     desc, scales, table, record = paged_keys(keys)
     q, weights = unit_rows(query.q), unit_rows(query.weights)
+    constants = layout(query.num_heads)
     collect_kernel[(programs,)](
         desc, q, weights, scales, query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table,
         levels, level_keys, found, counts, query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests,
-        keys.pages.shape[0], plan.runs, q.stride(0), q.stride(1), weights.stride(0), record // 4, table.stride(0),
-        STAGES=STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **columns(query.num_heads), **OPTIONS,
+        keys.pages.shape[0], plan.runs, found.stride(0), q.stride(0), q.stride(1), weights.stride(0), record // 4, table.stride(0),
+        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
     )  # fmt: skip

@@ -81,8 +81,8 @@ def _num_bits(word):
 
 @triton.jit
 def settle_kernel(
-    found, counts, ends, indices, lengths, beside, redo, masks, before, topk, num_rows, num_words,
-    LISTS: tl.constexpr, ROOM: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    found, counts, ends, indices, lengths, beside, redo, masks, before, topk, num_rows, num_words, found_row,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
 
@@ -94,10 +94,10 @@ def settle_kernel(
     before += program * num_words
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = program * 0 + index
-        entry = tl.arange(0, LISTS * ROOM)
-        count = tl.load(counts + row * LISTS + entry // ROOM)
+        entry = tl.arange(0, BLOCK)
+        count = tl.load(counts + row * LISTS + entry // ROOM, mask=entry < LISTS * ROOM, other=0)
         live = entry % ROOM < count
-        pair = tl.load(found + row * (LISTS * ROOM) + entry, mask=live, other=0)
+        pair = tl.load(found + row * found_row + entry, mask=live, other=0)
         key = (pair & 0xFFFFFFFF).to(tl.int32)
         score = tl.where(live, _order((pair >> 32).to(tl.int32)), _LAST)
         held = tl.sum(live.to(tl.int32), axis=0)

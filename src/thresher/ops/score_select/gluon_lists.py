@@ -1,0 +1,157 @@
+# mypy: disable-error-code="no-untyped-def"
+"""How scores of a tile become entries of lists: what ``gluon_kernels.py`` does after its products."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from thresher.ops.index_score.gluon_tiles import parity_sums, sight
+
+QUICK = gl.constexpr(15)  # turns in a row, at most, that do not look at whether a list is full
+NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
+
+
+@gluon.jit
+def halves(x, SUB: gl.constexpr):
+    """``[64, SUB, 2, 4]`` to two of ``[4, 8, SUB, 2, 4]``: the first and the last 8 of each warp's 16 keys. A thread holds one of each."""
+    return gl.split(gl.permute(gl.reshape(x, [4, 2, 8, SUB, 2, 4]), (0, 2, 3, 4, 5, 1)))
+
+
+@gluon.jit
+def parity(nought):
+    """The parity of heads that a thread sums up, in the layout of ``nought``: a bit of its lane."""
+    return gl.inline_asm_elementwise(
+        """{
+        mov.u32 $0, %laneid;
+        bfe.u32 $0, $0, 1, 1;
+        }""",
+        "=&r,r",
+        [nought],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def place_total(sums, parity, SUB: gl.constexpr):
+    """The sums of both parities: ``[4, 8, SUB, 2, 4]``, key ``16 * warp + 8 * half + lane``.
+
+    Where ``total`` gives both lanes of a pair both of their sums, here the lane of parity p keeps half p, so each sum is made once. The
+    addition of the two parities has the same bits in either order.
+    """
+    low, high = halves(parity_sums(sums, SUB), SUB)
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 send, keep, got;
+        setp.ne.s32 p, $3, 0;
+        selp.b32 send, $1, $2, p;
+        selp.b32 keep, $2, $1, p;
+        shfl.sync.bfly.b32 got, send, 2, 0x1f, 0xffffffff;
+        add.rn.f32 $0, keep, got;
+        }""",
+        "=&r,r,r,r",
+        [low, high, parity],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _along(size: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """0, 1, 2 ... along one of five dims, 1 wide in the others."""
+    L3: gl.constexpr = gl.SliceLayout(4 if DIM < 4 else 3, LAYOUT)
+    L2: gl.constexpr = gl.SliceLayout(3 if DIM < 3 else 2, L3)
+    L1: gl.constexpr = gl.SliceLayout(2 if DIM < 2 else 1, L2)
+    L0: gl.constexpr = gl.SliceLayout(1 if DIM < 1 else 0, L1)
+    x = gl.arange(0, size, layout=L0)
+    x = gl.expand_dims(x, 1 if DIM < 1 else 0)
+    x = gl.expand_dims(x, 2 if DIM < 2 else 1)
+    x = gl.expand_dims(x, 3 if DIM < 3 else 2)
+    return gl.expand_dims(x, 4 if DIM < 4 else 3)
+
+
+@gluon.jit
+def rows_and_places(SUB: gl.constexpr, WHOLE: gl.constexpr, PLACE: gl.constexpr):
+    """Of ``[4, 8, SUB, 2, 4]`` which of a consumer's rows, which key of a tile, or the first of two 8 apart, and which of a run's lists."""
+    warp, lane = _along(4, 0, PLACE), _along(8, 1, PLACE)
+    if WHOLE:
+        row = _along(SUB, 2, PLACE) * 8 + _along(2, 3, PLACE) * 4 + _along(4, 4, PLACE)
+        place, which = warp * 16 + lane, warp * 8 + lane
+    else:
+        row = _along(SUB, 2, PLACE) * 4 + _along(4, 4, PLACE)
+        place = warp * 16 + lane + _along(2, 3, PLACE) * 8
+        which = place
+    return row, place, which
+
+
+@gluon.jit
+def read_rows(row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests):
+    """Rows' ends, owners, levels, and the key from which a score equal to the level no longer passes."""
+    _start, end, owner = sight(row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+    here = row < num_queries
+    level = gl.load(levels + row, mask=here, other=float("inf"))
+    tie_end = gl.minimum(gl.load(level_keys + row, mask=here, other=-1), 2**31 - 2) + 1
+    return end, owner, level, tie_end
+
+
+@gluon.jit
+def append_quick(score, bar, key, at, lists):
+    """Append the scores not below ``bar`` to the threads' lists, as (score bits, key).
+
+    ``at``, bytes from the address ``lists`` on, is where a list goes on; returned as it is then.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b64 to;
+        setp.ge.f32 p, $1, $2;
+        cvt.u64.u32 to, $4;
+        add.s64 to, to, $5;
+        @p st.global.v2.b32 [to], {$3, $1};
+        mov.b32 $0, $4;
+        @p add.u32 $0, $0, 8;
+        }""",
+        "=&r,r,r,r,r,l",
+        [score, bar, key, at, lists.to(gl.int64)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def append_careful(score, key, end, level, tie_end, at, lists, list_start, ROOM: gl.constexpr):
+    """The same by the rule itself: a larger score than the level, or the level's own before ``tie_end``, at a key before the row's end.
+
+    Lengths go on counting where ROOM ends.
+    """
+    keep = ((score > level) | ((score == level) & (key < tie_end))) & (key < end)
+    pair = (score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | key.to(gl.int64)
+    gl.store(lists + (at >> 3), pair, mask=keep & (at - list_start < ROOM * 8))
+    return at + keep.to(gl.int32) * 8
+
+
+@gluon.jit
+def _smallest(x):
+    """Of a tensor of five dims."""
+    return gl.min(gl.min(gl.min(gl.min(gl.min(x, 4), 3), 2), 1), 0)
+
+
+@gluon.jit
+def look_ahead(turn, runs, end, level, tie_end, full, SPAN: gl.constexpr):
+    """``(bar, edge)``: turns from ``turn`` on and before ``edge``, of ``SPAN`` keys each, may append by the bar alone.
+
+    A score is not below the bar if and only if it passes: no row ends in such a turn, and none stops taking ties in it. Where a row has
+    ended or a list has overflowed (its row is done again) nothing passes; where ties no longer do, the bar is the number after the level.
+    """
+    begin = turn * SPAN
+    bits = level.to(gl.int32, bitcast=True)
+    after = gl.where(level == 0.0, 1, gl.where(bits < 0, bits - 1, bits + 1))
+    bar = gl.where((end <= begin) | full, NEVER, gl.where(tie_end <= begin, after, bits))
+    far = turn + QUICK * runs
+    change = gl.minimum(gl.where(end > begin, end // SPAN, far), gl.where(tie_end > begin, tie_end // SPAN, far))
+    return bar.to(gl.float32, bitcast=True), gl.minimum(_smallest(change), far)

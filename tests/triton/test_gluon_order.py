@@ -1,0 +1,133 @@
+"""The Hopper kernels' rearrangements, their own source run on NumPy: what a tile's columns become, in which order heads are added, and
+which scores a bar lets pass. Gluon itself cannot be interpreted; all that these functions do is defined without layouts."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .gluon_on_numpy import array, fma, language
+from .gluon_on_numpy import plain as on_numpy
+
+tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
+lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
+kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
+fused = importlib.import_module("thresher.ops.score_select.triton")
+GL = language([])
+
+
+def plain(jitted: Any) -> Any:
+    return on_numpy(jitted, GL)
+
+
+def tree(classes):
+    """The sum over the last dim's eight, as plain Triton makes it from its registers and two shuffles."""
+    t = [classes[..., 2 * c] + classes[..., 2 * c + 1] for c in range(4)]
+    return (t[0] + t[2]) + (t[1] + t[3])
+
+
+def in_order(dots, weights):
+    """``[keys, rows, heads]``: each class modulo 8 ascending, then the tree."""
+    terms = np.maximum(dots, 0)
+    sums = terms[..., :8] * weights[..., :8]
+    for head in range(8, dots.shape[2], 8):
+        sums = fma(terms[..., head : head + 8], weights[..., head : head + 8], sums)
+    return tree(sums)
+
+
+def drawn(rows, heads):
+    rng = np.random.default_rng(heads)
+    dots, weights = rng.standard_normal((64, rows, heads), np.float32), rng.standard_normal((1, rows, heads), np.float32)
+    return dots, np.broadcast_to(weights, dots.shape)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_whole_heads_are_added_in_the_order_of_plain_triton(heads):
+    shape = fused.layout(heads)
+    dots, weights = drawn(shape["ROWS"], heads)
+    row, head = plain(kernels.row_and_head)(np.arange(128), shape["HB"])
+    sums = np.zeros((), np.float32)
+    for chunk in range(heads // shape["HB"]):
+        take = (slice(None), row, head + chunk * shape["HB"])
+        sums = plain(tiles.chunk_sums)(dots[take], weights[take], sums, shape["SUB"], shape["HB"], chunk == 0, 8)
+    total = plain(tiles.whole_sums)(sums, shape["SUB"])
+    assert np.array_equal(total.reshape(64, shape["ROWS"]), in_order(dots, weights))
+
+
+@pytest.mark.parametrize("heads", [32, 64])
+def test_parities_are_added_in_the_order_of_plain_triton(heads):
+    """32 heads: as index scores have them."""
+    pairs, groups = min(heads // 2, 16), 16 // min(heads // 2, 16)
+    rows = 256 // heads
+    dots, weights = drawn(rows, heads)
+    found = []
+    for chunk in range(2):
+        row, head = plain(tiles.row_and_head)(chunk, heads, pairs, groups, None)
+        before = found.pop() if heads == 64 and chunk else np.zeros((), np.float32)
+        take = (slice(None), row, head)
+        found.append(plain(tiles.chunk_sums)(dots[take], weights[take], before, groups, pairs, heads == 32 or not chunk, 4))
+    both = [plain(tiles.parity_sums)(sums, groups) for sums in found]
+    total = np.concatenate([(x[:, :, 0] + x[:, :, 1]).reshape(64, -1) for x in both], 1)
+    assert np.array_equal(total, in_order(dots, weights))
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32])
+def test_every_score_has_its_row_key_and_list(heads):
+    """The two halves hold each (key, row) once, and both keys of a place go to one list that nobody else has."""
+    shape = fused.layout(heads)
+    sub = shape["SUB"]
+    said = np.arange(64)[:, None] * 100 + np.arange(shape["ROWS"])
+    low, high = plain(lists.halves)(said.reshape(64, sub, 2, 4), sub)
+    row, place, which = plain(lists.rows_and_places)(sub, True, None)
+    assert np.array_equal(low, place * 100 + row + 0 * low)
+    assert np.array_equal(high, (place + 8) * 100 + row + 0 * high)
+    assert len(set((which * 100 + row + 0 * low).flatten().tolist())) == 32 * shape["ROWS"]
+    assert (which.min(), which.max()) == (0, 31)
+
+
+def test_with_parities_every_place_has_a_list():
+    row, place, which = plain(lists.rows_and_places)(1, False, None)
+    assert len(set((place * 100 + row).flatten().tolist())) == 64 * 4
+    assert np.array_equal(place, which)
+
+
+@pytest.mark.parametrize("tiles_a_turn", [1, 2])
+@pytest.mark.parametrize("runs", [1, 3, 4])
+def test_every_tile_has_one_turn(runs, tiles_a_turn):
+    for begin, stop in ((0, 0), (0, 1), (0, 17), (0, 40), (7, 7)):
+        seen = []
+        for run in range(runs):
+            first, last = plain(kernels._turns)(begin, stop, run, runs, tiles_a_turn)
+            seen += [turn * tiles_a_turn + tile for turn in range(first, last, runs) for tile in range(tiles_a_turn)]
+        assert sorted(set(range(begin, stop)) - set(seen)) == []
+        assert len(seen) == len(set(seen))
+        assert max(seen, default=-1) <= max(stop, 1)
+
+
+def test_the_bar_lets_pass_what_the_rule_does():
+    """For every turn before the edge, on scores around the level, in rows that have ended, end in it or stop taking ties in it."""
+    levels = np.float32([1.5, 0.0, -0.0, -2.0, np.inf, -np.inf, 1e-45, -1e-45, np.finfo(np.float32).max, 3e38])
+    rng = np.random.default_rng(0)
+    quick, runs, span = lists.QUICK.value, 3, 128
+    longest = 0
+    for _ in range(300):
+        shape = (1, 1, 2, 2, 4)
+        level = array(rng.choice(levels, shape))
+        end = rng.integers(0, 60 * span, shape) if rng.random() < 0.5 else rng.integers(0, 3, shape) * 40 * span
+        tie_end = rng.choice([0, 2**31 - 1, 17 * span, int(rng.integers(0, 60 * span))], shape)
+        overfull = rng.random(shape) < 0.2
+        turn = int(rng.integers(0, 50))
+        bar, edge = plain(lists.look_ahead)(turn, runs, end, level, tie_end, overfull, span)
+        assert edge <= turn + quick * runs
+        longest = max(longest, edge - turn)
+        with np.errstate(over="ignore"):
+            around = np.nextafter(level, np.float32(np.inf)), np.nextafter(level, np.float32(-np.inf))
+        for at in range(turn, edge, runs):
+            for key in (at * span, at * span + 5, at * span + span - 1):
+                for score in (level, *around, level * np.nan, -level):
+                    passes = ((score > level) | ((score == level) & (key < tie_end))) & (key < end) & ~overfull
+                    assert np.array_equal(np.asarray(score) >= np.asarray(bar), passes)
+    assert longest == quick * runs
