@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
-from thresher.types import IndexKeys, IndexQuery
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .draw import GARBAGE, generator, paged, queries, query_of, vectors
 from .machine import DEVICE, INTERPRET, sized
@@ -99,6 +99,23 @@ def score_and_select() -> Run:
             return []
         selection, redo = fused.first_try(query, keys, 200)
         return [selection.indices, selection.lengths, redo]
+
+    return run
+
+
+def redo() -> Run:
+    """Some rows done again, of a world with holes, in pages of two sizes; the others are left as they were."""
+    worlds = [odd_world(page_size) for page_size in (64, 61)]
+    marks = (torch.arange(12) % 3 < 2).int().to(DEVICE)
+
+    def run() -> list[Tensor]:
+        found = []
+        for query, keys in worlds:
+            indices, scores = torch.full((12, 50), -7, dtype=torch.int32, device=DEVICE), torch.zeros(12, 50, device=DEVICE)
+            again = Selection(indices, torch.full((12,), -7, device=DEVICE), scores=scores)
+            fused.do_again(query, keys, marks, again)
+            found += [again.indices, again.lengths, scores]
+        return found
 
     return run
 
@@ -265,7 +282,7 @@ CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
         ragged, ragged_bf16, paged_64, paged_61, many, gathered, select_short, select_long, select_many, score_and_select,
-        gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
+        redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 
