@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from thresher.ops import select_topk
+from thresher.ops.score_select.marks import keeping_marks
+from thresher.types import Selection
+
+from .test_index_score import world
 
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
@@ -116,3 +120,36 @@ def test_no_two_entries_of_a_row_share_a_place():
         assert plan.stride * plan.want >= 1.5 * topk
         assert num * whole * 8 <= 2**28 * max(num / 1024, 1)
         assert kernels.make_plan(num, heads, 8192, topk, 132).stride == 0, "short rows are collected whole"
+
+
+def test_few_queries_and_short_rows_are_left_to_the_two_steps():
+    assert kernels.worthwhile(64, 8256)
+    assert not kernels.worthwhile(63, 2**20)
+    assert not kernels.worthwhile(4096, 8192)
+
+
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_many_queries_are_taken_a_thousand_at_a_time(monkeypatch, with_scores):
+    """And the rows done again are told to whoever asks, and to nobody else."""
+    query, keys = world(2 * kernels.ROWS + 3, 1, 64, [9])
+    sizes = []
+
+    def first_try(rows, _, topk, with_scores):
+        sizes.append(rows.num_queries)
+        beside = torch.zeros(len(rows.positions), topk) if with_scores else None
+        return Selection(rows.positions[:, None].expand(-1, topk).int(), rows.requests.clone(), scores=beside), rows.positions % 2
+
+    def do_again(rows, _, redo, selection):
+        selection.lengths[redo > 0] = -5
+
+    monkeypatch.setattr(kernels, "first_try", first_try)
+    monkeypatch.setattr(kernels, "do_again", do_again)
+    with keeping_marks() as marks:
+        got = kernels.score_select(query, keys, 2, with_scores)
+    assert sizes == [kernels.ROWS, kernels.ROWS, 3]
+    assert torch.equal(got.indices, query.positions[:, None].expand(-1, 2).int())
+    assert torch.equal(got.lengths, torch.where(query.positions % 2 > 0, -5, query.requests))
+    assert torch.equal(torch.cat(marks), query.positions % 2)
+    assert (got.scores is not None) == with_scores
+    kernels.score_select(query.rows(slice(0, 0)), keys, 2)
+    assert (sizes[-1], len(marks)) == (0, 3)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, padded_heads, paged_arguments, paged_index_score
+from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.triton_kernels import level_kernel, settle_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
@@ -32,6 +33,7 @@ MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a th
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 4096
 BLOCK = 512  # (query, head) columns a program
+ROWS = 1024  # at a time: enough for all multiprocessors, and about 200 MB for rows of 1M keys
 STAGES = 8
 MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
@@ -102,11 +104,25 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     return None
 
 
+def worthwhile(num_queries: int, room_tokens: int) -> bool:
+    """Whether these kernels are faster than the two steps, as far as is known: a guess, until a table of measured times replaces it."""
+    return num_queries >= 64 and room_tokens > 8192
+
+
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
-    """The two steps' selection, for arguments that ``unsupported`` lets pass; its scores are None without ``with_scores``."""
-    selection, redo = first_try(query, keys, topk, with_scores)
-    do_again(query, keys, redo, selection)
-    return selection
+    """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
+    parts = []
+    for start in range(0, max(query.num_queries, 1), ROWS):
+        rows = query.rows(slice(start, start + ROWS))
+        selection, redo = first_try(rows, keys, topk, with_scores)
+        do_again(rows, keys, redo, selection)
+        keep(redo)
+        parts.append(selection)
+    if len(parts) == 1:
+        return parts[0]
+    beside = [part.scores for part in parts if part.scores is not None]
+    indices, lengths = torch.cat([part.indices for part in parts]), torch.cat([part.lengths for part in parts])
+    return Selection(indices, lengths, scores=torch.cat(beside) if beside else None)
 
 
 def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Selection) -> None:
