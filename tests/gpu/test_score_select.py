@@ -7,8 +7,12 @@ import importlib
 import pytest
 import torch
 
+from thresher import ops
 from thresher.cache import IndexKeyCache
 from thresher.cache.index_keys import planes
+from thresher.ops.dispatch import using
+from thresher.ops.score_select.marks import keeping_marks
+from thresher.selectors import DSA
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .compare import differ, differ_all, fail_on
@@ -150,3 +154,21 @@ def test_memory_at_1m_keys(monkeypatch, record_property):
     record_property("measured", f"score_select 1024 x 1m: {peak / 1e6:.0f} MB at most beside its inputs")
     assert (got.lengths == 2048).all()
     assert peak < 256 * 10**6
+
+
+def test_selectors_and_the_public_function_take_it():
+    query, keys = world("mixed", [20011, 900, 12000], 77, 32, 128)
+    want = select.select_topk(scores_of.paged_index_score(query, keys), 2048)
+    problems = []
+    for how in ("auto", "triton"):
+        with keeping_marks() as marks, using(how):
+            picked = DSA(2048).select(query, keys)
+            bare = ops.score_select(query, keys, 2048, with_scores=False)
+        assert [len(mark) for mark in marks] == [77, 77], "both went another way"
+        problems += differ_all(how, [picked.indices, picked.lengths, picked.scores], [want.indices, want.lengths, want.scores])
+        problems.append(differ(f"{how}, without scores", bare.indices, want.indices))
+    with keeping_marks() as marks:
+        few = ops.score_select(query.rows(slice(0, 9)), keys, 2048)
+    assert marks == []
+    problems.append(differ("the two steps", few.indices, want.indices[:9]))
+    fail_on(problems)
