@@ -85,13 +85,14 @@ def many() -> Run:
 
 
 def score_and_select() -> Run:
-    """Holes in the page table, and rows long enough for a level."""
+    """Holes in the page table, requests from anywhere, and rows long enough for a level."""
     keys = paged([vectors(n, DIM, seed=n) for n in (17000, 70)], 64)
     table = keys.page_table.clone()
     table[0, 5:9] = torch.tensor([-1, 2**31 - 1, -(2**31), 10**6], dtype=torch.int32)
     q, weights = queries(70, 20, DIM, seed=15)
     where = torch.arange(70)
-    query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), where % 2)
+    requests = torch.where(where % 11 == 0, WILD[where % len(WILD)], where % 2)
+    query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), requests)
     keys = IndexKeys(keys.pages, table, keys.lengths)
 
     def run() -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,3 +154,27 @@ def test_many_queries_are_taken_a_thousand_at_a_time(monkeypatch, with_scores):
     assert (got.scores is not None) == with_scores
     kernels.score_select(query.rows(slice(0, 0)), keys, 2)
     assert (sizes[-1], len(marks)) == (0, 3)
+
+
+def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
+    """Shapes alone are asked about: so a CUDA graph may be recorded."""
+    query, keys = world(70, 32, 128, [70])
+    assert kernels.unsupported(query, keys, 9) == "cannot be interpreted"
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    assert kernels.unsupported(query, keys, 9) == "needs compute capability 9.0, and Triton 3.6.x"
+    monkeypatch.setattr(kernels, "runs_gluon", lambda tensor: True)
+
+    def why(topk=9, held=keys, **changes):
+        return kernels.unsupported(replace(query, **changes), held, topk)
+
+    assert why() is None
+    assert why(4096) is None
+    assert why(4097) == "topk is at most 4096, not 4097"
+    assert "float8_e4m3fn" in why(q=query.q.float())
+    assert "32" in why(q=query.q[:, :, :32])
+    assert why(held=world(1, 1, 128, [70], 128)[1]) == "needs pages of 64 keys, not 128"
+    assert why(held=replace(keys, pages=keys.pages[:0])) == "needs a page and a request"
+    assert why(held=replace(keys, page_table=keys.page_table[:0], lengths=keys.lengths[:0])) == "needs a page and a request"
+    wide = replace(keys, page_table=torch.zeros(1, 2**14, dtype=torch.int32))
+    assert why(1024, wide) is None
+    assert why(1023, wide) == "needs a larger topk than 1023 for a page table with room for 1048576 keys"

@@ -58,8 +58,9 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
 
     def why_not(module: ModuleType) -> str | None:
         why: str | None = module.unsupported(query, keys, topk)
-        fast = why is not None or module.worthwhile(query.num_queries, keys.page_table.shape[1] * keys.page_size)
-        return why if fast else "the two steps are faster"
+        if why is None and not module.worthwhile(query.num_queries, keys.page_table.shape[1] * keys.page_size):
+            why = "the two steps are faster"
+        return why
 
     if meaning() not in (AUTO, "triton"):
         return None
