@@ -19,6 +19,7 @@ from thresher.bench.run import Settings, run_bench
 from thresher.bench.work import make_work, slots_of
 from thresher.errors import ThresherError
 from thresher.ops import dispatch, paged_index_score
+from thresher.ops.score_select.marks import keep
 from thresher.selectors import DSA, HISA, MISA
 from thresher.types import PartialAttention, Selection
 
@@ -215,6 +216,23 @@ def test_a_layer_with_a_wrong_selection_is_red(monkeypatch):
     monkeypatch.setitem(work._RUNS, "select", work._select)
     with pytest.raises(ThresherError, match="tokens differ"):
         bench(LAYER)
+
+
+def test_rows_done_again_are_recorded_where_kernels_do_that(monkeypatch):
+    right = work._RUNS["select"]
+
+    def run_with(*marks):
+        def select(given):
+            for mark in marks:
+                keep(torch.tensor(mark))
+            return right(given)
+
+        monkeypatch.setitem(work._RUNS, "select", select)
+        return bench(DECODE)[0][0].rows_redone
+
+    assert run_with() is None
+    assert run_with([0, 0]) == 0
+    assert run_with([0, 1, 1], [1]) == 3
 
 
 def test_a_run_that_is_not_repeatable_is_red(monkeypatch):

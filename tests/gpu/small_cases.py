@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
-from thresher.types import IndexKeys, IndexQuery
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .draw import GARBAGE, generator, paged, queries, query_of, vectors
 from .machine import DEVICE, INTERPRET, sized
@@ -85,13 +85,14 @@ def many() -> Run:
 
 
 def score_and_select(heads: int = 20) -> Run:
-    """Holes in the page table, and rows long enough for a level."""
+    """Holes in the page table, requests from anywhere, and rows long enough for a level."""
     keys = paged([vectors(n, DIM, seed=n) for n in (17000, 70)], 64)
     table = keys.page_table.clone()
     table[0, 5:9] = torch.tensor([-1, 2**31 - 1, -(2**31), 10**6], dtype=torch.int32)
     q, weights = queries(70, heads, DIM, seed=15)
     where = torch.arange(70)
-    query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), where % 2)
+    requests = torch.where(where % 11 == 0, WILD[where % len(WILD)], where % 2)
+    query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), requests)
     keys = IndexKeys(keys.pages, table, keys.lengths)
 
     def run() -> list[Tensor]:
@@ -106,6 +107,23 @@ def score_and_select(heads: int = 20) -> Run:
 def score_and_select_few() -> Run:
     """Few heads, which are summed up by one thread, and take two tiles a turn."""
     return score_and_select(7)
+
+
+def redo() -> Run:
+    """Some rows done again, of a world with holes, in pages of two sizes; the others are left as they were."""
+    worlds = [odd_world(page_size) for page_size in (64, 61)]
+    marks = (torch.arange(12) % 3 < 2).int().to(DEVICE)
+
+    def run() -> list[Tensor]:
+        found = []
+        for query, keys in worlds:
+            indices, scores = torch.full((12, 50), -7, dtype=torch.int32, device=DEVICE), torch.zeros(12, 50, device=DEVICE)
+            again = Selection(indices, torch.full((12,), -7, device=DEVICE), scores=scores)
+            fused.do_again(query, keys, marks, again)
+            found += [again.indices, again.lengths, scores]
+        return found
+
+    return run
 
 
 def gathered() -> Run:
@@ -270,7 +288,7 @@ CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
         ragged, ragged_bf16, paged_64, paged_61, many, gathered, select_short, select_long, select_many, score_and_select,
-        score_and_select_few, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
+        score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 

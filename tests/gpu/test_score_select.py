@@ -7,11 +7,18 @@ import importlib
 import pytest
 import torch
 
-from thresher.types import IndexKeys, IndexQuery
+from thresher import ops
+from thresher.cache import IndexKeyCache
+from thresher.cache.index_keys import planes
+from thresher.ops.dispatch import using
+from thresher.ops.score_select.marks import keeping_marks
+from thresher.selectors import DSA
+from thresher.types import IndexKeys, IndexQuery, Selection
 
-from .compare import differ, fail_on
+from .compare import differ, differ_all, fail_on
 from .draw import generator, queries, vectors
 from .machine import DEVICE, INTERPRET
+from .test_graphs import Recorded
 
 fused = importlib.import_module("thresher.ops.score_select.triton")
 scores_of = importlib.import_module("thresher.ops.index_score.triton")
@@ -51,6 +58,8 @@ def world(kind: str, lengths: list[int], num: int, heads: int, dim: int) -> tupl
     keys = IndexKeys(pages.to(DEVICE), table.to(DEVICE), torch.tensor(lengths, device=DEVICE))
     if kind == "signs":
         weights = weights.abs()
+    if kind == "nan":
+        weights[::5], weights[1::5, 0] = torch.nan, torch.inf
     return IndexQuery(q, weights, positions.clamp(min=-1).to(DEVICE), requests.to(DEVICE)), keys
 
 
@@ -74,6 +83,7 @@ def world(kind: str, lengths: list[int], num: int, heads: int, dim: int) -> tupl
         ("descending", [50000], 64, 1, 128, 2048),
         ("signs", [8000, 100], 300, 12, 128, 2048),
         ("normal", [70000], 1024, 8, 128, 2048),
+        ("nan", [30000, 5000], 150, 32, 128, 2048),
     ],
 )
 def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_property):
@@ -95,3 +105,80 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_proper
     for _ in range(20):
         again, redone = fused.first_try(query, keys, topk, with_scores=False)
         fail_on([differ("again", again.indices, first.indices), differ("rows", redone, redo)])
+
+
+@pytest.mark.parametrize(("heads", "dim", "topk"), [(64, 128, 2048), (24, 64, 100), (8, 128, 4096)])
+def test_rows_done_again_are_the_two_steps(heads, dim, topk):
+    """Few, many and all; rows shorter than topk among them; more than once by a program, whose memory then holds another row's scores."""
+    query, keys = world("nan", [30000, 700, 12345], 400, heads, dim)
+    want = select.select_topk(scores_of.paged_index_score(query, keys), topk)
+    for share in (0.02, 0.5, 1.0):
+        marks = torch.rand(400, generator=generator(5)).to(DEVICE) < share
+        for _ in range(5):
+            indices, lengths = torch.full_like(want.indices, -7), torch.full_like(want.lengths, -7)
+            beside = torch.full_like(want.scores, 5.0)
+            fused.do_again(query, keys, marks.int(), Selection(indices, lengths, scores=beside))
+            fail_on(
+                [
+                    differ("indices", indices, torch.where(marks[:, None], want.indices, -7)),
+                    differ("lengths", lengths, torch.where(marks, want.lengths, -7)),
+                    differ("scores", beside, torch.where(marks[:, None], want.scores, 5.0)),
+                ]
+            )
+
+
+def test_in_a_graph_with_rows_done_again():
+    """Recorded once; replayed with other queries and lengths, of which some rows have NaN."""
+    query, keys = world("nan", [30000, 5000], 130, 32, 128)
+
+    def step() -> list[torch.Tensor]:
+        got = fused.score_select(query, keys, 2048)
+        return [got.indices, got.lengths, got.scores]
+
+    recorded, problems = Recorded(step), []
+    for seed, lengths in enumerate(([30000, 5000], [20001, 64], [1, 0])):
+        keys.lengths.copy_(torch.tensor(lengths))
+        query.positions.copy_(keys.lengths[query.requests] - 1)
+        query.weights.copy_(query.weights.roll(seed, 0))
+        want = select.select_topk(scores_of.paged_index_score(query, keys, width=keys.page_table.shape[1] * 64), 2048)
+        for turn in range(2):
+            problems += differ_all(f"{lengths}, replay {turn}", recorded.replay(), [want.indices, want.lengths, want.scores])
+    fail_on(problems)
+
+
+def test_memory_at_1m_keys(monkeypatch, record_property):
+    monkeypatch.undo()  # memory is counted, so not poisoned
+    num, length = 1024, 2**20
+    q, weights = queries(num, 64, 128, seed=1)
+    cache = IndexKeyCache(length // 64, 128, device=DEVICE)
+    cache.pages.view(-1).copy_(torch.randint(0, 0x70, (cache.pages.numel(),), generator=generator(2), dtype=torch.uint8))
+    planes(cache.pages)[1].fill_(1.0)
+    weights[::17] = torch.nan
+    table = torch.arange(length // 64, dtype=torch.int32, device=DEVICE)[None]
+    keys = cache.view(table, torch.tensor([length], device=DEVICE))
+    query = IndexQuery(q, weights, torch.arange(length - num, length, device=DEVICE), torch.zeros(num, dtype=torch.int64, device=DEVICE))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got = fused.score_select(query, keys, 2048)
+    peak = torch.cuda.max_memory_allocated() - before
+    record_property("measured", f"score_select 1024 x 1m: {peak / 1e6:.0f} MB at most beside its inputs")
+    assert (got.lengths == 2048).all()
+    assert peak < 256 * 10**6
+
+
+def test_selectors_and_the_public_function_take_it():
+    query, keys = world("mixed", [20011, 900, 12000], 77, 32, 128)
+    want = select.select_topk(scores_of.paged_index_score(query, keys), 2048)
+    problems = []
+    for how in ("auto", "triton"):
+        with keeping_marks() as marks, using(how):
+            picked = DSA(2048).select(query, keys)
+            bare = ops.score_select(query, keys, 2048, with_scores=False)
+        assert [len(mark) for mark in marks] == [77, 77], "both went another way"
+        problems += differ_all(how, [picked.indices, picked.lengths, picked.scores], [want.indices, want.lengths, want.scores])
+        problems.append(differ(f"{how}, without scores", bare.indices, want.indices))
+    with keeping_marks() as marks:
+        few = ops.score_select(query.rows(slice(0, 9)), keys, 2048)
+    assert marks == []
+    problems.append(differ("the two steps", few.indices, want.indices[:9]))
+    fail_on(problems)

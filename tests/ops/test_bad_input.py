@@ -36,6 +36,7 @@ PLAIN = {
     "factor": REAL,
     "style": [None, "neox", 3],
     "filled": [None, 1, "no"],
+    "with_scores": [None, 1, "no"],
     "space": [None, "page", 3],
 }
 # Tensors whose sizes follow from the arguments before them: one row too many is a mistake of theirs.

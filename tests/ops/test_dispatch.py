@@ -45,6 +45,7 @@ def calls():
         "gathered_index_score": (query, keys, torch.tensor([[0, 5, -1], [1, 2, 3]])),
         "select_topk": (torch.randn(2, 9), 4),
         "select_topk_slots": (torch.randn(2, 9), 4, torch.tensor([[3, -1]], dtype=torch.int32), zeros, 5),
+        "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
@@ -382,9 +383,9 @@ def test_the_reference_of_head_mass_stays_a_reference_inside_using():
 
 def on_meta(operation, given):
     """The arguments with one tensor on the meta device, which stands in for a second one."""
-    if operation == "paged_index_score":
+    if operation in ("paged_index_score", "score_select"):
         query = given[0]
-        return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), given[1]
+        return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), *given[1:]
     if operation == "head_mass":
         return given[0], [tuple(x.to("meta") for x in given[1][0])], *given[2:]
     if operation == "merge":

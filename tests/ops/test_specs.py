@@ -14,7 +14,7 @@ from thresher.cache.index_keys import pack_keys
 from thresher.types import IndexQuery, PartialAttention
 
 GEN = torch.Generator().manual_seed(0)
-NAMES = ["hadamard", "index_score", "merge", "pool_keys", "quantize", "rope", "route_heads", "select", "sparse_attend"]
+NAMES = ["hadamard", "index_score", "merge", "pool_keys", "quantize", "rope", "route_heads", "score_select", "select", "sparse_attend"]
 
 
 def spec(name: str) -> str:
@@ -73,6 +73,23 @@ def test_select():
     for topk in (5, 29, 35):
         want = run("select", scores=scores, topk=topk, ends=ends.tolist(), Q=4).indices
         assert torch.equal(ops.select_topk(scores, topk, ends=ends).indices.long(), want)
+
+
+def test_score_select():
+    (k, k_scales), (q, _) = ops.quantize_fp8(randn(80, 16)), ops.quantize_fp8(randn(3, 4, 16))
+    keys, query = (
+        pack_keys([(k[:50], k_scales[:50]), (k[50:], k_scales[50:])]),
+        IndexQuery(q, randn(3, 4), torch.tensor([49, 3, 10**6]), torch.tensor([0, 0, 1])),
+    )
+    names = {"paged_index_score": ops.paged_index_score, "select_topk": ops.select_topk, "query": query, "keys": keys}
+    for topk in (1, 7, 60):
+        want, got = run("score_select", **names, topk=topk).selection, ops.score_select(query, keys, topk)
+        for part in ("indices", "lengths", "scores"):
+            assert torch.equal(getattr(got, part), getattr(want, part))
+        assert got.space == want.space
+        bare = ops.score_select(query, keys, topk, with_scores=False)
+        assert bare.scores is None
+        assert torch.equal(bare.indices, want.indices)
 
 
 def test_pool_keys():

@@ -55,7 +55,7 @@ for module in (index_score, sparse_attend):
 index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
 sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
 long = pack_keys([(torch.zeros(32768, 128).to(torch.float8_e4m3fn), torch.ones(32768))])
-score_select.first_try(query, long, 2048)
+score_select.score_select(query, long, 2048)
 """
 
 

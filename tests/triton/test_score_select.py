@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from thresher.ops import select_topk
+from thresher.ops.score_select.marks import keeping_marks
+from thresher.types import Selection
+
+from .test_index_score import world
 
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
@@ -133,3 +138,60 @@ def test_units_keep_the_multiprocessors_busy():
         assert units / (turns * 132) > 0.9 or blocks * 16 < 132
     assert kernels.share_out(128, 8, 132) == 1
     assert kernels.share_out(32, 16, 132) == 4
+
+
+def test_few_queries_and_short_rows_are_left_to_the_two_steps():
+    assert kernels.worthwhile(64, 8256)
+    assert not kernels.worthwhile(63, 2**20)
+    assert not kernels.worthwhile(4096, 8192)
+
+
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_many_queries_are_taken_a_thousand_at_a_time(monkeypatch, with_scores):
+    """And the rows done again are told to whoever asks, and to nobody else."""
+    query, keys = world(2 * kernels.ROWS + 3, 1, 64, [9])
+    sizes = []
+
+    def first_try(rows, _, topk, with_scores):
+        sizes.append(rows.num_queries)
+        beside = torch.zeros(len(rows.positions), topk) if with_scores else None
+        return Selection(rows.positions[:, None].expand(-1, topk).int(), rows.requests.clone(), scores=beside), rows.positions % 2
+
+    def do_again(rows, _, redo, selection):
+        selection.lengths[redo > 0] = -5
+
+    monkeypatch.setattr(kernels, "first_try", first_try)
+    monkeypatch.setattr(kernels, "do_again", do_again)
+    with keeping_marks() as marks:
+        got = kernels.score_select(query, keys, 2, with_scores)
+    assert sizes == [kernels.ROWS, kernels.ROWS, 3]
+    assert torch.equal(got.indices, query.positions[:, None].expand(-1, 2).int())
+    assert torch.equal(got.lengths, torch.where(query.positions % 2 > 0, -5, query.requests))
+    assert torch.equal(torch.cat(marks), query.positions % 2)
+    assert (got.scores is not None) == with_scores
+    kernels.score_select(query.rows(slice(0, 0)), keys, 2)
+    assert (sizes[-1], len(marks)) == (0, 3)
+
+
+def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
+    """Shapes alone are asked about: so a CUDA graph may be recorded."""
+    query, keys = world(70, 32, 128, [70])
+    assert kernels.unsupported(query, keys, 9) == "cannot be interpreted"
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    assert kernels.unsupported(query, keys, 9) == "needs compute capability 9.0, and Triton 3.6.x"
+    monkeypatch.setattr(kernels, "runs_gluon", lambda tensor: True)
+
+    def why(topk=9, held=keys, **changes):
+        return kernels.unsupported(replace(query, **changes), held, topk)
+
+    assert why() is None
+    assert why(4096) is None
+    assert why(4097) == "topk is at most 4096, not 4097"
+    assert "float8_e4m3fn" in why(q=query.q.float())
+    assert "32" in why(q=query.q[:, :, :32])
+    assert why(held=world(1, 1, 128, [70], 128)[1]) == "needs pages of 64 keys, not 128"
+    assert why(held=replace(keys, pages=keys.pages[:0])) == "needs a page and a request"
+    assert why(held=replace(keys, page_table=keys.page_table[:0], lengths=keys.lengths[:0])) == "needs a page and a request"
+    wide = replace(keys, page_table=torch.zeros(1, 2**14, dtype=torch.int32))
+    assert why(1024, wide) is None
+    assert why(1023, wide) == "needs a larger topk than 1023 for a page table with room for 1048576 keys"

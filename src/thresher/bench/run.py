@@ -21,6 +21,7 @@ from thresher.bench.work import Work, check_inputs, check_op, default_op, make_w
 from thresher.errors import ThresherError
 from thresher.eval.source import source_state
 from thresher.ops.dispatch import AUTO, check_impl
+from thresher.ops.score_select.marks import keeping_marks
 from thresher.selectors.base import Selector
 from thresher.selectors.parse import parse
 
@@ -148,7 +149,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         useful_bytes=moved,
         floor_us=floor_us(ceilings, op, flops, moved),
         peak_bytes=peak,
-        rows_redone=None,
+        rows_redone=_rows_redone(first),
         ranks=1,
         gpu=gpu,
         torch=torch.__version__,
@@ -168,3 +169,12 @@ def _peak_bytes(work: Work, device: torch.device) -> int | None:
     work.run()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _rows_redone(work: Work) -> int | None:
+    """Of one run more, outside the time; None where nothing is selected, or not by kernels that do rows again."""
+    if work.selector is None:
+        return None
+    with keeping_marks() as marks:
+        work.run()
+    return sum(int(mark.sum()) for mark in marks) if marks else None

@@ -4,7 +4,9 @@
 
 - on a CUDA device of compute capability 8.9 or newer "triton", and before it, for attention over the FP8 latent cache, "flash_mla";
 - on an older one, on a CPU, and where a kernel cannot take the arguments, "reference". Never a kernel for tensors on a CPU, whether Triton
-  interprets there or not: only a name asks for that.
+  interprets there or not: only a name asks for that;
+- for ``score_select``, of kernels for compute capability 9.0 alone, "triton" only where it is faster than the two steps that "reference"
+  stands for. Those then are "auto" themselves: kernels, where these can run.
 
 The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
 others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in
@@ -41,6 +43,7 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "gathered_index_score": ("triton", "reference"),
         "select_topk": ("triton", "reference"),
         "select_topk_slots": ("triton", "reference"),
+        "score_select": ("triton", "reference"),
         "pool_keys": ("triton", "reference"),
         "partial_means": ("triton", "reference"),
         "head_mass": ("triton", "reference"),
@@ -195,6 +198,11 @@ def check_impl(impl: str, operation: str | None = None) -> None:
     """Raise ``ThresherError`` unless ``impl`` is "auto" or an implementation of ``operation`` (of any, when None)."""
     names = implementations(operation) if operation else tuple(dict.fromkeys(name for row in TABLE for name in implementations(row)))
     require(impl == AUTO or impl in names, f"impl must be one of {', '.join((AUTO, *names))}", repr(impl), "check the spelling")
+
+
+def meaning() -> str:
+    """What "auto" means here: an implementation's name inside ``using``, else "auto"."""
+    return _auto_means.get()
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from thresher.errors import require
 from thresher.ops.index_score import gathered_index_score, paged_index_score
 from thresher.ops.select import select_topk, select_visible
 from thresher.selectors.base import Selector, require_int
-from thresher.selectors.rows import in_chunks, longest
-from thresher.selectors.scan import up_to_date_means
+from thresher.selectors.rows import in_chunks
+from thresher.selectors.scan import most_blocks, up_to_date_means
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class HISA(Selector):
         self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
     ) -> Selection:
         """See ``Selector.select``. Uses the state's block means."""
-        mean_keys = pack_keys(up_to_date_means(keys, self.block_size, state))
+        means = up_to_date_means(keys, self.block_size, state)
+        mean_keys = pack_keys(means)
         offsets = torch.arange(self.block_size, device=query.positions.device)
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
@@ -67,7 +68,7 @@ class HISA(Selector):
             tokens = tokens.masked_fill(hidden, -1)
             return select_topk(gathered_index_score(rows, keys, tokens), self.topk, positions=tokens)
 
-        return in_chunks(query, max(self.num_blocks * self.block_size, longest(mean_keys)), select_rows)
+        return in_chunks(query, max(self.num_blocks * self.block_size, most_blocks(means)), select_rows)
 
     def choose_blocks(self, query: IndexQuery, visible: Tensor, mean_keys: IndexKeys) -> Tensor:
         """int64 ``[Q, m]``, ``m <= num_blocks``: the blocks to look into, ascending, -1 padded at the end.

@@ -10,8 +10,8 @@ from thresher.ops.index_score import gathered_index_score
 from thresher.ops.select import select_topk
 from thresher.selectors.base import Selector, require_int
 from thresher.selectors.misa import MISA
-from thresher.selectors.rows import in_chunks, longest
-from thresher.selectors.scan import routed_topk, up_to_date_means
+from thresher.selectors.rows import in_chunks
+from thresher.selectors.scan import most_tokens, routed_columns, routed_topk, up_to_date_means
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
@@ -56,14 +56,13 @@ class MISARerank(Selector):
     ) -> Selection:
         """See ``Selector.select`` and ``MISA.select``."""
         means = up_to_date_means(keys, self.block_size, state)
-        length = longest(keys)
-        count = max(1, min(self.candidates, length))
+        count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
             proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count).indices
             return select_topk(gathered_index_score(rows, keys, proposed), self.topk, positions=proposed)
 
-        return in_chunks(query, length, select_rows)
+        return in_chunks(query, max(routed_columns(query, keys, means, self.block_size, self.active_heads, count), count), select_rows)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """MISA's, and ``2 H D`` for each candidate."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from thresher.ops.dispatch import can_read
+from thresher.ops.score_select import one_pass
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 # Score elements alive at once. Large enough that a launch fills a GPU at 128k keys, small enough for a laptop's memory.
@@ -22,17 +24,31 @@ def longest(keys: IndexKeys) -> int:
     return int(keys.lengths.max()) if keys.num_requests else 0
 
 
+def scan_columns(query: IndexQuery, keys: IndexKeys, topk: int) -> int:
+    """Elements alive for each query while ``score_select`` runs: a row of scores, or none where it holds no matrix of them.
+
+    The longest request is looked up, which waits for the device, only where what the page table has room for would be too much at once.
+    """
+    if one_pass(query, keys, topk) is not None:
+        return 0
+    room = keys.page_table.shape[1] * keys.page_size
+    return room if query.num_queries * room <= _budget(query) else longest(keys)
+
+
 def in_chunks(query: IndexQuery, columns: int, select_rows: Callable[[IndexQuery, slice], Selection]) -> Selection:
     """Run ``select_rows`` over slices of the queries so that about ``rows * columns`` elements are alive at once.
 
     Rows are independent, so the result does not depend on where the slices fall.
     """
-    budget = GPU_ELEMENTS if query.q.is_cuda else CPU_ELEMENTS
-    step = max(1, budget // max(columns, 1))
+    step = max(1, _budget(query) // max(columns, 1))
     if query.num_queries <= step:
         return select_rows(query, slice(0, query.num_queries))
     bounds = [slice(i, min(i + step, query.num_queries)) for i in range(0, query.num_queries, step)]
     return concat([select_rows(query.rows(s), s) for s in bounds])  # type: ignore[arg-type]
+
+
+def _budget(query: IndexQuery) -> int:
+    return GPU_ELEMENTS if query.q.is_cuda else CPU_ELEMENTS
 
 
 def concat(parts: Sequence[Selection]) -> Selection:
@@ -50,6 +66,11 @@ def concat(parts: Sequence[Selection]) -> Selection:
 def pad_columns(x: Tensor, width: int, value: float) -> Tensor:
     """``x [Q, n]`` with columns of ``value`` added up to ``width``."""
     return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value) if x.shape[1] < width else x
+
+
+def first_heads(query: IndexQuery, count: int) -> IndexQuery:
+    """The query with only its first heads, which stands for one with any ``count`` of them where no value matters."""
+    return replace(query, q=query.q[:, :count], weights=query.weights[:, :count])
 
 
 def keep_heads(query: IndexQuery, heads: Tensor) -> IndexQuery:

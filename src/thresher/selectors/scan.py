@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from thresher.cache.block_means import BlockMeans
-from thresher.cache.index_keys import visible_counts
-from thresher.ops.index_score import paged_index_score
 from thresher.ops.pool_keys import pool_keys
 from thresher.ops.route_heads import head_mass, route_heads
-from thresher.ops.select import select_visible
+from thresher.ops.score_select import one_pass, score_select
 from thresher.selectors.base import require_active_heads
-from thresher.selectors.rows import in_chunks, keep_heads, longest
+from thresher.selectors.rows import first_heads, in_chunks, keep_heads, scan_columns
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
@@ -25,25 +23,34 @@ Means = list[tuple[Tensor, Tensor]]
 
 def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
     """The ``topk`` visible keys of largest score over all heads of ``query``."""
-    return in_chunks(query, longest(keys), lambda rows, _: _best_visible(rows, keys, topk))
+    return in_chunks(query, scan_columns(query, keys, topk), lambda rows, _: score_select(rows, keys, topk))
 
 
 def routed_topk(query: IndexQuery, keys: IndexKeys, means: Means, block_size: int, active_heads: int, topk: int) -> Selection:
     """``scan_topk`` over each query's ``active_heads`` heads of largest mass over the block means (MISA, arXiv 2605.07363)."""
     require_active_heads(active_heads, query.num_heads)
-    length = longest(keys)
-    num_blocks = -(-length // block_size)
 
     def select_rows(rows: IndexQuery, _: slice) -> Selection:
         heads = route_heads(head_mass(rows, means, keys, block_size), active_heads)
-        return _best_visible(keep_heads(rows, heads), keys, topk)
+        return score_select(keep_heads(rows, heads), keys, topk)
 
-    return in_chunks(query, max(length, num_blocks * query.num_heads), select_rows)
+    return in_chunks(query, routed_columns(query, keys, means, block_size, active_heads, topk), select_rows)
 
 
-def _best_visible(rows: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
-    """Scores past what a row sees are neither written nor read."""
-    return select_visible(paged_index_score(rows, keys, filled=False), topk, visible_counts(rows, keys))
+def routed_columns(query: IndexQuery, keys: IndexKeys, means: Means, block_size: int, active_heads: int, topk: int) -> int:
+    """Elements alive for each query in ``routed_topk``: what the routing holds, or a row of scores where the scan has a matrix of them."""
+    scanned = 0 if one_pass(first_heads(query, active_heads), keys, topk) else most_tokens(keys, means, block_size)
+    return max(scanned, (most_blocks(means) + 1) * query.num_heads)
+
+
+def most_blocks(means: Means) -> int:
+    """Full blocks of the request that has most of them, known without a look at the device."""
+    return max((len(scales) for _, scales in means), default=0)
+
+
+def most_tokens(keys: IndexKeys, means: Means, block_size: int) -> int:
+    """No request is longer than this: full blocks, and one that is not."""
+    return min((most_blocks(means) + 1) * block_size, keys.page_table.shape[1] * keys.page_size)
 
 
 def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> Means:

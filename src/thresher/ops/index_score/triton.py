@@ -133,7 +133,7 @@ def paged_index_score(
     even = 1 < groups <= MAX_GROUPS
     programs = min(groups * triton.cdiv(width, KEYS), PROGRAMS if groups > MAX_GROUPS else SHARED_PROGRAMS)
     registers = {"maxnreg": 128} if tile * padded <= 64 else {}  # four programs on a multiprocessor, and nothing spilled
-    tensors, sizes, strides = _paged_arguments(query, keys)
+    tensors, sizes, strides = paged_arguments(query, keys)
     with on_device(query.q):
         paged_kernel[(programs,)](
             *tensors, out, num, *sizes, width, *strides, out.stride(0), GROUPS=max(triton.next_power_of_2(groups), 16) if even else 0,
@@ -157,7 +157,7 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
         return out
     padded = padded_heads(heads)
     positions = unit_rows(positions)
-    tensors, sizes, strides = _paged_arguments(query, keys)
+    tensors, sizes, strides = paged_arguments(query, keys)
     with on_device(query.q):
         gathered_kernel[(num * triton.cdiv(width, GATHERED_KEYS),)](
             *tensors, positions, out, *sizes, width, *strides, positions.stride(0), out.stride(0),
@@ -166,7 +166,7 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
     return out
 
 
-def _paged_arguments(query: IndexQuery, keys: IndexKeys) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
+def paged_arguments(query: IndexQuery, keys: IndexKeys) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
     """``(tensors, sizes, strides)`` that the paged and gathered kernels share, in the order of their parameters."""
     num_pages, page_size, _, key_bytes = keys.pages.shape
     flat = keys.pages.view(num_pages, page_size * key_bytes)

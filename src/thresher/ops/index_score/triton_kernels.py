@@ -103,7 +103,7 @@ def ragged_kernel(
 
 
 @triton.jit
-def _ends(rows, num_queries, num_requests, lengths, positions, requests, room, width):
+def row_ends(rows, num_queries, num_requests, lengths, positions, requests, room, width):
     """What rows of a paged form see: ``(end, owner)``, int32. Keys ``0 .. end - 1`` of their request, and which that is.
 
     A request that is not there is one more request, of no tokens: its rows are written too. Rows that are not there have no owner.
@@ -132,7 +132,7 @@ def _group_ends(num_queries, num_requests, lengths, positions, requests, room, w
     high = tl.zeros([GROUPS], tl.int32)
     for step in tl.static_range(STEP):
         rows = tl.minimum(tl.arange(0, GROUPS) * STEP + step, num_queries)
-        end, _ = _ends(rows, num_queries, num_requests, lengths, positions, requests, room, width)
+        end, _ = row_ends(rows, num_queries, num_requests, lengths, positions, requests, room, width)
         high = tl.maximum(high, end)
     return high
 
@@ -147,7 +147,7 @@ def _find(unit, counts, upto):
 
 
 @triton.jit
-def _score_rows(
+def score_rows(
     q, weights, values, scales, page_table, lengths, positions, requests, out,
     num_queries, num_heads, num_requests, num_pages, max_pages, width, first_row, first, last,
     q_row, q_head, w_row, page_words, table_row, out_row,
@@ -157,7 +157,7 @@ def _score_rows(
     """The columns ``first .. last - 1`` of STEP <= BQ rows, which may belong to several requests."""
     row = tl.arange(0, BQ)
     rows = (row < STEP) & (first_row + row < num_queries)
-    end, owner = _ends(
+    end, owner = row_ends(
         tl.where(rows, first_row + row, num_queries), num_queries, num_requests, lengths, positions, requests,
         max_pages.to(tl.int64) * PAGE, width,
     )  # fmt: skip
@@ -216,7 +216,7 @@ def paged_kernel(
         while unit < stop:
             here, at, have = _find(unit, counts, upto)
             run = tl.minimum(have - at, stop - unit)
-            _score_rows(
+            score_rows(
                 q, weights, values, scales, page_table, lengths, positions, requests, out,
                 num_queries, num_heads, num_requests, num_pages, max_pages, width, here * STEP, at * BN, tl.minimum((at + run) * BN, width),
                 q_row, q_head, w_row, page_words, table_row, out_row, STEP, PAGE, FILLED, HEADS, D, BN, BQ, INTERPRET,
@@ -243,7 +243,7 @@ def paged_kernel(
         while unit < stop:
             at = unit % tiles
             run = tl.minimum(tiles - at, stop - unit)
-            _score_rows(
+            score_rows(
                 q, weights, values, scales, page_table, lengths, positions, requests, out,
                 num_queries, num_heads, num_requests, num_pages, max_pages, width,
                 unit // tiles * STEP, at * BN, tl.minimum((at + run) * BN, width),

@@ -5,5 +5,64 @@ scores = paged_index_score(query, keys)
 selection = select_topk(scores, topk)
 ```
 
-Kernels without a public function so far: ``score_select.triton.score_select`` is to be called by name, and selectors take the two steps.
+"auto" takes kernels that do both at once where they can run and are faster, and the two steps, each by its own row of the table, elsewhere.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from thresher.checks import check_count, check_kind
+from thresher.ops.arguments import check_paged
+from thresher.ops.dispatch import AUTO, choose, meaning, using
+from thresher.ops.score_select.reference import score_select_reference
+from thresher.types import IndexKeys, IndexQuery, Selection
+
+
+def score_select(query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: bool = True, impl: str = AUTO) -> Selection:
+    """The topk visible keys of largest score for each query: ``paged_index_score`` and ``select_topk``, bit for bit. No gradient.
+
+    Args:
+        query: the queries of any mix of requests.
+        keys: the paged index keys; query i sees those at ``0..positions[i]`` of its request, as far as they are held.
+        topk: how many to keep, at least 1.
+        with_scores: whether scores are returned beside.
+        impl: "auto", "triton" or "reference". "triton" are the kernels that do both at once, and raises where they cannot run. "reference"
+            is the two steps' reference. "auto" is "triton" where that can run and ``score_select.triton.worthwhile`` says so, and else the
+            two steps with "auto" each, which hold a matrix of scores.
+
+    Returns:
+        A logical Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores (-inf where padded) or None.
+
+    Raises:
+        ThresherError: what ``paged_index_score`` refuses, topk below 1, with_scores that is no bool, or an impl that cannot run.
+
+    Source: DeepSeek-V3.2-Exp (arXiv 2512.02556), equations 1 and 2.
+    """
+    device = check_paged(query, keys)
+    check_count("topk", topk, 1, do="ask for at least one token")
+    check_kind("with_scores", with_scores, bool, "pass True or False")
+    if impl == AUTO:
+        kernel = one_pass(query, keys, topk)
+    else:
+        kernel = choose("score_select", impl, device, lambda module: module.unsupported(query, keys, topk))
+    return score_select_reference(query, keys, topk, with_scores, impl) if kernel is None else kernel(query, keys, topk, with_scores)
+
+
+def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Selection] | None:
+    """The kernels that "auto" takes for these arguments, which hold no matrix of scores; None where it takes the two steps.
+
+    What ``using`` makes of "auto" holds for the two steps. The kernels are another way to run them as "triton".
+    """
+
+    def why_not(module: ModuleType) -> str | None:
+        why: str | None = module.unsupported(query, keys, topk)
+        if why is None and not module.worthwhile(query.num_queries, keys.page_table.shape[1] * keys.page_size):
+            why = "the two steps are faster"
+        return why
+
+    if meaning() not in (AUTO, "triton"):
+        return None
+    with using(AUTO):
+        return choose("score_select", AUTO, query.q.device, why_not)

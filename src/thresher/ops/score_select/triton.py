@@ -3,11 +3,11 @@
 1. ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more than topk of its
    keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
 2. ``collect_kernel`` scores every key and keeps what lies above the level.
-3. ``settle_kernel`` selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) the row is done again, by
-   scoring and then selecting.
+3. ``settle_kernel`` selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
+4. ``redo_kernel`` scores and then selects the marked rows, a program a row.
 
-The level is only about speed: the set is that of the two steps, bit for bit. Whether rows must be done again is looked at on the host, so
-this cannot be recorded in a CUDA graph.
+The level is only about speed: the set is that of the two steps, bit for bit. The host reads no value, so all of it can be recorded in a
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ import triton
 from torch import Tensor
 
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
-from thresher.cache.index_keys import visible_counts
-from thresher.ops.dispatch import can_read
-from thresher.ops.index_score.triton import padded_heads, paged_index_score
+from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, padded_heads, paged_arguments, paged_index_score
+from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.triton_kernels import level_kernel, settle_kernel
-from thresher.ops.select.triton import select_topk
+from thresher.ops.score_select.triton_redo import redo_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 FP8 = torch.float8_e4m3fn
 TILE = 64  # keys; a page holds one
 SAMPLE = 4096  # keys looked at for the level, at least
+MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a thread
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 4096
+ROWS = 1024  # at a time: enough for all multiprocessors, and 220 MB for rows of 1M keys
 STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
+SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
+REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 SEARCHED = 512  # entries that a warp searches in ``settle_kernel``, 16 a thread; twice as many in ``level_kernel``
 
 
@@ -92,7 +95,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     places = 32 if constants["WHOLE"] else 64  # lists of a run; a thread has two keys of a tile where it sums up whole heads
     runs = share_out(triton.cdiv(num_queries, constants["BLOCK"]), MAX_LISTS // places, programs)
     lists = places * runs
-    stride = max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
+    stride = sample_stride(room_tokens, topk)
     hits = topk / stride
     want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
     expected = (want + want // 16) * stride / lists
@@ -103,6 +106,11 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     return Plan(stride, want, want // 16, runs, lists, room)
 
 
+def sample_stride(room_tokens: int, topk: int) -> int:
+    """Every how many tiles one is in the sample."""
+    return max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
+
+
 def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     """Why these kernels cannot run, or None."""
     if INTERPRET:
@@ -111,32 +119,73 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
         return f"needs compute capability 9.0, and Triton {GLUON}x"
     if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
         return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
-    if keys.page_size != TILE or not len(keys.pages):
+    if keys.page_size != TILE:
         return f"needs pages of {TILE} keys, not {keys.page_size}"
+    if not len(keys.pages) or not keys.num_requests:
+        return "needs a page and a request"
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
-    return None if can_read(query.q.device) else "cannot be recorded in a CUDA graph: rows may have to be done again"
+    room_tokens = keys.page_table.shape[1] * TILE
+    if triton.cdiv(keys.page_table.shape[1], sample_stride(room_tokens, topk)) * TILE > MAX_SAMPLE:
+        return f"needs a larger topk than {topk} for a page table with room for {room_tokens} keys"
+    return None
+
+
+def worthwhile(num_queries: int, room_tokens: int) -> bool:
+    """Whether these kernels are faster than the two steps, as far as is known: a guess, until a table of measured times replaces it."""
+    return num_queries >= 64 and room_tokens > 8192
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
-    """The two steps' selection, for arguments that ``unsupported`` lets pass; its scores are None without ``with_scores``."""
-    selection, redo = first_try(query, keys, topk, with_scores)
-    again = redo.nonzero()[:, 0]
-    for rows in again.split(max(1, 2**26 // max(keys.page_table.shape[1] * TILE, 1))):
-        right = select_topk(paged_index_score(query.rows(rows), keys), topk, with_scores=with_scores)
-        selection.indices[rows], selection.lengths[rows] = right.indices, right.lengths
-        if selection.scores is not None and right.scores is not None:
-            selection.scores[rows] = right.scores
-    return selection
+    """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
+    parts = []
+    for start in range(0, max(query.num_queries, 1), ROWS):
+        rows = query.rows(slice(start, start + ROWS))
+        selection, redo = first_try(rows, keys, topk, with_scores)
+        do_again(rows, keys, redo, selection)
+        keep(redo)
+        parts.append(selection)
+    if len(parts) == 1:
+        return parts[0]
+    beside = [part.scores for part in parts if part.scores is not None]
+    indices, lengths = torch.cat([part.indices for part in parts]), torch.cat([part.lengths for part in parts])
+    return Selection(indices, lengths, scores=torch.cat(beside) if beside else None)
+
+
+def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Selection) -> None:
+    """Score and select the rows that ``redo`` (int32 ``[Q]``) marks, into the selection. Keys may have pages of any size."""
+    num, topk = selection.indices.shape
+    if not num:
+        return
+    room_tokens = keys.page_table.shape[1] * keys.page_size
+    programs = scratch_rows(_multiprocessors(query.q.device), room_tokens)
+    scratch = torch.empty(programs, room_tokens, device=query.q.device)
+    tensors, sizes, strides = paged_arguments(query, keys)
+    heads, beside = padded_heads(query.num_heads), selection.scores
+    with on_device(query.q):
+        redo_kernel[(programs,)](
+            *tensors, redo, scratch, selection.indices, selection.lengths, scratch if beside is None else beside,
+            num, *sizes, room_tokens, topk, *strides, TILE=REDO_TILE, WITH_SCORES=beside is not None, PAGE=keys.page_size,
+            HEADS=heads, D=keys.head_dim, BN=KEYS, BQ=max(1, MIN_COLUMNS // heads), INTERPRET=INTERPRET, **OPTIONS,
+        )  # fmt: skip
+
+
+def scratch_rows(programs: int, room_tokens: int) -> int:
+    """Rows of scores that ``redo_kernel`` holds at once, a program each."""
+    return max(1, min(programs, SCRATCH // (4 * max(room_tokens, 1))))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> tuple[Selection, Tensor]:
     """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
     num, device = query.num_queries, query.q.device
     room_tokens = keys.page_table.shape[1] * TILE
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    programs = _multiprocessors(device)
     plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
-    ends = visible_counts(query, keys)
+    ends = seen_keys(query, keys)
     levels = torch.full((num,), -math.inf, device=device)
     level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
     found = torch.empty(num, plan.lists * plan.room + PAST, dtype=torch.int64, device=device)
@@ -162,6 +211,13 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     return Selection(indices, lengths, "logical", beside), redo
 
 
+def seen_keys(query: IndexQuery, keys: IndexKeys) -> Tensor:
+    """int64 ``[Q]``: how many keys each query sees; none of a request that is not there, and no more than the page table has room for."""
+    known = (query.requests >= 0) & (query.requests < keys.num_requests)
+    held = keys.lengths[query.requests.where(known, 0)].clamp(max=keys.page_table.shape[1] * TILE)
+    return (torch.minimum(query.positions, held - 1) + 1).clamp(min=0).where(known, 0)
+
+
 def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, levels: Tensor, level_keys: Tensor) -> None:
     """Score the sample and write each row's level."""
     table = keys.page_table[:, :: plan.stride].contiguous()
@@ -183,7 +239,7 @@ def collect(
     query: IndexQuery, keys: IndexKeys, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor, plan: Plan, programs: int
 ) -> None:
     """Launch ``collect_kernel``."""
-    from thresher.ops.index_score.gluon import OPTIONS, paged_keys
+    from thresher.ops.index_score.gluon import paged_keys
     from thresher.ops.score_select.gluon_kernels import collect_kernel
 
     desc, scales, table, record = paged_keys(keys)

@@ -59,9 +59,9 @@ def select_topk(
     return _select(scores, topk, space, positions, ends, impl, device)
 
 
-def select_visible(scores: Tensor, topk: int, ends: Tensor) -> Selection:
+def select_visible(scores: Tensor, topk: int, ends: Tensor, impl: str = AUTO) -> Selection:
     """``select_topk`` for a caller that knows its ends to be in bounds: the host reads no value, and so waits for nothing."""
-    return _select(scores, topk, "logical", None, ends, AUTO, _check(scores, topk, None, ends))
+    return _select(scores, topk, "logical", None, ends, impl, _check(scores, topk, None, ends))
 
 
 def select_topk_slots(

@@ -1,0 +1,88 @@
+"""Which way score_select goes: kernels that do both steps at once, or the two steps, each by its own choice."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from thresher import ops
+from thresher.cache import pack_keys
+from thresher.errors import ThresherError
+from thresher.ops import dispatch
+from thresher.types import IndexQuery
+
+ROOM = 128
+
+
+def world(num: int) -> tuple:
+    gen = torch.Generator().manual_seed(num)
+    (k, scales), (q, _) = (ops.quantize_fp8(torch.randn(*shape, generator=gen)) for shape in ((ROOM - 20, 64), (num, 3, 64)))
+    zeros = torch.zeros(num, dtype=torch.int64)
+    return IndexQuery(q, torch.randn(num, 3, generator=gen), torch.arange(num) * 9, zeros), pack_keys([(k, scales)])
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A stand-in for the kernels, on tensors that count as a GPU's for this operation; for the others they are a CPU's."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    made = SimpleNamespace(why=None, seen=[], asked=[])
+    made.unsupported = lambda *given: made.why
+    made.worthwhile = lambda *given: made.asked.append(given) or given[0] > 4
+    made.score_select = lambda *given: made.seen.append(given) or "from the kernels"
+    candidates, reason, load = dispatch._candidates, dispatch.reason, dispatch._module
+    ours = "score_select"
+    monkeypatch.setattr(dispatch, "_candidates", lambda op, device: dispatch.TABLE[op] if op == ours else candidates(op, device))
+    monkeypatch.setattr(dispatch, "reason", lambda op, impl, device: None if op == ours else reason(op, impl, device))
+    monkeypatch.setattr(dispatch, "_module", lambda op, impl: made if op == ours else load(op, impl))
+    return made
+
+
+def two_steps(query, keys, topk):
+    return ops.select_topk(ops.paged_index_score(query, keys), topk)
+
+
+def test_auto_takes_the_kernels_where_they_can_run_and_are_faster(module):
+    query, keys = world(5)
+    assert ops.score_select(query, keys, 7) == "from the kernels"
+    assert module.asked == [(5, ROOM)]
+    assert ops.score_select(query, keys, 7, with_scores=False) == "from the kernels"
+    assert [given[2:] for given in module.seen] == [(7, True), (7, False)]
+    assert all(given[0] is query and given[1] is keys for given in module.seen)
+
+
+def test_auto_takes_the_two_steps_elsewhere(module):
+    query, keys = world(4)
+    for why in (None, "the moon is full"):
+        module.why = why
+        got, want = ops.score_select(query, keys, 7), two_steps(query, keys, 7)
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.scores, want.scores)
+        assert torch.equal(got.lengths, want.lengths)
+        query, keys = world(5)
+    assert module.seen == []
+
+
+def test_a_name_is_kept(module):
+    query, keys = world(4)
+    assert ops.score_select(query, keys, 7, impl="triton") == "from the kernels"
+    assert module.asked == [], "whoever names them wants them"
+    assert torch.equal(ops.score_select(query, keys, 7, impl="reference").indices, two_steps(query, keys, 7).indices)
+    module.why = "the moon is full"
+    with pytest.raises(ThresherError, match=r'impl="triton" of score_select must be able to run; got: the moon is full'):
+        ops.score_select(query, keys, 7, impl="triton")
+
+
+def test_inside_using(module):
+    """A name there is one for the two steps; the kernels are another way to run them as "triton"."""
+    query, keys = world(5)
+    with dispatch.using("reference"):
+        assert torch.equal(ops.score_select(query, keys, 7).indices, two_steps(query, keys, 7).indices)
+    assert module.seen == []
+    with dispatch.using("triton"):
+        assert ops.score_select(query, keys, 7) == "from the kernels"
+        module.why = "the moon is full"
+        with pytest.raises(ThresherError, match='impl="triton" of paged_index_score'):
+            ops.score_select(query, keys, 7)
+    assert dispatch.meaning() == "auto"
