@@ -70,10 +70,17 @@ def fma(a: Any, b: Any, c: Any) -> Array:
     return array((np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32))
 
 
+def across_four(x: Any, lane: Any) -> Array:
+    """``gluon_quads._across_four``, which is written in assembly: lanes 2 apart, then 1 apart."""
+    x = np.asarray(x).reshape(4, 2, 8, 4, 2)
+    far = x[:, :, :, :2] + x[:, :, :, 2:]
+    return array((far[:, :, :, 0] + far[:, :, :, 1]).transpose(0, 2, 1, 3))
+
+
 def language(memory: list[np.ndarray], program: int = 0, programs: int = 1) -> types.SimpleNamespace:
     """What stands for ``gl``."""
     return types.SimpleNamespace(
-        int32=np.int32, int64=np.int64, uint32=np.uint32, float32=np.float32, constexpr=None, fma=fma, load=load, store=store,
+        int32=np.int32, int64=np.int64, uint32=np.uint32, uint64=np.uint64, float32=np.float32, constexpr=None, fma=fma, load=load, store=store,
         reshape=np.reshape, permute=np.transpose, expand_dims=np.expand_dims, min=np.min, max=np.max, sum=np.sum,
         minimum=lambda a, b: array(np.minimum(a, b)), where=lambda c, a, b: array(np.where(c, a, b)),
         maximum=lambda a, b, propagate_nan=None: array(np.maximum(a, np.asarray(b, np.asarray(a).dtype))),

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .gluon_on_numpy import Pointer, array, language, plain, store
+from .gluon_on_numpy import Pointer, across_four, array, language, plain, store
 
 tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
 lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
+quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
+order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
 D, PAGE, RUNS = 64, 64, 3
 WORDS = PAGE * (D + 4) // 4
@@ -42,7 +44,7 @@ class World:
         self.bytes = np.zeros((self.pages, WORDS), np.float32)
         self.bytes[:, PAGE * D // 4 :] = np.exp2(rng.integers(-3, 3, (self.pages, 64)))
         terms, sums = np.maximum(self.dots, 0), 0
-        padded = fused.layout(heads)["HEADS"]
+        padded = 64 if heads > 32 else fused.layout(heads)["HEADS"]
         terms, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (terms, self.weights))
         for head in range(0, padded, 8):
             sums = (terms[..., head : head + 8].astype(float) * weights[:, head : head + 8] + sums).astype(np.float32)
@@ -69,8 +71,8 @@ class World:
 def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of both consumers of every unit, after one program."""
     shape = fused.layout(world.heads)
-    block, heads, two, whole = shape["BLOCK"], shape["HEADS"], shape["TILES"] == 2, shape["WHOLE"]
-    places, stages = 32 if whole else 64, 8 // shape["TILES"]
+    block, heads, two = shape["BLOCK"], shape["HEADS"], shape["TILES"] == 2
+    places, stages = 32, 8 // shape["TILES"]
     found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
     counts = np.full((world.num, RUNS * places), -7, np.int32)
     memory = [
@@ -110,11 +112,8 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
 
     def of_columns(values, first, chunk):
         """``[..., rows, heads]`` by a chunk's columns, zeros where there is no row or head."""
-        if whole:
-            row, head = plain(kernels.row_and_head, gl)(np.arange(128), shape["HB"])
-            head = head + shape["HB"] * chunk * (not two)
-        else:
-            row, head = plain(tiles.row_and_head, gl)(chunk, heads, shape["HB"], shape["SUB"], None)
+        row, head = plain(kernels.row_and_head, gl)(np.arange(128), shape["HB"])
+        head = head + shape["HB"] * chunk * (not two)
         here = (first + row < world.num) & (head < world.heads)
         return np.where(here, values[..., np.where(here, first + row, 0), np.where(here, head, 0)], np.float32(0))
 
@@ -127,10 +126,6 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
         assert slot == index
         return array(of_columns(world.dots[page], turn["first"], chunk))
 
-    def place_total(sums, side, groups):
-        both = plain(tiles.parity_sums, gl)(sums, groups).sum(2)
-        return array(both.reshape(4, 2, 8, groups, 4).transpose(0, 2, 3, 1, 4))
-
     def append_quick(score, bar, key, at, into):
         passes = score >= bar
         bits = np.ascontiguousarray(score).view(np.int32).astype(np.int64)
@@ -139,8 +134,8 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
         return at + passes.astype(np.int32) * 8
 
     instead = {
-        "load_block": load, "_load_queries": load, "multiply": multiply, "warpgroup_mma_wait": lambda left, given: given[0],
-        "mbarrier": mbarrier, "parity": lambda x: None, "place_total": place_total, "append_quick": append_quick, "QUICK": 4,
+        "_load_queries": load, "multiply": multiply, "warpgroup_mma_wait": lambda left, given: given[0],
+        "mbarrier": mbarrier, "append_quick": append_quick, "QUICK": 4,
     }  # fmt: skip
     for half in range(2):
         turn["count"] = 0
@@ -149,19 +144,106 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
             None, None, scales, owners, positions, lengths, table, levels, level_keys, found_at, counts_at,
             num, world.heads, num_keys, requests, pages, runs, found.shape[1], 0, 0, 0, array(WORDS, np.int32), 48,
             None, chunks, *barriers, half, heads, block, shape["ROWS"], stages, D, PAGE, shape["HB"], shape["SUB"], room,
-            shape["TILES"], whole,
+            shape["TILES"],
         )  # fmt: skip
         assert turn["count"] == len(fetched) // shape["TILES"]
     assert turn["quick"] > 20
     return found, counts
 
 
+def collect_quads(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of the kernel for more heads, with its four consumers."""
+    stages = fused.QUAD_STAGES
+    found = np.full((world.num, RUNS * 64 * room), -7)
+    counts = np.full((world.num, RUNS * 64), -7, np.int32)
+    memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
+    owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
+        Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
+    )
+    gl = language(memory)
+    num, num_keys, requests, pages, runs = (array(x, np.int32) for x in (world.num, 48 * 64, 2, world.pages, RUNS))
+    fetched: list[tuple[int, bool]] = []  # page, and whether it was there: if not, its scales are NaN
+    turn: dict[str, Any] = {"count": 0, "there": False}
+
+    def wait(barrier: tuple[str, int], phase: int) -> None:
+        which, slot = barrier
+        assert (slot, phase) == (turn["count"] % stages, turn["count"] // stages & 1 ^ (which == "empty"))
+        turn["count"] += which == "full"
+
+    class Slots:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def index(self, slot: Any) -> Slots:
+            self.slot = int(slot)
+            return self
+
+        def reshape(self, shape: list[int]) -> Slots:
+            return self
+
+        def permute(self, dims: tuple[int, ...]) -> Slots:
+            return self
+
+        def store(self, value: Any) -> None:
+            assert np.isnan(value).all()
+            turn["there"] = False
+
+    barriers = [types.SimpleNamespace(index=lambda slot, which=which: (which, int(slot))) for which in ("full", "empty")]
+
+    def fetch(desc, where, barrier, slots):
+        assert slots.slot == turn["count"] % stages
+        if slots.name == "scales":
+            assert where == [where[0], PAGE * D // 4]
+            turn["there"] = True
+        else:
+            assert where[1:] == [0, 0]
+            fetched.append((int(where[0]), turn["there"]))
+            turn["count"] += 1
+
+    tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
+    mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
+    gl.full = lambda shape, value, kind, layout: np.full(shape, value, kind)
+    plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier})(
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48,
+        Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE,
+    )  # fmt: skip
+
+    def of_columns(values):
+        row, head = plain(order.row_and_head, gl)(np.arange(128))
+        here = (turn["first"] + row < world.num) & (head < world.heads)
+        return np.where(here, values[..., np.where(here, turn["first"] + row, 0), np.where(here, head, 0)], np.float32(0))
+
+    def load(q, weights, first, *rest):
+        turn["first"] = int(first)
+        return array(of_columns(world.weights))
+
+    def scales_of(slots, layout):
+        page, there = fetched[turn["count"] - 1]
+        key, _query = plain(order.places, gl)(None)
+        scale = world.bytes[page, PAGE * D // 4 :][key] if there else np.float32(np.nan) + 0 * key
+        return array(scale, np.float32)
+
+    instead = {
+        "load_chunk": load, "warpgroup_mma": lambda slots, *rest, **options: array(of_columns(world.dots[fetched[turn["count"] - 1][0]])),
+        "warpgroup_mma_wait": lambda left, given: given[0], "mbarrier": mbarrier, "scales_of": scales_of, "_across_four": across_four,
+        "lanes": lambda zero: None,
+    }  # fmt: skip
+    for which in range(4):
+        turn["count"] = 0
+        plain(quads._consumer, gl, instead)(
+            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, runs,
+            0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room,
+        )  # fmt: skip
+        assert turn["count"] == len(fetched)
+    return found, counts
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("heads", "num"), [(5, 40), (8, 33), (16, 19), (32, 17), (24, 9), (64, 9)])
+@pytest.mark.parametrize(("heads", "num"), [(5, 40), (8, 33), (16, 19), (32, 17), (24, 9), (64, 9), (40, 17)])
 @pytest.mark.parametrize("room", [12, 72])
 def test_every_pair_that_passes_is_listed_once(heads, num, room, seed):
     world = World(heads, num, seed)
-    found, counts = collect(world, room)
+    found, counts = (collect_quads if heads > fused.QUADS else collect)(world, room)
     exact = 0
     for row in range(num):
         want = world.passing(row)

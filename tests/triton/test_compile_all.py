@@ -52,10 +52,13 @@ quantize.store_latents(LatentCache(2).data, zeros, torch.zeros(8, 512, dtype=hal
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 for module in (index_score, sparse_attend):
     module._hopper = lambda *args, name=module.__package__: import_module(name + ".gluon")
-index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
+few = IndexQuery(query.q[:, :32], query.weights[:, :32], zeros, zeros)
+for some in (query, few):
+    index_score.index_score(some.q, some.weights, values, scales, zeros, zeros)
 sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
 long = pack_keys([(torch.zeros(32768, 128).to(torch.float8_e4m3fn), torch.ones(32768))])
-score_select.score_select(query, long, 2048)
+for some in (query, few):
+    score_select.score_select(some, long, 2048)
 """
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .gluon_on_numpy import array, fma, language
+from .gluon_on_numpy import across_four, array, fma, language
 from .gluon_on_numpy import plain as on_numpy
 
 tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
+quads = importlib.import_module("thresher.ops.index_score.gluon_quads")
 lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
 fused = importlib.import_module("thresher.ops.score_select.triton")
@@ -57,21 +58,28 @@ def test_whole_heads_are_added_in_the_order_of_plain_triton(heads):
     assert np.array_equal(total.reshape(64, shape["ROWS"]), in_order(dots, weights))
 
 
-@pytest.mark.parametrize("heads", [32, 64])
-def test_parities_are_added_in_the_order_of_plain_triton(heads):
-    """32 heads: as index scores have them."""
-    pairs, groups = min(heads // 2, 16), 16 // min(heads // 2, 16)
-    rows = 256 // heads
-    dots, weights = drawn(rows, heads)
+def test_parities_are_added_in_the_order_of_plain_triton():
+    dots, weights = drawn(8, 32)
     found = []
     for chunk in range(2):
-        row, head = plain(tiles.row_and_head)(chunk, heads, pairs, groups, None)
-        before = found.pop() if heads == 64 and chunk else np.zeros((), np.float32)
+        row, head = plain(tiles.row_and_head)(chunk, 16, 1, None)
         take = (slice(None), row, head)
-        found.append(plain(tiles.chunk_sums)(dots[take], weights[take], before, groups, pairs, heads == 32 or not chunk, 4))
-    both = [plain(tiles.parity_sums)(sums, groups) for sums in found]
-    total = np.concatenate([(x[:, :, 0] + x[:, :, 1]).reshape(64, -1) for x in both], 1)
-    assert np.array_equal(total, in_order(dots, weights))
+        sums = plain(tiles.chunk_sums)(dots[take], weights[take], np.zeros((), np.float32), 1, 16, True, 4)
+        parities = plain(tiles.parity_sums)(sums, 1)
+        found.append((parities[:, :, 0] + parities[:, :, 1]).reshape(64, -1))
+    assert np.array_equal(np.concatenate(found, 1), in_order(dots, weights))
+
+
+def test_four_lanes_are_added_in_the_order_of_plain_triton():
+    """And every sum stands where its key and query say."""
+    dots, weights = drawn(2, 64)
+    row, head = plain(quads.row_and_head)(np.arange(128))
+    take = (slice(None), row, head)
+    zero = np.zeros((64, 128), np.float32)
+    sums = on_numpy(quads.sums_of_heads, GL, {"_across_four": across_four})(dots[take], weights[take], None, zero)
+    key, query = plain(quads.places)(None)
+    assert np.array_equal(sums, in_order(dots, weights)[key, query])
+    assert len(set((key * 2 + query).flatten().tolist())) == 128
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32])
@@ -81,17 +89,11 @@ def test_every_score_has_its_row_key_and_list(heads):
     sub = shape["SUB"]
     said = np.arange(64)[:, None] * 100 + np.arange(shape["ROWS"])
     low, high = plain(lists.halves)(said.reshape(64, sub, 2, 4), sub)
-    row, place, which = plain(lists.rows_and_places)(sub, True, None)
+    row, place, which = plain(lists.rows_and_places)(sub, None)
     assert np.array_equal(low, place * 100 + row + 0 * low)
     assert np.array_equal(high, (place + 8) * 100 + row + 0 * high)
     assert len(set((which * 100 + row + 0 * low).flatten().tolist())) == 32 * shape["ROWS"]
     assert (which.min(), which.max()) == (0, 31)
-
-
-def test_with_parities_every_place_has_a_list():
-    row, place, which = plain(lists.rows_and_places)(1, False, None)
-    assert len(set((place * 100 + row).flatten().tolist())) == 64 * 4
-    assert np.array_equal(place, which)
 
 
 @pytest.mark.parametrize("tiles_a_turn", [1, 2])

@@ -85,7 +85,7 @@ def settle(found, counts, ends, topk, with_scores):
 def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
-    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room)
+    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room)
     scores, ends = rows_of(width, topk)
     levels, level_keys = find_levels(scores, ends, plan)
     found, counts = collect(scores, ends, levels, level_keys, plan)
@@ -103,7 +103,7 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
 
 
 def test_a_full_list_is_done_again():
-    plan = kernels.Plan(2, 30, 2, 2, 128, 8)
+    plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
     found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
@@ -117,10 +117,11 @@ def test_the_plan():
     """Lists hold a row of the largest size that is collected whole, and what a level brings give or take six deviations."""
     cases = ((1024, 64, 2048), (256, 32, 2048), (64, 20, 512), (4096, 64, 4096), (1024, 8, 2048), (1024, 16, 2048), (1, 1, 1))
     for num, heads, topk in cases:
-        plan, shape = kernels.make_plan(num, heads, 2**17, topk, 132), kernels.layout(heads)
+        plan = kernels.make_plan(num, heads, 2**17, topk, 132)
         whole = plan.lists * plan.room
-        turns = torch.arange(-(-whole // (64 * shape["TILES"])))
-        each = shape["TILES"] * (2 if shape["WHOLE"] else 1)  # keys of a turn that share a list
+        tiles = 1 if heads > kernels.QUADS else kernels.layout(heads)["TILES"]
+        turns = torch.arange(-(-whole // (64 * tiles)))
+        each = 1 if heads > kernels.QUADS else tiles * 2  # keys of a turn that share a list
         assert torch.bincount(turns % plan.runs).max() * each <= plan.room
         assert plan.room % each == 0
         assert 15 * each <= kernels.PAST, "what a list may run over before it is noticed"

@@ -13,12 +13,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from thresher.cache.device import on_device, unit_rows
 from thresher.ops.index_score.gluon_kernels import prefill_kernel
-from thresher.ops.index_score.triton import padded_heads
+from thresher.ops.index_score.gluon_quad_kernels import prefill_quads_kernel
 from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
-BLOCK = 512  # (query, head) columns a program
 STAGES = 6
+BLOCKS = {"BLOCK": 16, "ROWS": 8, "HB": 16, "SUB": 1}  # how 512 columns of up to 32 heads are dealt out (``gluon_tiles.py``)
+QUADS = 32  # heads; more are scored by groups of four warps with a chunk each (``gluon_quads.py``)
+QUAD_STAGES = 4
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -27,8 +29,10 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     num_keys, dim = k.shape
     k = k if k.stride(1) == 1 and k.stride(0) % 16 == 0 and k.data_ptr() % 16 == 0 else k.contiguous()
     desc = TensorDescriptor(k, [1, num_keys, dim], [16 * -(-k.stride(0) * num_keys // 16), k.stride(0), 1], [1, 64, dim], _layout(dim))
+    k_scales = k_scales.contiguous() if k_scales.data_ptr() % 16 == 0 else k_scales.clone(memory_format=torch.contiguous_format)
+    tiles = TensorDescriptor(k_scales, [1, num_keys], [-(-num_keys // 4) * 4, 1], [1, 64], gl.NVMMASharedLayout(0, 32, 2))
     low, high = starts.contiguous(), ends.contiguous()
-    return _run(desc, q, weights, k_scales.contiguous(), low, high, low, low, low, out, num_keys, (1, 1, num_keys, 0, 0), 0)
+    return _run(desc, tiles, q, weights, k_scales, low, high, low, low, low, out, num_keys, (1, 1, num_keys, 0, 0), 0)
 
 
 def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int, out: Tensor) -> Tensor:
@@ -36,7 +40,10 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int, out: Tenso
     desc, scales, table, record = paged_keys(keys)
     positions, requests, lengths = query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous()
     sizes = (keys.num_requests, keys.pages.shape[0], table.shape[1] * keys.page_size, record // 4, table.stride(0))
-    return _run(desc, query.q, query.weights, scales, positions, positions, requests, lengths, table, out, width, sizes, keys.page_size)
+    tiles = scale_tiles(scales, keys.pages.shape[0], record // 4)
+    return _run(
+        desc, tiles, query.q, query.weights, scales, positions, positions, requests, lengths, table, out, width, sizes, keys.page_size
+    )
 
 
 def paged_keys(keys: IndexKeys) -> tuple[TensorDescriptor, Tensor, Tensor, int]:
@@ -48,27 +55,31 @@ def paged_keys(keys: IndexKeys) -> tuple[TensorDescriptor, Tensor, Tensor, int]:
     return desc, flat.view(torch.float32), unit_rows(keys.page_table), record
 
 
-def columns(num_heads: int) -> dict[str, int]:
-    """The constants by which a Hopper kernel deals 512 (query, head) columns out (``gluon_tiles.py``)."""
-    heads = padded_heads(num_heads)
-    pairs = min(heads // 2, 16)
-    return {"HEADS": heads, "BLOCK": BLOCK // heads, "ROWS": BLOCK // 2 // heads, "HB": pairs, "SUB": 16 // pairs}
+def scale_tiles(words: Tensor, rows: int, row: int) -> TensorDescriptor:
+    """Scales for the copy engine, 64 at a time: fp32 ``words``, read as ``rows`` of ``row`` words, a multiple of 4."""
+    return TensorDescriptor(words, [rows, row], [row, 1], [1, 64], gl.NVMMASharedLayout(0, 32, 2))
 
 
 def _run(
-    desc: TensorDescriptor, q: Tensor, weights: Tensor, scales: Tensor, low: Tensor, high: Tensor, owners: Tensor, lengths: Tensor,
-    table: Tensor, out: Tensor, width: int, sizes: tuple[int, int, int, int, int], page: int,
+    desc: TensorDescriptor, s_desc: TensorDescriptor, q: Tensor, weights: Tensor, scales: Tensor, low: Tensor, high: Tensor, owners: Tensor,
+    lengths: Tensor, table: Tensor, out: Tensor, width: int, sizes: tuple[int, int, int, int, int], page: int,
 ) -> Tensor:  # fmt: skip
     num, heads, dim = q.shape
     num_requests, num_pages, num_keys, page_words, table_row = sizes
     q, weights = unit_rows(q), unit_rows(weights)
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    programs = (torch.cuda.get_device_properties(q.device).multi_processor_count,)
+    sizes_and_strides = (num, heads, num_keys, num_requests, num_pages, width, q.stride(0), q.stride(1), weights.stride(0))
     with on_device(q):
-        prefill_kernel[(programs,)](
-            desc, q, weights, scales, low, high, owners, lengths, table, out, num, heads, num_keys, num_requests, num_pages, width,
-            q.stride(0), q.stride(1), weights.stride(0), page_words, table_row, out.stride(0),
-            STAGES=STAGES, D=dim, PAGE=page, **columns(heads), **OPTIONS,
-        )  # fmt: skip
+        if heads > QUADS:
+            prefill_quads_kernel[programs](
+                desc, s_desc, q, weights, low, high, owners, lengths, table, out, *sizes_and_strides, table_row, out.stride(0),
+                STAGES=QUAD_STAGES, D=dim, PAGE=page, **OPTIONS,
+            )  # fmt: skip
+        else:
+            prefill_kernel[programs](
+                desc, q, weights, scales, low, high, owners, lengths, table, out, *sizes_and_strides, page_words, table_row, out.stride(0),
+                STAGES=STAGES, D=dim, PAGE=page, **BLOCKS, **OPTIONS,
+            )  # fmt: skip
     return out
 
 

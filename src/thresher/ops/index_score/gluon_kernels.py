@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The Hopper kernel behind ``gluon.py``, and how its warps share the work.
+"""The Hopper kernel behind ``gluon.py`` for 17 to 32 heads, and how its warps share the work.
 
 Persistent programs, one a multiprocessor, take equal runs of (block of queries, tile of 64 keys). In a program one warp fetches key tiles
 through the copy engine into a ring in shared memory, and two groups of four warps consume every tile, each for its own half of the
@@ -29,7 +29,7 @@ from thresher.ops.index_score.gluon_tiles import (
 
 
 @gluon.jit
-def _share(units):
+def share(units):
     """This program's run of the units: ``first, last``."""
     each, more = units // gl.num_programs(0), units % gl.num_programs(0)
     first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
@@ -44,7 +44,7 @@ def _producer(
     """Fetch every tile that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = _share((num_queries + BLOCK - 1) // BLOCK * tiles)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
     while unit < last:
         first, t0 = unit // tiles * BLOCK, unit % tiles
@@ -83,7 +83,7 @@ def _put(score, scale, out, at, key, start, end, mine, width, inner):
 
 
 @gluon.jit
-def _fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+def fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """-inf into the tiles ``t0 .. t1 - 1`` of the rows to keep."""
     for tile in range(t0, t1):
         column = tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, LAYOUT))
@@ -95,7 +95,7 @@ def _fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl
 def _consumer(
     q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
     q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-    HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
+    HALF: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
     """Score all tiles for half ``HALF`` of a block's queries, ``ROWS`` of them; ``q_buffers`` hold its two chunks."""
@@ -108,14 +108,14 @@ def _consumer(
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, gl.SliceLayout(2, TOTAL)))
     wide_key = gl.expand_dims(gl.expand_dims(key, 1), 2)
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = _share((num_queries + BLOCK - 1) // BLOCK * tiles)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
     while unit < last:
         block, t0 = unit // tiles * BLOCK, unit % tiles
         t1 = gl.minimum(tiles, t0 + last - unit)
         first = block + HALF * ROWS
         w0, w1 = load_block(
-            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
+            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, D, HB, SUB, ACC
         )
         q0 = q_buffers.index(HALF * 2).permute((1, 0))
         q1 = q_buffers.index(HALF * 2 + 1).permute((1, 0))
@@ -125,7 +125,7 @@ def _consumer(
         start, end, owner = sight(block + row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
         own = (row >= HALF * ROWS) & (row < HALF * ROWS + ROWS)
         row0 = row_numbers(first, SUB, TOTAL)
-        row1 = row0 if HEADS == 64 else row_numbers(first + 4 * SUB, SUB, TOTAL)
+        row1 = row_numbers(first + 4 * SUB, SUB, TOTAL)
         start0, end0, owner0 = sight(row0, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
         start1, end1, owner1 = sight(row1, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
         at0 = (row0 - first) * out_row + wide_key
@@ -162,16 +162,15 @@ def _consumer(
                 acc0 = multiply(buffers, q0, turn, zero, STAGES, D)
                 acc1 = multiply(buffers, q1, turn, zero, STAGES, D)
                 sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
-                if HEADS < 64:
-                    _put(total(sums, SUB), now, block_out + n0, at0, n0 + wide_key, start0, stop0, mine0, width, inner)
+                _put(total(sums, SUB), now, block_out + n0, at0, n0 + wide_key, start0, stop0, mine0, width, inner)
                 dots = warpgroup_mma_wait(0, [acc1])
                 mbarrier.arrive(empty.index(turn % STAGES))
-                sums = chunk_sums(dots, w1, sums if HEADS == 64 else zero, SUB, HB, HEADS < 64)
+                sums = chunk_sums(dots, w1, zero, SUB, HB, True)
                 _put(total(sums, SUB), now, block_out + n0, at1, n0 + wide_key, start1, stop1, mine1, width, inner)
                 turn += 1
             keep = fill_owner == current
-            _fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
-            _fill(out, fill_row, keep, stop, t1, width, out_row, ROWS, FILL)
+            fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
+            fill(out, fill_row, keep, stop, t1, width, out_row, ROWS, FILL)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         unit += t1 - t0
 
@@ -180,7 +179,7 @@ def _consumer(
 def prefill_kernel(
     k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
     num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HB: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
@@ -197,12 +196,12 @@ def prefill_kernel(
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-                0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
+                0, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
             )),
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-                1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
+                1, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
             )),
             (_producer, (
                 k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,

@@ -67,15 +67,11 @@ def total(sums, SUB: gl.constexpr):
 
 
 @gluon.jit
-def row_and_head(chunk: gl.constexpr, HEADS: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, LAYOUT: gl.constexpr):
+def row_and_head(chunk: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, LAYOUT: gl.constexpr):
     """Which of the consumer's queries, and which head, a chunk's columns are."""
     column = gl.arange(0, COLUMNS, layout=LAYOUT)
     pair, inside = column // 8 % HB, column % 8
-    if HEADS == 64:  # both chunks are the same 4 queries
-        pair += 16 * chunk
-        row = inside % 4
-    else:
-        row = (chunk * SUB + column // (8 * HB)) * 4 + inside % 4
+    row = (chunk * SUB + column // (8 * HB)) * 4 + inside % 4
     # Parity 0 has the heads 0, 1, 4, 5 modulo 8, parity 1 the others.
     return row, pair // 4 * 8 + pair % 2 + pair % 4 // 2 * 4 + inside // 4 * 2
 
@@ -167,14 +163,14 @@ def load_chunk(
 @gluon.jit
 def load_block(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
-    HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
+    HALF: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
     """A consumer's queries into its two buffers; returns the weights of both chunks."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     w0, w1 = zero, zero
     for chunk in gl.static_range(2):
-        load_row, load_head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(1, LOAD))
-        row, head = row_and_head(chunk, HEADS, HB, SUB, gl.SliceLayout(0, ACC))
+        load_row, load_head = row_and_head(chunk, HB, SUB, gl.SliceLayout(1, LOAD))
+        row, head = row_and_head(chunk, HB, SUB, gl.SliceLayout(0, ACC))
         w = load_chunk(
             q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
             q_buffers.index(HALF * 2 + chunk), D, LOAD,

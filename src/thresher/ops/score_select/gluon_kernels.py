@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Scores of a prefill that are never stored: what lies above each row's level goes to short lists.
+"""Scores of a prefill over up to 32 heads that are never stored: what lies above each row's level goes to short lists.
 
 The work is shared as in ``index_score/gluon_kernels.py``, but for the order: programs take turns at units (block of queries, run), where
 run r of R holds every R-th turn of keys from turn r on. A turn is ``TILES`` tiles of 64 keys. A thread has the same places of every tile,
 and a list of its own for each of its rows, so that appending asks nobody. They fill alike even where all its best keys stand together.
 
-**Columns.** Above 32 heads as in ``gluon_tiles.py``. Up to 32 (``WHOLE``) a chunk's column is ``(group of 8 queries * heads + head) * 8 +
-query``: a thread of the matrix unit then holds all heads of its queries, in eight classes modulo 8, and adds them up alone. A chunk has up
-to 16 heads; with 32, two chunks are one tile's, otherwise one chunk of queries meets two tiles. A consumer always has two products at once.
+**Columns.** A chunk's column is ``(group of 8 queries * heads + head) * 8 + query``: a thread of the matrix unit then holds all heads of
+its queries, in eight classes modulo 8, and adds them up alone. A chunk has up to 16 heads; with 32, two chunks are one tile's, otherwise
+one chunk of queries meets two tiles. A consumer always has two products at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from thresher.ops.index_score.gluon_tiles import (
     chunk_sums,
     find_page,
     live,
-    load_block,
     load_chunk,
     multiply,
     sight,
@@ -34,11 +33,11 @@ from thresher.ops.score_select.gluon_lists import (
     append_quick,
     halves,
     look_ahead,
-    parity,
-    place_total,
     read_rows,
     rows_and_places,
 )
+
+PLACES = gl.constexpr(32)  # lists of a run: a thread has two keys of a tile
 
 
 @gluon.jit
@@ -132,10 +131,10 @@ def _scale(scales, page, page_bytes):
 
 
 @gluon.jit
-def _turn_scales(scales, page0, page1, page_bytes, TILES: gl.constexpr, WHOLE: gl.constexpr):
-    """The scales of a thread's keys in a turn: one a tile, or two of each tile with whole heads."""
+def _turn_scales(scales, page0, page1, page_bytes, TILES: gl.constexpr):
+    """The scales of a thread's keys in a turn, two of each tile."""
     a0 = _scale(scales, page0, page_bytes)
-    a1 = _scale(scales + 32, page0, page_bytes) if WHOLE else a0
+    a1 = _scale(scales + 32, page0, page_bytes)
     b0, b1 = a0, a1
     if TILES == 2:
         b0 = _scale(scales, page1, page_bytes)
@@ -149,33 +148,26 @@ def _consumer(
     num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
     buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, WHOLE: gl.constexpr,
+    PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Score all turns of a unit for half ``HALF`` of the block's queries, ``ROWS`` of them; ``q_buffers`` hold its chunks."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     CHUNKS: gl.constexpr = 3 - TILES
-    PLACES: gl.constexpr = 32 if WHOLE else 64
     zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
     # Computed for its layout alone.
     half, _half = halves(gl.sum(gl.reshape(zero, [KEYS, SUB, HB, 2, 4]), 2), SUB)
     PLACE: gl.constexpr = half.type.layout
     nothing = gl.zeros([4, 8, SUB, 2, 4], gl.float32, PLACE)
-    side = parity(nothing)
-    inside, place, which = rows_and_places(SUB, WHOLE, PLACE)
+    inside, place, which = rows_and_places(SUB, PLACE)
     own_scales = (scales + PAGE * D // 4 + place).to(gl.int64)
     tiles = num_keys // KEYS
     count = 0
     for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
         block, run = unit // runs * BLOCK, unit % runs
         first_row = block + HALF * ROWS
-        if WHOLE:
-            w0, w1 = _load_queries(
-                q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
-            )
-        else:
-            w0, w1 = load_block(
-                q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
-            )
+        w0, w1 = _load_queries(
+            q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
+        )
         q0 = q_buffers.index(HALF * CHUNKS).permute((1, 0))
         q1 = q_buffers.index(HALF * CHUNKS + CHUNKS - 1).permute((1, 0))
         row = block + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
@@ -201,12 +193,12 @@ def _consumer(
             a1, b0, b1 = a0, a0, a0
             if first < last:
                 page0, page1, valid0, valid1 = _pages(table, first, stop, num_pages, PAGE, TILES)
-                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES, WHOLE)
+                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES)
                 page0, page1, ahead0, ahead1 = _pages(table, first + runs, stop, num_pages, PAGE, TILES)
             bar, edge = nothing, first
             for turn in range(first, last, runs):
                 now_a0, now_a1, now_b0, now_b1, now_valid0, now_valid1 = a0, a1, b0, b1, valid0, valid1
-                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES, WHOLE)
+                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES)
                 valid0, valid1 = ahead0, ahead1
                 page0, page1, ahead0, ahead1 = _pages(table, turn + 2 * runs, stop, num_pages, PAGE, TILES)
                 key = turn * (TILES * KEYS) + place
@@ -218,37 +210,29 @@ def _consumer(
                 # A page that is not there is seen by nobody.
                 seen = gl.where(now_valid0, mine, 0)
                 # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
-                if WHOLE:
-                    sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True, 8)
-                    if TILES == 2:
-                        s0, s1 = halves(whole_sums(sums, SUB), SUB)
-                        s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
-                        # Here and not below, so that it is done while the other tile is multiplied.
-                        if quick:
-                            at = append_quick(s0, bar, key, at, lists)
-                            at = append_quick(s1, bar, key + 8, at, lists)
-                        else:
-                            at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
-                            at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
-                        seen = gl.where(now_valid1, mine, 0)
-                        key += KEYS
-                    dots = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(slot))
-                    s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2, 8), SUB), SUB)
-                    s0, s1 = gl.fma(s0, now_b0, nothing), gl.fma(s1, now_b1, nothing)
-                else:
-                    sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
-                    dots = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(slot))
-                    s0 = gl.fma(place_total(chunk_sums(dots, w1, sums, SUB, HB, False), side, SUB), now_a0, nothing)
+                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True, 8)
+                if TILES == 2:
+                    s0, s1 = halves(whole_sums(sums, SUB), SUB)
+                    s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
+                    # Here and not below, so that it is done while the other tile is multiplied.
+                    if quick:
+                        at = append_quick(s0, bar, key, at, lists)
+                        at = append_quick(s1, bar, key + 8, at, lists)
+                    else:
+                        at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
+                        at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
+                    seen = gl.where(now_valid1, mine, 0)
+                    key += KEYS
+                dots = warpgroup_mma_wait(0, [acc1])
+                mbarrier.arrive(empty.index(slot))
+                s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2, 8), SUB), SUB)
+                s0, s1 = gl.fma(s0, now_b0, nothing), gl.fma(s1, now_b1, nothing)
                 if quick:
                     at = append_quick(s0, bar, key, at, lists)
-                    if WHOLE:
-                        at = append_quick(s1, bar, key + 8, at, lists)
+                    at = append_quick(s1, bar, key + 8, at, lists)
                 else:
                     at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
-                    if WHOLE:
-                        at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
+                    at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
                     overfull = at - list_start > ROOM * 8
                     bar, edge = look_ahead(turn + runs, runs, mine, level, tie_end, overfull, TILES * KEYS)
                 count += 1
@@ -261,7 +245,7 @@ def collect_kernel(
     k_desc, q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
     num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, WHOLE: gl.constexpr,
+    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
@@ -278,12 +262,12 @@ def collect_kernel(
             (_consumer, (
                 q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
                 num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
-                buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES, WHOLE,
+                buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_consumer, (
                 q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
                 num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
-                buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES, WHOLE,
+                buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_producer, (
                 k_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from thresher.ops.index_score.gluon_tiles import parity_sums, sight
+from thresher.ops.index_score.gluon_tiles import sight
 
 QUICK = gl.constexpr(15)  # turns in a row, at most, that do not look at whether a list is full
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
@@ -16,48 +16,6 @@ NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
 def halves(x, SUB: gl.constexpr):
     """``[64, SUB, 2, 4]`` to two of ``[4, 8, SUB, 2, 4]``: the first and the last 8 of each warp's 16 keys. A thread holds one of each."""
     return gl.split(gl.permute(gl.reshape(x, [4, 2, 8, SUB, 2, 4]), (0, 2, 3, 4, 5, 1)))
-
-
-@gluon.jit
-def parity(nought):
-    """The parity of heads that a thread sums up, in the layout of ``nought``: a bit of its lane."""
-    return gl.inline_asm_elementwise(
-        """{
-        mov.u32 $0, %laneid;
-        bfe.u32 $0, $0, 1, 1;
-        }""",
-        "=&r,r",
-        [nought],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def place_total(sums, parity, SUB: gl.constexpr):
-    """The sums of both parities: ``[4, 8, SUB, 2, 4]``, key ``16 * warp + 8 * half + lane``.
-
-    Where ``total`` gives both lanes of a pair both of their sums, here the lane of parity p keeps half p, so each sum is made once. The
-    addition of the two parities has the same bits in either order.
-    """
-    low, high = halves(parity_sums(sums, SUB), SUB)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b32 send, keep, got;
-        setp.ne.s32 p, $3, 0;
-        selp.b32 send, $1, $2, p;
-        selp.b32 keep, $2, $1, p;
-        shfl.sync.bfly.b32 got, send, 2, 0x1f, 0xffffffff;
-        add.rn.f32 $0, keep, got;
-        }""",
-        "=&r,r,r,r",
-        [low, high, parity],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit
@@ -75,17 +33,11 @@ def _along(size: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def rows_and_places(SUB: gl.constexpr, WHOLE: gl.constexpr, PLACE: gl.constexpr):
-    """Of ``[4, 8, SUB, 2, 4]`` which of a consumer's rows, which key of a tile, or the first of two 8 apart, and which of a run's lists."""
+def rows_and_places(SUB: gl.constexpr, PLACE: gl.constexpr):
+    """Of ``[4, 8, SUB, 2, 4]`` which of a consumer's rows, which key of a tile, the first of two 8 apart, and which of a run's lists."""
     warp, lane = _along(4, 0, PLACE), _along(8, 1, PLACE)
-    if WHOLE:
-        row = _along(SUB, 2, PLACE) * 8 + _along(2, 3, PLACE) * 4 + _along(4, 4, PLACE)
-        place, which = warp * 16 + lane, warp * 8 + lane
-    else:
-        row = _along(SUB, 2, PLACE) * 4 + _along(4, 4, PLACE)
-        place = warp * 16 + lane + _along(2, 3, PLACE) * 8
-        which = place
-    return row, place, which
+    row = _along(SUB, 2, PLACE) * 8 + _along(2, 3, PLACE) * 4 + _along(4, 4, PLACE)
+    return row, warp * 16 + lane, warp * 8 + lane
 
 
 @gluon.jit

@@ -34,8 +34,10 @@ MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 4096
 ROWS = 1024  # at a time: enough for all multiprocessors, and 220 MB for rows of 1M keys
 STAGES = 8  # tiles under way
+QUADS = 32  # heads; more are collected by groups of four warps with a chunk each (``gluon_quads.py``)
+QUAD_STAGES = 4
 MAX_LISTS = 512  # of a row
-PAST = 64  # entries behind a row, for its last list to run on into before that is noticed
+PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
@@ -54,6 +56,7 @@ class Plan:
         runs: runs that a row's turns are dealt into.
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
+        row: entries that a row's lists take.
     """
 
     stride: int
@@ -62,18 +65,15 @@ class Plan:
     runs: int
     lists: int
     room: int
+    row: int
 
 
 def layout(num_heads: int) -> dict[str, int]:
-    """The constants by which ``collect_kernel`` deals columns, rows and tiles out (``gluon_kernels.py``)."""
+    """The constants by which ``gluon_kernels.collect_kernel`` deals columns, rows and tiles of up to 32 heads out."""
     heads = padded_heads(num_heads)
-    if heads > 32:
-        return {"HEADS": heads, "BLOCK": 8, "ROWS": 4, "HB": 16, "SUB": 1, "TILES": 1, "WHOLE": 0}
     a_chunk = min(heads, 16)
     rows = 128 // a_chunk
-    return {
-        "HEADS": heads, "BLOCK": 2 * rows, "ROWS": rows, "HB": a_chunk, "SUB": rows // 8, "TILES": 1 if heads > 16 else 2, "WHOLE": 1
-    }  # fmt: skip
+    return {"HEADS": heads, "BLOCK": 2 * rows, "ROWS": rows, "HB": a_chunk, "SUB": rows // 8, "TILES": 1 if heads > 16 else 2}
 
 
 def share_out(blocks: int, most: int, programs: int) -> int:
@@ -91,9 +91,8 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
     such deviations. A list has room for what that brings it and six deviations more, its own and the level's.
     """
-    constants = layout(heads)
-    places = 32 if constants["WHOLE"] else 64  # lists of a run; a thread has two keys of a tile where it sums up whole heads
-    runs = share_out(triton.cdiv(num_queries, constants["BLOCK"]), MAX_LISTS // places, programs)
+    block, places = (8, 64) if heads > QUADS else (layout(heads)["BLOCK"], 32)
+    runs = share_out(triton.cdiv(num_queries, block), MAX_LISTS // places, programs)
     lists = places * runs
     stride = sample_stride(room_tokens, topk)
     hits = topk / stride
@@ -101,9 +100,10 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     expected = (want + want // 16) * stride / lists
     most = expected + 6 * math.sqrt(expected + expected**2 / want)
     room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
+    row = lists * room + (PAST if heads <= QUADS else 0)
     if room_tokens <= lists * room:
-        return Plan(0, 0, 0, runs, lists, room)
-    return Plan(stride, want, want // 16, runs, lists, room)
+        return Plan(0, 0, 0, runs, lists, room, row)
+    return Plan(stride, want, want // 16, runs, lists, room, row)
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
@@ -188,7 +188,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     ends = seen_keys(query, keys)
     levels = torch.full((num,), -math.inf, device=device)
     level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
-    found = torch.empty(num, plan.lists * plan.room + PAST, dtype=torch.int64, device=device)
+    found = torch.empty(num, plan.row, dtype=torch.int64, device=device)
     counts = torch.empty(num, plan.lists, dtype=torch.int32, device=device)
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
     lengths = torch.empty(num, dtype=torch.int64, device=device)
@@ -238,16 +238,24 @@ def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, le
 def collect(
     query: IndexQuery, keys: IndexKeys, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor, plan: Plan, programs: int
 ) -> None:
-    """Launch ``collect_kernel``."""
-    from thresher.ops.index_score.gluon import paged_keys
+    """Launch the kernel that collects so many heads."""
+    from thresher.ops.index_score.gluon import paged_keys, scale_tiles
     from thresher.ops.score_select.gluon_kernels import collect_kernel
+    from thresher.ops.score_select.gluon_quads import collect_quads_kernel
 
     desc, scales, table, record = paged_keys(keys)
     q, weights = unit_rows(query.q), unit_rows(query.weights)
+    rows = (query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table, levels, level_keys, found, counts)
+    sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0], plan.runs)
+    strides = (q.stride(0), q.stride(1), weights.stride(0))
+    if query.num_heads > QUADS:
+        collect_quads_kernel[(programs,)](
+            desc, scale_tiles(scales, len(keys.pages), record // 4), q, weights, *rows, *sizes, *strides, table.stride(0),
+            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **OPTIONS,
+        )  # fmt: skip
+        return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
-        desc, q, weights, scales, query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table,
-        levels, level_keys, found, counts, query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests,
-        keys.pages.shape[0], plan.runs, found.stride(0), q.stride(0), q.stride(1), weights.stride(0), record // 4, table.stride(0),
+        desc, q, weights, scales, *rows, *sizes, found.stride(0), *strides, record // 4, table.stride(0),
         STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
     )  # fmt: skip

@@ -1,0 +1,154 @@
+# mypy: disable-error-code="no-untyped-def"
+"""``gluon_kernels.py`` for 33 to 64 heads, with four groups of four warps (``index_score/gluon_quads.py``).
+
+Programs take turns at units (block of queries, run), where run r of R holds every R-th tile of 64 keys from tile r on. A thread has one
+place of every tile and one query, and a list of its own for them. Registers are all in use: one more, and the loop spills.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_chunk, places, scales_of, sums_of_heads
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, sight
+
+
+@gluon.jit
+def _first_of_run(begin, run, runs):
+    """The first tile from ``begin`` on that belongs to the run."""
+    return begin + (run + runs - begin % runs) % runs
+
+
+@gluon.jit
+def _producer(
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    buffers, scale_buffers, full, empty,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+):  # fmt: skip
+    """Fetch every tile and its scales that a consumer will ask for, in the same order."""
+    row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    nowhere = gl.full([1, KEYS], float("nan"), gl.float32, gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0]))
+    tiles = num_keys // KEYS
+    turn = 0
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        rows = unit // runs * BLOCK + row
+        start, end, owner = sight(rows, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+        current = gl.min(owner, 0)
+        while current < NO_REQUEST:
+            begin, stop = live(start, end, owner == current, 0, tiles)
+            begin = _first_of_run(begin, unit % runs, runs)
+            table = page_table + current.to(gl.int64) * table_row
+            page, valid = begin * 0, begin < begin
+            if begin < stop:
+                page, valid = find_page(table, begin, num_pages, PAGE)
+            for tile in range(begin, stop, runs):
+                slot = turn & (STAGES - 1)
+                # Asked for one tile ahead, so that nothing waits for the answer.
+                page_ahead, valid_ahead = find_page(table, gl.minimum(tile + runs, stop - 1), num_pages, PAGE)
+                mbarrier.wait(empty.index(slot), ((turn & STAGES) // STAGES) ^ 1)
+                if valid:
+                    mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
+                    tma.async_copy_global_to_shared(
+                        s_desc, [page, PAGE * D // 4 + tile * KEYS % PAGE], full.index(slot), scale_buffers.index(slot)
+                    )
+                else:  # a page that is not there is seen by nobody: no score passes
+                    scale_buffers.index(slot).store(nowhere)
+                    mbarrier.expect(full.index(slot), KEYS * D)
+                tma.async_copy_global_to_shared(k_desc, [page, tile * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
+                page, valid = page_ahead, valid_ahead
+                turn += 1
+            current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
+
+
+@gluon.jit
+def _consumer(
+    q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+    num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
+    buffers, scale_buffers, q_buffers, full, empty,
+    WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr,
+):  # fmt: skip
+    """Score all tiles of a unit for the block's chunk ``WHICH``, and append what passes."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
+    lane = lanes(zero)
+    PLACE: gl.constexpr = sums_of_heads(zero, zero, lane, zero).type.layout
+    place, query = places(PLACE)
+    tiles = num_keys // KEYS
+    turn = 0
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        block, run = unit // runs * BLOCK, unit % runs
+        first = block + WHICH * QUERIES
+        w = load_chunk(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), D, ACC)
+        w = gl.expand_dims(w, 0) + zero
+        mat = q_buffers.index(WHICH).permute((1, 0))
+        row = block + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
+        start, end, owner = sight(row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+        own = first + query
+        _start, own_end, own_owner = sight(own, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+        here = own < num_queries
+        level = gl.load(levels + own, mask=here, other=float("inf"))
+        level_key = gl.load(level_keys + own, mask=here, other=-1)
+        index = (own * runs + run) * KEYS + place
+        at = index * ROOM
+        limit = at + ROOM
+
+        current = gl.min(owner, 0)
+        while current < NO_REQUEST:
+            begin, stop = live(start, end, owner == current, 0, tiles)
+            begin = _first_of_run(begin, run, runs)
+            last = gl.where(own_owner == current, own_end, 0)
+            for tile in range(begin, stop, runs):
+                slot = turn & (STAGES - 1)
+                mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
+                acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
+                key = tile * KEYS + place
+                scale = scales_of(scale_buffers.index(slot), PLACE)
+                dots = warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(empty.index(slot))
+                score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
+                keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
+                pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
+                gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
+                at += keep.to(gl.int32)
+                turn += 1
+            current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
+        gl.store(counts + index, at - index * ROOM, mask=here)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
+def collect_quads_kernel(
+    k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, q_row, q_head, w_row, table_row,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr,
+):  # fmt: skip
+    buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
+    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=GROUPS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM)),
+            (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM)),
+            (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM)),
+            (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM)),
+            (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
+                table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE)),
+        ],
+        [4, 4, 4, 1],
+        [112, 112, 112, 24],
+    )  # fmt: skip
