@@ -37,7 +37,14 @@ MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
-SEARCHED = 512  # entries that a warp searches in ``settle_kernel``, 16 a thread; twice as many in ``level_kernel``
+PADDING = 1024  # places of the result that are filled up at a time
+SEARCHED = 1024  # scores that a warp searches, 32 a thread: few warps wait less for each other
+REGISTERS = 128  # a thread of ``settle_kernel``, with room for them; so
+SETTLE_WARPS = 16  # fit on a multiprocessor
+STEP = 256  # entries that a warp of it looks at together after that, 8 a thread
+# Bytes, at most, of all its programs' tables, 8 for 32 keys. 1024 rows of 1M keys take 93 MB of lists (172 at topk 4096) and, one after the
+# other, 67 of the sample's scores and these 64; pages, levels and counts are less than 5: 165 MB, or 241, beside input and output.
+TABLES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,12 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     return Plan(stride, want, want // 16, runs, lists, room)
 
 
+def depth(room: int) -> int:
+    """Entries of a list that ``settle_kernel`` looks at as a rule, or twice as many: a power of two that few lists exceed."""
+    whole = triton.next_power_of_2(room)
+    return whole if room > 0.7 * whole else whole // 2
+
+
 def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     """Why these kernels cannot run, or None."""
     if INTERPRET:
@@ -150,14 +163,15 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
             find_levels(query, keys, ends, plan, levels, level_keys)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
-            settlers = min(num, 2 * programs)
-            words = room_tokens // 32
-            masks = torch.empty(2, settlers, words, dtype=torch.int32, device=device)
-            block = triton.next_power_of_2(plan.lists * plan.room)
+            lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 64) * 2
+            warps = min(max(lists * deep // SEARCHED, 4), 16)
+            settlers = min(num, programs * (SETTLE_WARPS // warps), max(TABLES // (8 * words), 1))
+            table = torch.empty(settlers, words, dtype=torch.int64, device=device)
+            scores = beside if beside is not None else levels
             settle_kernel[(settlers,)](
-                found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, masks[0], masks[1],
-                topk, num, words, found.stride(0), LISTS=plan.lists, ROOM=plan.room, BLOCK=block, BLOCK_K=triton.next_power_of_2(topk),
-                WORDS=WORDS, WITH_SCORES=with_scores, num_warps=min(block // SEARCHED, 32),
+                found, counts, ends, levels, table, table.view(torch.int32), indices, lengths, scores, redo, topk, num, words,
+                found.stride(0), LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WIDE=max(STEP * warps // lists, 1), WORDS=WORDS,
+                TILE=PADDING, WITH_SCORES=with_scores, num_warps=warps, maxnreg=REGISTERS,
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
@@ -175,7 +189,7 @@ def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, le
     with on_device(query.q):
         level_kernel[(query.num_queries,)](
             sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, whole, sample.stride(0),
-            BLOCK=block, num_warps=min(max(block // (2 * SEARCHED), 4), 32),
+            BLOCK=block, num_warps=min(max(block // SEARCHED, 4), 32),
         )  # fmt: skip
 
 
