@@ -97,6 +97,31 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
         assert not with_scores or torch.equal(beside[row], want.scores[row]), name
 
 
+@pytest.mark.parametrize("stride", [0, 3])
+def test_rows_are_prepared(stride):
+    """Ends, levels and the sample's pages, out of positions and requests that need not be there, and of any table's strides."""
+    table = torch.arange(2 * 300, dtype=torch.int32).view(300, 2).T.flip(0)
+    generator = torch.Generator().manual_seed(1)
+    positions, requests = (torch.randint(low, high, (200,), generator=generator) for low, high in ((-1, 20000), (-1, 3)))
+    lengths, room = torch.tensor([7000, 90000]), 300 * kernels.TILE
+    sampled = -(-300 // stride) if stride else 0
+    ends, last = torch.full((200,), -9), torch.full((200,), -9)
+    levels, level_keys, pages = torch.zeros(200), torch.zeros(200, dtype=torch.int32), torch.full((2, sampled), -9, dtype=torch.int32)
+    parts.prepare_kernel[(5,)](
+        positions, requests, lengths, table, ends, levels, level_keys, last, pages, 200, 2, room, stride, sampled, *table.stride(),
+        TILE=kernels.TILE, BLOCK=64, SAMPLED=stride > 0,
+    )  # fmt: skip
+    known = (requests >= 0) & (requests < 2)
+    want = (torch.minimum(positions + 1, lengths.clamp(max=room)[requests.where(known, 0)])).where(known, 0)
+    assert torch.equal(ends, want)
+    assert (levels == -math.inf).all()
+    assert (level_keys == -1).all()
+    if stride:
+        assert torch.equal(pages, table[:, ::stride])
+        whole = [[tile for tile in range(end // kernels.TILE) if tile % stride == 0] for end in want.tolist()]
+        assert last.tolist() == [len(tiles) * kernels.TILE - 1 for tiles in whole]
+
+
 def test_a_full_list_is_done_again():
     plan = kernels.Plan(2, 30, 2, 2, 128, 8)
     scores, ends = rows_of(1500, 64)

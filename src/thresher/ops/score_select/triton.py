@@ -1,7 +1,7 @@
 """Score and select on Hopper without a matrix of scores.
 
-1. ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more than topk of its
-   keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
+1. ``prepare_kernel``, ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more
+   than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
 2. ``collect_kernel`` scores every key and keeps what lies above the level.
 3. ``settle_kernel`` selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) the row is done again, by
    scoring and then selecting.
@@ -20,10 +20,9 @@ import triton
 from torch import Tensor
 
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
-from thresher.cache.index_keys import visible_counts
 from thresher.ops.dispatch import can_read
 from thresher.ops.index_score.triton import padded_heads, paged_index_score
-from thresher.ops.score_select.triton_kernels import level_kernel, settle_kernel
+from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel, settle_kernel
 from thresher.ops.select.triton import select_topk
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -37,6 +36,7 @@ MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
+PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 PADDING = 1024  # places of the result that are filled up at a time
 SEARCHED = 1024  # scores that a warp searches, 32 a thread: few warps wait less for each other
 REGISTERS = 128  # a thread of ``settle_kernel``, with room for them; so
@@ -149,9 +149,9 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     room_tokens = keys.page_table.shape[1] * TILE
     programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
-    ends = visible_counts(query, keys)
-    levels = torch.full((num,), -math.inf, device=device)
-    level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
+    ends = torch.empty(num, dtype=torch.int64, device=device)
+    levels = torch.empty(num, device=device)
+    level_keys = torch.empty(num, dtype=torch.int32, device=device)
     found = torch.empty(num, plan.lists * plan.room + PAST, dtype=torch.int64, device=device)
     counts = torch.empty(num, plan.lists, dtype=torch.int32, device=device)
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
@@ -159,8 +159,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     beside = torch.empty(num, topk, device=device) if with_scores else None
     redo = torch.empty(num, dtype=torch.int32, device=device)
     if num:
-        if plan.stride:
-            find_levels(query, keys, ends, plan, levels, level_keys)
+        find_levels(query, keys, plan, ends, levels, level_keys)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
             lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 64) * 2
@@ -176,19 +175,26 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     return Selection(indices, lengths, "logical", beside), redo
 
 
-def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, levels: Tensor, level_keys: Tensor) -> None:
-    """Score the sample and write each row's level."""
-    table = keys.page_table[:, :: plan.stride].contiguous()
-    width = table.shape[1] * TILE
-    # Of the sample a row sees the tiles that it sees to their end.
-    seen = (ends // TILE + plan.stride - 1) // plan.stride * TILE
-    few = IndexKeys(keys.pages, table, torch.full_like(keys.lengths, width))
-    sample = paged_index_score(IndexQuery(query.q, query.weights, seen - 1, query.requests), few, width)
-    whole = plan.lists * plan.room
+def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor) -> None:
+    """Write each row's end and level, which takes the scores of the sample unless rows are short."""
+    num, requests, stride = query.num_queries, query.requests.contiguous(), plan.stride
+    sampled = triton.cdiv(keys.page_table.shape[1], stride) if stride else 0
+    table = torch.empty(keys.num_requests, sampled, dtype=torch.int32, device=query.q.device)
+    last_seen = torch.empty(num, dtype=torch.int64, device=query.q.device) if stride else ends
+    with on_device(query.q):
+        prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
+            query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
+            num, keys.num_requests, keys.page_table.shape[1] * TILE, stride, sampled, *keys.page_table.stride(),
+            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0,
+        )  # fmt: skip
+    if not stride:
+        return
+    width = sampled * TILE
+    sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(keys.pages, table, keys.lengths), width)
     block = triton.next_power_of_2(width)
     with on_device(query.q):
-        level_kernel[(query.num_queries,)](
-            sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, whole, sample.stride(0),
+        level_kernel[(num,)](
+            sample, ends, levels, level_keys, width, stride, plan.want, plan.slack, plan.lists * plan.room, sample.stride(0),
             BLOCK=block, num_warps=min(max(block // SEARCHED, 4), 32),
         )  # fmt: skip
 
