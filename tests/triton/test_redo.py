@@ -88,7 +88,11 @@ def test_the_keys_that_a_row_sees_are_those_the_scores_see():
     query.q.view(torch.uint8)[9, 0, 0] = 0
     keys = IndexKeys(keys.pages, keys.page_table.clamp(0, len(keys.pages) - 1), torch.tensor([300, -3, 2**62]))
     scores = scores_of.paged_index_score(query, keys, width=448)
-    assert torch.equal(kernels.seen_keys(query, keys), (scores > -math.inf).sum(1))
+    ends, levels, level_keys = torch.full((23,), -7), torch.zeros(23), torch.zeros(23, dtype=torch.int32)
+    kernels.find_levels(query, keys, kernels.make_plan(23, 5, 448, 50, 132), ends, levels, level_keys)
+    assert torch.equal(ends, (scores > -math.inf).sum(1))
+    assert levels.tolist() == [-math.inf] * 23
+    assert level_keys.tolist() == [-1] * 23
 
 
 def test_the_scratch_stays_small():
@@ -100,12 +104,12 @@ def test_the_scratch_stays_small():
 
 
 def test_the_memory_of_1024_rows_over_1m_keys():
-    """What is alive at once, by the plan: the lists, beside the sample and then the masks; and then, when both are gone, the scratch."""
+    """What is alive at once, by the plan: the lists, beside the sample and then settle's tables; and then, when both are gone, the scratch."""
     num, keys, topk, programs = 1024, 2**20, 2048, 132
     plan = kernels.make_plan(num, 64, keys, topk, programs)
-    lists = num * (plan.lists * (plan.room * 8 + 4) + kernels.PAST * 8)
+    lists = num * (plan.row * 8 + plan.lists * 4)
     sample = num * 4 * (keys // plan.stride)
-    masks = 2 * 4 * 2 * programs * (keys // 32)
+    tables = kernels.TABLES
     scratch = 4 * keys * kernels.scratch_rows(programs, keys)
     selection = num * topk * 8
-    assert selection + max(lists + max(sample, masks), scratch) < 256 * 10**6
+    assert selection + max(lists + max(sample, tables), scratch) < 256 * 10**6

@@ -64,23 +64,23 @@ def collect(scores, ends, levels, level_keys, plan):
     return found, counts
 
 
-def settle(found, counts, ends, topk, with_scores):
+def settle(found, counts, ends, levels, topk, with_scores):
     num, lists, room = found.shape
     found = torch.cat((found.flatten(1), torch.full((num, 5), -7)), 1)
     indices, beside = torch.full((num, topk), -9, dtype=torch.int32), torch.full((num, topk), math.nan)
     lengths, redo = torch.full((num,), -9), torch.full((num,), -9, dtype=torch.int32)
     words, programs = 80, 3  # fewer programs than rows, and more than one turn for a mask
-    masks = torch.full((2, programs, words), -1, dtype=torch.int32)
+    table = torch.full((programs, words), -1)
     parts.settle_kernel[(programs,)](
-        found, counts, ends, indices, lengths, beside, redo, masks[0], masks[1], topk, num, words, found.stride(0),
-        LISTS=lists, ROOM=room, BLOCK=1 << (lists * room - 1).bit_length(), BLOCK_K=1 << (topk - 1).bit_length(),
-        WORDS=32, WITH_SCORES=with_scores,
+        found, counts, ends, levels, table, table.view(torch.int32), indices, lengths, beside, redo, topk, num, words, found.stride(0),
+        LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WIDE=4, WORDS=32,
+        TILE=64, WITH_SCORES=with_scores,
     )  # fmt: skip
     return indices, lengths, beside, redo
 
 
 @pytest.mark.parametrize("with_scores", [True, False])
-@pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24)])
+@pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
 @pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
 def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
@@ -89,7 +89,7 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
     scores, ends = rows_of(width, topk)
     levels, level_keys = find_levels(scores, ends, plan)
     found, counts = collect(scores, ends, levels, level_keys, plan)
-    indices, lengths, beside, redo = settle(found, counts, ends, topk, with_scores)
+    indices, lengths, beside, redo = settle(found, counts, ends, levels, topk, with_scores)
     want = select_topk(scores.masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
     for row, name in enumerate(ROWS):
         if redo[row]:
@@ -102,12 +102,37 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
         assert not with_scores or torch.equal(beside[row], want.scores[row]), name
 
 
+@pytest.mark.parametrize("stride", [0, 3])
+def test_rows_are_prepared(stride):
+    """Ends, levels and the sample's pages, out of positions and requests that need not be there, and of any table's strides."""
+    table = torch.arange(2 * 300, dtype=torch.int32).view(300, 2).T.flip(0)
+    generator = torch.Generator().manual_seed(1)
+    positions, requests = (torch.randint(low, high, (200,), generator=generator) for low, high in ((-1, 20000), (-1, 3)))
+    lengths, room = torch.tensor([7000, 90000]), 300 * kernels.TILE
+    sampled = -(-300 // stride) if stride else 0
+    ends, last = torch.full((200,), -9), torch.full((200,), -9)
+    levels, level_keys, pages = torch.zeros(200), torch.zeros(200, dtype=torch.int32), torch.full((2, sampled), -9, dtype=torch.int32)
+    parts.prepare_kernel[(5,)](
+        positions, requests, lengths, table, ends, levels, level_keys, last, pages, 200, 2, room, stride, sampled, *table.stride(),
+        TILE=kernels.TILE, BLOCK=64, SAMPLED=stride > 0,
+    )  # fmt: skip
+    known = (requests >= 0) & (requests < 2)
+    want = (torch.minimum(positions + 1, lengths.clamp(max=room)[requests.where(known, 0)])).where(known, 0)
+    assert torch.equal(ends, want)
+    assert (levels == -math.inf).all()
+    assert (level_keys == -1).all()
+    if stride:
+        assert torch.equal(pages, table[:, ::stride])
+        whole = [[tile for tile in range(end // kernels.TILE) if tile % stride == 0] for end in want.tolist()]
+        assert last.tolist() == [len(tiles) * kernels.TILE - 1 for tiles in whole]
+
+
 def test_a_full_list_is_done_again():
     plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
     found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
-    *_, redo = settle(found, counts, ends, 64, True)
+    *_, redo = settle(found, counts, ends, levels, 64, True)
     full = counts.amax(1) > 8
     assert full.sum() == 7, "all but the short ones and the one with NaN"
     assert torch.equal(redo[full], torch.ones_like(redo[full]))

@@ -1,7 +1,7 @@
 """Score and select on Hopper without a matrix of scores.
 
-1. ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more than topk of its
-   keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
+1. ``prepare_kernel``, ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more
+   than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
 2. ``collect_kernel`` scores every key and keeps what lies above the level.
 3. ``settle_kernel`` selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
 4. ``redo_kernel`` scores and then selects the marked rows, a program a row.
@@ -22,7 +22,7 @@ from torch import Tensor
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
-from thresher.ops.score_select.triton_kernels import level_kernel, settle_kernel
+from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel, settle_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -42,7 +42,15 @@ MIN_ROOM = 8192  # entries of all of a row's lists
 WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
-SEARCHED = 512  # entries that a warp searches in ``settle_kernel``, 16 a thread; twice as many in ``level_kernel``
+PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
+PADDING = 1024  # places of the result that are filled up at a time
+SEARCHED = 1024  # scores that a warp searches, 32 a thread: few warps wait less for each other
+REGISTERS = 128  # a thread of ``settle_kernel``, with room for them; so
+SETTLE_WARPS = 16  # fit on a multiprocessor
+STEP = 256  # entries that a warp of it looks at together after that, 8 a thread
+# Bytes, at most, of all its programs' tables, 8 for 32 keys. 1024 rows of 1M keys take 93 MB of lists (172 at topk 4096) and, one after the
+# other, 67 of the sample's scores and these 64; pages, levels and counts are less than 5: 165 MB, or 241, beside input and output.
+TABLES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,12 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
 def sample_stride(room_tokens: int, topk: int) -> int:
     """Every how many tiles one is in the sample."""
     return max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
+
+
+def depth(room: int) -> int:
+    """Entries of a list that ``settle_kernel`` looks at as a rule, or twice as many: a power of two that few lists exceed."""
+    whole = triton.next_power_of_2(room)
+    return whole if room > 0.7 * whole else whole // 2
 
 
 def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
@@ -185,9 +199,9 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     room_tokens = keys.page_table.shape[1] * TILE
     programs = _multiprocessors(device)
     plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
-    ends = seen_keys(query, keys)
-    levels = torch.full((num,), -math.inf, device=device)
-    level_keys = torch.full((num,), -1, dtype=torch.int32, device=device)
+    ends = torch.empty(num, dtype=torch.int64, device=device)
+    levels = torch.empty(num, device=device)
+    level_keys = torch.empty(num, dtype=torch.int32, device=device)
     found = torch.empty(num, plan.row, dtype=torch.int64, device=device)
     counts = torch.empty(num, plan.lists, dtype=torch.int32, device=device)
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
@@ -195,43 +209,43 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     beside = torch.empty(num, topk, device=device) if with_scores else None
     redo = torch.empty(num, dtype=torch.int32, device=device)
     if num:
-        if plan.stride:
-            find_levels(query, keys, ends, plan, levels, level_keys)
+        find_levels(query, keys, plan, ends, levels, level_keys)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
-            settlers = min(num, 2 * programs)
-            words = room_tokens // 32
-            masks = torch.empty(2, settlers, words, dtype=torch.int32, device=device)
-            block = triton.next_power_of_2(plan.lists * plan.room)
+            lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 64) * 2
+            warps = min(max(lists * deep // SEARCHED, 4), 16)
+            settlers = min(num, programs * (SETTLE_WARPS // warps), max(TABLES // (8 * words), 1))
+            table = torch.empty(settlers, words, dtype=torch.int64, device=device)
+            scores = beside if beside is not None else levels
             settle_kernel[(settlers,)](
-                found, counts, ends, indices, lengths, beside if beside is not None else levels, redo, masks[0], masks[1],
-                topk, num, words, found.stride(0), LISTS=plan.lists, ROOM=plan.room, BLOCK=block, BLOCK_K=triton.next_power_of_2(topk),
-                WORDS=WORDS, WITH_SCORES=with_scores, num_warps=min(block // SEARCHED, 32),
+                found, counts, ends, levels, table, table.view(torch.int32), indices, lengths, scores, redo, topk, num, words,
+                found.stride(0), LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WIDE=max(STEP * warps // lists, 1), WORDS=WORDS,
+                TILE=PADDING, WITH_SCORES=with_scores, num_warps=warps, maxnreg=REGISTERS,
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
 
-def seen_keys(query: IndexQuery, keys: IndexKeys) -> Tensor:
-    """int64 ``[Q]``: how many keys each query sees; none of a request that is not there, and no more than the page table has room for."""
-    known = (query.requests >= 0) & (query.requests < keys.num_requests)
-    held = keys.lengths[query.requests.where(known, 0)].clamp(max=keys.page_table.shape[1] * TILE)
-    return (torch.minimum(query.positions, held - 1) + 1).clamp(min=0).where(known, 0)
-
-
-def find_levels(query: IndexQuery, keys: IndexKeys, ends: Tensor, plan: Plan, levels: Tensor, level_keys: Tensor) -> None:
-    """Score the sample and write each row's level."""
-    table = keys.page_table[:, :: plan.stride].contiguous()
-    width = table.shape[1] * TILE
-    # Of the sample a row sees the tiles that it sees to their end.
-    seen = (ends // TILE + plan.stride - 1) // plan.stride * TILE
-    few = IndexKeys(keys.pages, table, torch.full_like(keys.lengths, width))
-    sample = paged_index_score(IndexQuery(query.q, query.weights, seen - 1, query.requests), few, width)
-    whole = plan.lists * plan.room
+def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor) -> None:
+    """Write each row's end and level, which takes the scores of the sample unless rows are short."""
+    num, requests, stride = query.num_queries, query.requests.contiguous(), plan.stride
+    sampled = triton.cdiv(keys.page_table.shape[1], stride) if stride else 0
+    table = torch.empty(keys.num_requests, sampled, dtype=torch.int32, device=query.q.device)
+    last_seen = torch.empty(num, dtype=torch.int64, device=query.q.device) if stride else ends
+    with on_device(query.q):
+        prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
+            query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
+            num, keys.num_requests, keys.page_table.shape[1] * TILE, stride, sampled, *keys.page_table.stride(),
+            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0,
+        )  # fmt: skip
+    if not stride:
+        return
+    width = sampled * TILE
+    sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(keys.pages, table, keys.lengths), width)
     block = triton.next_power_of_2(width)
     with on_device(query.q):
-        level_kernel[(query.num_queries,)](
-            sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, whole, sample.stride(0),
-            BLOCK=block, num_warps=min(max(block // (2 * SEARCHED), 4), 32),
+        level_kernel[(num,)](
+            sample, ends, levels, level_keys, width, stride, plan.want, plan.slack, plan.lists * plan.room, sample.stride(0),
+            BLOCK=block, num_warps=min(max(block // SEARCHED, 4), 32),
         )  # fmt: skip
 
 

@@ -1,42 +1,54 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Before and after ``gluon_kernels.collect_kernel``: a level for each row, and the selection from a row's lists.
-
-A score becomes an int32 key in the order of scores: the fp32 bits, ordered, with -0.0 as 0.0; NaN and -inf come last.
-"""
+"""Before and after ``gluon_kernels.collect_kernel``: ends and a level for each row, and the selection from a row's lists."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-_LAST = tl.constexpr(-(2**31))
-_SIGN = tl.constexpr(0x7FFFFFFF)
-_INF = tl.constexpr(0x7F800000)
+from thresher.ops.select.triton_search import key_number, number_key, search
+
+_SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
+_LOWEST = tl.constexpr(-0x7F800000)  # the key of the lowest number
 
 
 @triton.jit
-def _order(bits):
-    """int32 bits of fp32 scores to keys; ``_LAST`` for NaN and -inf."""
-    size = bits & _SIGN
-    key = tl.where(bits < 0, bits ^ _SIGN, bits)
-    key = tl.where(size == 0, 0, key)
-    return tl.where((size > _INF) | ((size == _INF) & (bits < 0)), _LAST, key)
+def prepare_kernel(
+    positions, requests, lengths, page_table, ends, levels, level_keys, last_seen, table,
+    num_rows, num_requests, room_tokens, stride, num_sampled, table_row, table_page,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
+):  # fmt: skip
+    """What the others ask of rows, and the sample's page table: every stride-th page, ``num_sampled`` for each request.
 
-
-@triton.jit
-def _kth(values, want, slack, low, high):
-    """A t in [low, high] with at least ``want`` values >= t: at most ``want + slack`` of them, or else the largest such t.
-
-    At least ``want`` values must be >= low. Bisection whose first steps down from high are short: the best are seldom far apart.
+    ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass. ``last_seen``: the last of the sample's
+    columns that a row sees, which are the tiles that it sees to their end.
     """
-    step = (low & 0) + (1 << 22)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < num_rows
+    request = tl.load(requests + at, mask=here, other=-1)
+    known = (request >= 0) & (request < num_requests)
+    held = tl.minimum(tl.load(lengths + tl.where(known, request, 0), mask=known, other=0), room_tokens)
+    end = tl.maximum(tl.minimum(tl.load(positions + at, mask=here, other=-1), held - 1) + 1, 0)
+    tl.store(ends + at, end, mask=here)
+    tl.store(levels + at, tl.full([BLOCK], float("-inf"), tl.float32), mask=here)
+    tl.store(level_keys + at, tl.full([BLOCK], -1, tl.int32), mask=here)
+    if SAMPLED:
+        tl.store(last_seen + at, (end // TILE + stride - 1) // stride * TILE - 1, mask=here)
+        page = tl.load(
+            page_table + (at // num_sampled).to(tl.int64) * table_row + (at % num_sampled).to(tl.int64) * stride * table_page,
+            mask=at < num_requests * num_sampled,
+        )
+        tl.store(table + at, page, mask=at < num_requests * num_sampled)
+
+
+@triton.jit
+def _kth(values, want, low, high):
+    """The largest t in [low, high] with at least ``want`` values >= t; as many must be >= low."""
     while low < high:
-        half = high - ((low | high) - ((low ^ high) >> 1))  # the mean rounded up, without overflow
-        middle = high - tl.minimum(half, step)
-        step = tl.where(step < (1 << 30), step * 2, step)
-        count = tl.sum((values >= middle).to(tl.int32), axis=0)
-        high = tl.where(count < want, middle - 1, tl.where(count <= want + slack, middle, high))
-        low = tl.where(count < want, low, middle)
+        middle = low + (high - low + 1) // 2
+        short = tl.sum((values >= middle).to(tl.int32), axis=0) < want
+        low = tl.where(short, low, middle)
+        high = tl.where(short, middle - 1, high)
     return low
 
 
@@ -49,95 +61,154 @@ def level_kernel(sample, ends, levels, level_keys, width, stride, want, slack, w
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    bits = tl.load(sample + row * sample_row + column, mask=column < width, other=float("-inf")).to(tl.int32, bitcast=True)
-    keys = _order(bits)
+    score = tl.load(sample + row * sample_row + column, mask=column < width, other=float("-inf"))
+    score = tl.where(score == score, score, float("-inf"))
     level = tl.full([], float("-inf"), tl.float32)
     level_key = tl.full([], -1, tl.int32)
-    few = tl.sum((keys > _LAST).to(tl.int32), axis=0) < want
-    if (tl.load(ends + row) > whole) & (not few):
-        cut = _kth(keys, want, slack, (want & 0) + (_LAST + 1), tl.max(keys, axis=0))
-        level = tl.where(cut < 0, cut ^ _SIGN, cut).to(tl.float32, bitcast=True)
-        tied = (keys == cut).to(tl.int32)
-        above = tl.sum((keys > cut).to(tl.int32), axis=0)
-        upto = tl.cumsum(tied, axis=0)
-        # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
-        last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
-        plateau = above + tl.sum(tied, axis=0) > want + slack
-        level_key = tl.where(plateau, (last + 1) * stride - 1, _SIGN)
+    num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
+    if (tl.load(ends + row) > whole) & (num >= want):
+        level = key_number(search(score, want + num * 0, slack, num * 0 + _LOWEST, number_key(tl.max(score, axis=0)), num))
+        level_key = level_key * 0 + _SIGN
+        if tl.sum((score >= level).to(tl.int32), axis=0) > want + slack:
+            # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
+            tied = (score == level).to(tl.int32)
+            above = tl.sum((score > level).to(tl.int32), axis=0)
+            upto = tl.cumsum(tied, axis=0)
+            last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
+            level_key = (last + 1) * stride - 1
     tl.store(levels + row, level)
     tl.store(level_keys + row, level_key)
 
 
 @triton.jit
 def _num_bits(word):
-    """Set bits of int32 words."""
+    """Set bits of int32 words, in the form that the compiler knows for an instruction's."""
     word = word.to(tl.uint32, bitcast=True)
     word -= (word >> 1) & 0x55555555
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
-    word += word >> 8
-    return ((word + (word >> 16)) & 0x3F).to(tl.int32)
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _places(counts, first, LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, WIDE: tl.constexpr):
+    """Of places ``first`` to ``first + WIDE`` in all of a row's lists: where each is in the row, whether to read it, whether it is held."""
+    which = tl.arange(0, ALL)
+    count = tl.load(counts + which, mask=which < LISTS, other=0)[:, None]
+    place = first + tl.arange(0, WIDE)[None, :]
+    return which[:, None] * ROOM + place, place < (count + 1) // 2 * 2, place < count  # twos are read whole, and at once
+
+
+@triton.jit
+def _is_taken(pair, held, cut, last):
+    """A pair's key, and whether it is among the held that are taken."""
+    key = (pair & _SIGN).to(tl.int32)
+    score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return key, held & ((score > cut) | ((score == cut) & (key <= last)))
+
+
+@triton.jit
+def _find_cut(found, counts, level, length, num, end, LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr):
+    """``(cut, last)`` for a row whose lists hold ``num`` pairs, up to ``DEEP`` each.
+
+    Taken are the ``length`` scores larger than the cut, or equal to it at keys up to ``last``.
+    """
+    at, there, held = _places(counts, 0, LISTS, ROOM, ALL, DEEP)
+    score = (tl.load(found + at, mask=there, other=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    score = tl.where(held, score, float("-inf"))
+    low = tl.where(level == float("-inf"), _LOWEST, number_key(level))
+    flat = tl.reshape(score, [ALL * DEEP], can_reorder=True)
+    top = number_key(tl.max(flat, axis=0))
+    # A guess where usual distributions have two fifths of what lies above the level. It saves two steps of nine.
+    guess = low + ((top - low).to(tl.uint32, bitcast=True) >> 2).to(tl.int32, bitcast=True)
+    count = tl.sum((flat >= key_number(guess)).to(tl.int32), axis=0)
+    few = count < length
+    low, top = tl.where(few, low, guess), tl.where(few, guess - 1, top)
+    cut = key_number(search(flat, length, 0, low, top, tl.where(few, num, count), tl.where(few, count, 0)))
+    more = tl.sum((flat >= cut).to(tl.int32), axis=0) - length
+    last = length * 0 + _SIGN
+    if more > 0:
+        tied = score == cut
+        key = (tl.load(found + at, mask=tied, other=0) & _SIGN).to(tl.int32)
+        back = tl.reshape(tl.where(tied, -key, -_SIGN), [ALL * DEEP], can_reorder=True)
+        last = -_kth(back, tl.sum((back > -_SIGN).to(tl.int32), axis=0) - more, 1 - end, length * 0)
+    return cut, last
 
 
 @triton.jit
 def settle_kernel(
-    found, counts, ends, indices, lengths, beside, redo, masks, before, topk, num_rows, num_words, found_row,
-    LISTS: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, WORDS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    found, counts, ends, levels, table, bits, indices, lengths, beside, redo, topk, num_rows, num_words, found_row,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+    WORDS: tl.constexpr, TILE: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
 
     Nothing is sorted: the keys taken become bits of a mask as long as the row, and a key's place is the number of bits before its own.
-    ``masks`` and ``before`` int32 ``[programs, num_words]`` are a program's own, for one row after the other.
+    ``table`` int64 ``[programs, num_words]``, ``num_words`` even, is a program's own, for one row after the other: 32 bits of the mask and
+    above them how many lie before. ``bits`` is the same memory as int32. A search looks at ``DEEP`` entries of each list where none holds
+    more, which is the rule, and else at twice as many.
     """
     program = tl.program_id(0).to(tl.int64)
-    masks += program * num_words
-    before += program * num_words
+    table += program * num_words
+    bits += program * num_words * 2
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = program * 0 + index
-        entry = tl.arange(0, BLOCK)
-        count = tl.load(counts + row * LISTS + entry // ROOM, mask=entry < LISTS * ROOM, other=0)
-        live = entry % ROOM < count
-        pair = tl.load(found + row * found_row + entry, mask=live, other=0)
-        key = (pair & 0xFFFFFFFF).to(tl.int32)
-        score = tl.where(live, _order((pair >> 32).to(tl.int32)), _LAST)
-        held = tl.sum(live.to(tl.int32), axis=0)
-        end = tl.load(ends + row)
-        wanted = tl.minimum(end, topk).to(tl.int32)
-        wrong = (tl.max(count, axis=0) > ROOM) | (held < wanted)
+        pairs = found + row * found_row
+        own = counts + row * LISTS
+        which = tl.arange(0, ALL)
+        count = tl.load(own + which, mask=which < LISTS, other=0)
+        most = tl.max(count, axis=0)
+        num = tl.sum(tl.minimum(count, ROOM), axis=0)
+        end = tl.load(ends + row).to(tl.int32)
+        wanted = tl.minimum(end, topk)
+        wrong = (most > ROOM) | (num < wanted)
         length = tl.where(wrong, 0, wanted)
         tl.store(redo + row, wrong.to(tl.int32))
         tl.store(lengths + row, length.to(tl.int64))
         if length > 0:
-            cut = _kth(score, length, 0, (length & 0) + (_LAST + 1), tl.max(score, axis=0))
-            above = tl.sum((score > cut).to(tl.int32), axis=0)
-            tied = score == cut
-            last = tl.full([], _SIGN, tl.int32)
-            if tl.sum(tied.to(tl.int32), axis=0) > length - above:  # ties go to the smaller key
-                last = -_kth(tl.where(tied, -key, _LAST), length - above, 0, (length & 0) - _SIGN, length & 0)
-            take = (score > cut) | (tied & (key <= last))
-            words = tl.minimum((end + 31) // 32, num_words).to(tl.int32)
+            words = (tl.minimum((end + 31) // 32, num_words) + 1) // 2 * 2  # twos are read and written at once
             for start in range(0, words, WORDS):
                 word = start + tl.arange(0, WORDS)
-                tl.store(masks + word, tl.zeros([WORDS], tl.int32), mask=word < words)
+                tl.store(table + word, tl.zeros([WORDS], tl.int64), mask=word < words)
+            level = tl.load(levels + row)
+            cut = level
+            last = length
+            if most <= DEEP:
+                cut, last = _find_cut(pairs, own, level, length, num, end, LISTS, ROOM, ALL, DEEP)
+            elif DEEP < ROOM:
+                cut, last = _find_cut(pairs, own, level, length, num, end, LISTS, ROOM, ALL, 2 * DEEP)
             tl.debug_barrier()
-            bit = (key & 0) + 1 << (key & 31)
-            tl.atomic_or(masks + key // 32, bit, mask=take, sem="relaxed")
+            for first in range(0, most, WIDE):
+                at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
+                key, take = _is_taken(tl.load(pairs + at, mask=there, other=0), held, cut, last)
+                bit = (key & 0) + 1 << (key & 31)
+                # What is claimed of contiguity is not true, and harmless: it keeps neighbours in the threads that have read them.
+                word = tl.max_contiguous(tl.multiple_of(bits + key // 32 * 2, [1, 16]), [1, 2])
+                tl.atomic_or(word, bit, mask=take, sem="relaxed")
             tl.debug_barrier()
-            total = length * 0
+            before = length * 0
             for start in range(0, words, WORDS):
                 word = start + tl.arange(0, WORDS)
-                num = _num_bits(tl.load(masks + word, mask=word < words, other=0, cache_modifier=".cg"))
-                tl.store(before + word, total + tl.cumsum(num, axis=0) - num, mask=word < words)
-                total += tl.sum(num, axis=0)
+                mask = tl.load(table + word, mask=word < words, other=0, cache_modifier=".cg")
+                bit = _num_bits(mask.to(tl.int32))
+                upto = tl.cumsum(bit, axis=0)
+                tl.store(table + word, mask | (before + upto - bit).to(tl.int64) << 32, mask=word < words)
+                before += tl.sum(bit, axis=0)
             tl.debug_barrier()
-            mine = tl.load(masks + key // 32, mask=take, other=0, cache_modifier=".cg")
-            to = tl.load(before + key // 32, mask=take, other=0, cache_modifier=".cg") + _num_bits(mine & (bit - 1))
-            tl.store(indices + row * topk + to, key, mask=take)
-            if WITH_SCORES:
-                tl.store(beside + row * topk + to, (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True), mask=take)
+            for first in range(0, most, WIDE):
+                at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
+                pair = tl.load(pairs + at, mask=there, other=0)
+                key, take = _is_taken(pair, held, cut, last)
+                word = tl.load(tl.max_contiguous(tl.multiple_of(table + key // 32, [1, 16]), [1, 2]), mask=take, other=0)
+                bit = ((key & 0) + 1 << (key & 31)) - 1
+                to = row * topk + (word >> 32).to(tl.int32) + _num_bits(word.to(tl.int32) & bit)
+                tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 16]), [1, 2]), key, mask=take)
+                if WITH_SCORES:
+                    score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+                    tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 16]), [1, 2]), score, mask=take)
             tl.debug_barrier()  # before the next row's zeros
-        place = tl.arange(0, BLOCK_K)
-        none = (place >= length) & (place < topk)
-        tl.store(indices + row * topk + place, tl.full([BLOCK_K], -1, tl.int32), mask=none)
-        if WITH_SCORES:
-            tl.store(beside + row * topk + place, tl.full([BLOCK_K], float("-inf"), tl.float32), mask=none)
+        for start in range(length, topk, TILE):
+            place = start + tl.arange(0, TILE)
+            tl.store(indices + row * topk + place, tl.full([TILE], -1, tl.int32), mask=place < topk)
+            if WITH_SCORES:
+                tl.store(beside + row * topk + place, tl.full([TILE], float("-inf"), tl.float32), mask=place < topk)
