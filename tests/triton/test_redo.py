@@ -104,7 +104,7 @@ def test_the_scratch_stays_small():
 
 
 def test_the_memory_of_1024_rows_over_1m_keys():
-    """What is alive at once, by the plan: the lists, beside the sample and then settle's tables; and then, when both are gone, the scratch."""
+    """What is alive at once, by the plan: the lists, beside the sample and then settle's tables; when these are gone, the scratch."""
     num, keys, topk, programs = 1024, 2**20, 2048, 132
     plan = kernels.make_plan(num, 64, keys, topk, programs)
     lists = num * (plan.row * 8 + plan.lists * 4)
