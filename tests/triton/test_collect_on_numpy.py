@@ -112,7 +112,7 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
 
     def of_columns(values, first, chunk):
         """``[..., rows, heads]`` by a chunk's columns, zeros where there is no row or head."""
-        row, head = plain(kernels.row_and_head, gl)(np.arange(128), shape["HB"])
+        row, head = plain(tiles.row_and_head, gl)(np.arange(128), shape["HB"])
         head = head + shape["HB"] * chunk * (not two)
         here = (first + row < world.num) & (head < world.heads)
         return np.where(here, values[..., np.where(here, first + row, 0), np.where(here, head, 0)], np.float32(0))
@@ -134,7 +134,7 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
         return at + passes.astype(np.int32) * 8
 
     instead = {
-        "_load_queries": load, "multiply": multiply, "warpgroup_mma_wait": lambda left, given: given[0],
+        "load_queries": load, "multiply": multiply, "warpgroup_mma_wait": lambda left, given: given[0],
         "mbarrier": mbarrier, "append_quick": append_quick, "QUICK": 4,
     }  # fmt: skip
     for half in range(2):

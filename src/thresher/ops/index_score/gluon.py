@@ -18,7 +18,7 @@ from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
 STAGES = 6
-BLOCKS = {"BLOCK": 16, "ROWS": 8, "HB": 16, "SUB": 1}  # how 512 columns of up to 32 heads are dealt out (``gluon_tiles.py``)
+BLOCKS = {"BLOCK": 16, "ROWS": 8, "HEADS": 32, "HB": 16}  # how 512 columns of up to 32 heads are dealt out (``gluon_tiles.py``)
 QUADS = 32  # heads; more are scored by groups of four warps with a chunk each (``gluon_quads.py``)
 QUAD_STAGES = 4
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}

@@ -19,12 +19,11 @@ from thresher.ops.index_score.gluon_tiles import (
     chunk_sums,
     find_page,
     live,
-    load_block,
+    load_queries,
     load_scales,
     multiply,
-    row_numbers,
     sight,
-    total,
+    whole_sums,
 )
 
 
@@ -72,17 +71,6 @@ def _producer(
 
 
 @gluon.jit
-def _put(score, scale, out, at, key, start, end, mine, width, inner):
-    """Store a tile of one group: ``score [64, SUB, 4]``; ``inner`` says that every row is there and sees every key."""
-    score = score * gl.expand_dims(gl.expand_dims(scale, 1), 2)
-    if inner:
-        gl.store(out + at, score)
-    else:
-        score = gl.where((key >= start) & (key < end), score, float("-inf"))
-        gl.store(out + at, score, mask=mine & (key < width))
-
-
-@gluon.jit
 def fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """-inf into the tiles ``t0 .. t1 - 1`` of the rows to keep."""
     for tile in range(t0, t1):
@@ -96,17 +84,16 @@ def _consumer(
     q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
     q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
     HALF: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr,
+    PAGE: gl.constexpr, HEADS: gl.constexpr, HB: gl.constexpr,
 ):  # fmt: skip
     """Score all tiles for half ``HALF`` of a block's queries, ``ROWS`` of them; ``q_buffers`` hold its two chunks."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     FILL: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, ACC)
     zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
     # Computed for its layout alone.
-    TOTAL: gl.constexpr = total(chunk_sums(zero, zero, zero, SUB, HB, True), SUB).type.layout
-    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, gl.SliceLayout(2, TOTAL)))
-    wide_key = gl.expand_dims(gl.expand_dims(key, 1), 2)
+    TOTAL: gl.constexpr = gl.reshape(whole_sums(chunk_sums(zero, zero, zero, 1, HB, True), 1), [KEYS, ROWS]).type.layout
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, TOTAL))
+    query = gl.arange(0, ROWS, layout=gl.SliceLayout(0, TOTAL))
     tiles = (width + KEYS - 1) // KEYS
     unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
     turn = 0
@@ -114,22 +101,19 @@ def _consumer(
         block, t0 = unit // tiles * BLOCK, unit % tiles
         t1 = gl.minimum(tiles, t0 + last - unit)
         first = block + HALF * ROWS
-        w0, w1 = load_block(
-            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, D, HB, SUB, ACC
+        w0, w1 = load_queries(
+            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, 1, ACC
         )
         q0 = q_buffers.index(HALF * 2).permute((1, 0))
         q1 = q_buffers.index(HALF * 2 + 1).permute((1, 0))
 
         # The block's rows decide which tiles there are, this consumer's which are stored, and in which layouts those are asked.
-        row = gl.arange(0, BLOCK, layout=BY_ROW)
+        row = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
         start, end, owner = sight(block + row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
         own = (row >= HALF * ROWS) & (row < HALF * ROWS + ROWS)
-        row0 = row_numbers(first, SUB, TOTAL)
-        row1 = row_numbers(first + 4 * SUB, SUB, TOTAL)
-        start0, end0, owner0 = sight(row0, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
-        start1, end1, owner1 = sight(row1, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
-        at0 = (row0 - first) * out_row + wide_key
-        at1 = (row1 - first) * out_row + wide_key
+        own_row = first + query
+        own_start, own_end, own_owner = sight(own_row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
+        at = query[None, :] * out_row + key[:, None]
         block_out = out + first.to(gl.int64) * out_row
         fill_row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, FILL))
         _, _, fill_owner = sight(fill_row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
@@ -141,7 +125,6 @@ def _consumer(
             # Keys that every row of this consumer sees; none when one of them is absent or another request's.
             inner_low = gl.max(gl.where(own, gl.where(mine, start, NO_REQUEST), 0), 0)
             inner_high = gl.min(gl.where(own, gl.where(mine, end, 0), NO_REQUEST), 0)
-            mine0, mine1 = owner0 == current, owner1 == current
             table = page_table + current.to(gl.int64) * table_row
             # Scales are asked for one tile ahead, pages two.
             page_ahead, valid, valid_ahead, scale = begin * 0, begin < begin, begin < begin, (key * 0).to(gl.float32)
@@ -152,8 +135,7 @@ def _consumer(
             for tile in range(begin, stop):
                 n0 = tile * KEYS
                 inner = valid & (n0 >= inner_low) & (n0 + KEYS <= inner_high)
-                # A page that is not there is seen by nobody.
-                stop0, stop1 = gl.where(valid, end0, 0), gl.where(valid, end1, 0)
+                seen = gl.where(valid, own_end, 0)  # a page that is not there is seen by nobody
                 now = scale
                 scale = load_scales(scales, page_ahead, gl.minimum(tile + 1, stop - 1), key, num_keys, page_words, D, PAGE)
                 valid = valid_ahead
@@ -161,12 +143,18 @@ def _consumer(
                 mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
                 acc0 = multiply(buffers, q0, turn, zero, STAGES, D)
                 acc1 = multiply(buffers, q1, turn, zero, STAGES, D)
-                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
-                _put(total(sums, SUB), now, block_out + n0, at0, n0 + wide_key, start0, stop0, mine0, width, inner)
+                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, 1, HB, True)
                 dots = warpgroup_mma_wait(0, [acc1])
                 mbarrier.arrive(empty.index(turn % STAGES))
-                sums = chunk_sums(dots, w1, zero, SUB, HB, True)
-                _put(total(sums, SUB), now, block_out + n0, at1, n0 + wide_key, start1, stop1, mine1, width, inner)
+                sums = gl.reshape(whole_sums(chunk_sums(dots, w1, sums, 1, HB, False), 1), [KEYS, ROWS])
+                # Times the scale and + 0.0 in one: the bits of (sum + 0.0) * scale.
+                score = gl.fma(sums, now[:, None], 0.0)
+                if inner:
+                    gl.store(block_out + n0 + at, score)
+                else:
+                    column = n0 + key[:, None]
+                    score = gl.where((column >= own_start[None, :]) & (column < seen[None, :]), score, float("-inf"))
+                    gl.store(block_out + n0 + at, score, mask=(own_owner == current)[None, :] & (column < width))
                 turn += 1
             keep = fill_owner == current
             fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
@@ -180,7 +168,7 @@ def prefill_kernel(
     k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
     num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
     BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HB: gl.constexpr, SUB: gl.constexpr,
+    HEADS: gl.constexpr, HB: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
@@ -196,12 +184,12 @@ def prefill_kernel(
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-                0, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
+                0, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB,
             )),
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-                1, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB,
+                1, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB,
             )),
             (_producer, (
                 k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,

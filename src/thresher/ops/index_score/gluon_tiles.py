@@ -1,9 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What Hopper kernels that score many queries have in common.
+"""What Hopper kernels that score many queries have in common, the columns of those with up to 32 heads among it.
 
-**Columns.** Chunk, group of 4 queries, pair of heads, parity, query: column ``((sub * HB + pair) * 2 + parity) * 4 + query``. A thread of
-the matrix unit then holds one parity of two queries, and adds up heads in its own registers; the other parity is one shuffle away. The
-pairs are so chosen that a thread's heads fall into four classes modulo 8, and the sums are those of ``triton.py``: the same bits.
+**Columns.** A chunk's column is ``(group of 8 queries * heads + head) * 8 + query``: a thread of the matrix unit then holds all heads of
+its queries, in eight classes modulo 8, and adds them up in the order of ``triton.py``: the same bits. A chunk has up to 16 heads.
 """
 
 from __future__ import annotations
@@ -20,68 +19,36 @@ COLUMNS = gl.constexpr(128)  # of a chunk
 
 
 @gluon.jit
-def _sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr, CLASSES: gl.constexpr):
-    """``[64, SUB, HB, 2, 4]`` to ``[64, SUB, CLASSES, 2, 4]``: ascending, each onto the sum of its index modulo ``CLASSES``."""
-    if HB == CLASSES:
+def _sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
+    """``[64, SUB, HB, 2, 4]`` to ``[64, SUB, 8, 2, 4]``: heads ascending, each onto the sum of its class modulo 8."""
+    if HB == 8:
         sums = dots * weights if FIRST else gl.fma(dots, weights, sums)
     else:
         low, high = gl.split(gl.permute(gl.reshape(dots, [KEYS, SUB, 2, HB // 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
         low_w, high_w = gl.split(gl.permute(gl.reshape(weights, [KEYS, SUB, 2, HB // 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
-        sums = _sums(low, low_w, sums, SUB, HB // 2, FIRST, CLASSES)
-        sums = _sums(high, high_w, sums, SUB, HB // 2, False, CLASSES)
+        sums = _sums(low, low_w, sums, SUB, HB // 2, FIRST)
+        sums = _sums(high, high_w, sums, SUB, HB // 2, False)
     return sums
 
 
 @gluon.jit
-def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr, CLASSES: gl.constexpr = 4):
+def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
     """A chunk's products onto the sums of its groups' heads."""
     dots = gl.maximum(dots, 0.0, propagate_nan=NAN_ALL)
-    return _sums(gl.reshape(dots, [KEYS, SUB, HB, 2, 4]), gl.reshape(weights, [KEYS, SUB, HB, 2, 4]), sums, SUB, HB, FIRST, CLASSES)
-
-
-@gluon.jit
-def parity_sums(sums, SUB: gl.constexpr):
-    """The fixed tree over a parity's four classes: ``[64, SUB, 2, 4]``."""
-    a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
-    a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
-    return a + b
+    return _sums(gl.reshape(dots, [KEYS, SUB, HB, 2, 4]), gl.reshape(weights, [KEYS, SUB, HB, 2, 4]), sums, SUB, HB, FIRST)
 
 
 @gluon.jit
 def whole_sums(sums, SUB: gl.constexpr):
     """The fixed tree over eight classes that one thread holds, ``[64, SUB, 8, 2, 4]``: ``[64, SUB, 2, 4]``.
 
-    ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)), as ``parity_sums`` of both parities, and as ``triton.py``: there a thread holds classes 2c
+    ((0 + 1) + (4 + 5)) + ((2 + 3) + (6 + 7)), as ``triton.py``: there a thread holds classes 2c
     and 2c + 1, and lanes c are added 2 apart, then 1 apart. Heads that are only padding are products of zeros, which change no sum.
     """
     a, b = gl.split(gl.permute(gl.reshape(sums, [KEYS, SUB, 4, 2, 2, 4]), (0, 1, 2, 4, 5, 3)))
     a, b = gl.split(gl.permute(gl.reshape(a + b, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
     a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
     return a + b
-
-
-@gluon.jit
-def total(sums, SUB: gl.constexpr):
-    """The sums of both parities: ``[64, SUB, 4]``."""
-    return gl.sum(parity_sums(sums, SUB), 2) + 0.0
-
-
-@gluon.jit
-def row_and_head(chunk: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, LAYOUT: gl.constexpr):
-    """Which of the consumer's queries, and which head, a chunk's columns are."""
-    column = gl.arange(0, COLUMNS, layout=LAYOUT)
-    pair, inside = column // 8 % HB, column % 8
-    row = (chunk * SUB + column // (8 * HB)) * 4 + inside % 4
-    # Parity 0 has the heads 0, 1, 4, 5 modulo 8, parity 1 the others.
-    return row, pair // 4 * 8 + pair % 2 + pair % 4 // 2 * 4 + inside // 4 * 2
-
-
-@gluon.jit
-def row_numbers(first, SUB: gl.constexpr, L: gl.constexpr):
-    """int32 ``[1, SUB, 4]`` in the layout of a total."""
-    sub = gl.arange(0, SUB, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    query = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
-    return first + gl.expand_dims(gl.expand_dims(sub * 4, 0), 2) + gl.expand_dims(gl.expand_dims(query, 0), 1)
 
 
 @gluon.jit
@@ -161,23 +128,29 @@ def load_chunk(
 
 
 @gluon.jit
-def load_block(
+def row_and_head(column, HB: gl.constexpr):
+    """Which of the consumer's queries, and which of a chunk's heads, a column is."""
+    return column // (8 * HB) * 8 + column % 8, column // 8 % HB
+
+
+@gluon.jit
+def load_queries(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
-    HALF: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
+    HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's queries into its two buffers; returns the weights of both chunks."""
+    """A consumer's queries into its buffers, two chunks with 32 heads, otherwise one; returns the weights of both."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    w0, w1 = zero, zero
-    for chunk in gl.static_range(2):
-        load_row, load_head = row_and_head(chunk, HB, SUB, gl.SliceLayout(1, LOAD))
-        row, head = row_and_head(chunk, HB, SUB, gl.SliceLayout(0, ACC))
-        w = load_chunk(
-            q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
-            q_buffers.index(HALF * 2 + chunk), D, LOAD,
+    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)), HB)
+    load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)), HB)
+    w0 = zero + load_chunk(
+        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
+        q_buffers.index(HALF * (HEADS // HB)), D, LOAD,
+    )  # fmt: skip
+    w1 = w0
+    if HEADS > HB:
+        w1 = zero + load_chunk(
+            q, weights, first, load_row, load_head + HB, row, head + HB, num_queries, num_heads, q_row, q_head, w_row,
+            q_buffers.index(HALF * 2 + 1), D, LOAD,
         )  # fmt: skip
-        if chunk == 0:
-            w0 += w
-        else:
-            w1 += w
     fence_async_shared()
     return w0, w1

@@ -5,9 +5,8 @@ The work is shared as in ``index_score/gluon_kernels.py``, but for the order: pr
 run r of R holds every R-th turn of keys from turn r on. A turn is ``TILES`` tiles of 64 keys. A thread has the same places of every tile,
 and a list of its own for each of its rows, so that appending asks nobody. They fill alike even where all its best keys stand together.
 
-**Columns.** A chunk's column is ``(group of 8 queries * heads + head) * 8 + query``: a thread of the matrix unit then holds all heads of
-its queries, in eight classes modulo 8, and adds them up alone. A chunk has up to 16 heads; with 32, two chunks are one tile's, otherwise
-one chunk of queries meets two tiles. A consumer always has two products at once.
+With 32 heads a consumer multiplies a tile with two chunks (``index_score/gluon_tiles.py``), with fewer two tiles with one chunk: it always
+has two products at once.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from thresher.ops.index_score.gluon_tiles import (
     chunk_sums,
     find_page,
     live,
-    load_chunk,
+    load_queries,
     multiply,
     sight,
     whole_sums,
@@ -95,35 +94,6 @@ def _producer(
 
 
 @gluon.jit
-def row_and_head(column, HB: gl.constexpr):
-    """Which of the consumer's queries, and which of a chunk's heads, a column is with whole heads."""
-    return column // (8 * HB) * 8 + column % 8, column // 8 % HB
-
-
-@gluon.jit
-def _load_queries(
-    q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
-    HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
-):  # fmt: skip
-    """``load_block`` for whole heads: both chunks with 32 heads, otherwise the one there is."""
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)), HB)
-    load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)), HB)
-    w0 = zero + load_chunk(
-        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
-        q_buffers.index(HALF * (HEADS // HB)), D, LOAD,
-    )  # fmt: skip
-    w1 = w0
-    if HEADS > HB:
-        w1 = zero + load_chunk(
-            q, weights, first, load_row, load_head + HB, row, head + HB, num_queries, num_heads, q_row, q_head, w_row,
-            q_buffers.index(HALF * 2 + 1), D, LOAD,
-        )  # fmt: skip
-    fence_async_shared()
-    return w0, w1
-
-
-@gluon.jit
 def _scale(scales, page, page_bytes):
     """The scales at the places whose addresses in page 0 are ``scales``: one multiply-add, where pointers take more."""
     at = scales + page.to(gl.uint32).to(gl.int64) * page_bytes.to(gl.uint32).to(gl.int64)
@@ -165,7 +135,7 @@ def _consumer(
     for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
         block, run = unit // runs * BLOCK, unit % runs
         first_row = block + HALF * ROWS
-        w0, w1 = _load_queries(
+        w0, w1 = load_queries(
             q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
         )
         q0 = q_buffers.index(HALF * CHUNKS).permute((1, 0))
@@ -210,7 +180,7 @@ def _consumer(
                 # A page that is not there is seen by nobody.
                 seen = gl.where(now_valid0, mine, 0)
                 # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
-                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True, 8)
+                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
                 if TILES == 2:
                     s0, s1 = halves(whole_sums(sums, SUB), SUB)
                     s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
@@ -225,7 +195,7 @@ def _consumer(
                     key += KEYS
                 dots = warpgroup_mma_wait(0, [acc1])
                 mbarrier.arrive(empty.index(slot))
-                s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2, 8), SUB), SUB)
+                s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
                 s0, s1 = gl.fma(s0, now_b0, nothing), gl.fma(s1, now_b1, nothing)
                 if quick:
                     at = append_quick(s0, bar, key, at, lists)
