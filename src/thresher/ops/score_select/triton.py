@@ -58,6 +58,7 @@ class Plan:
         runs: runs that a row's turns are dealt into.
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
+        kept: whether lists begin with what passes of the sample, whose tiles are then to be left out in collecting.
     """
 
     stride: int
@@ -66,6 +67,7 @@ class Plan:
     runs: int
     lists: int
     room: int
+    kept: bool = False
 
 
 def layout(num_heads: int) -> dict[str, int]:
@@ -159,7 +161,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     beside = torch.empty(num, topk, device=device) if with_scores else None
     redo = torch.empty(num, dtype=torch.int32, device=device)
     if num:
-        find_levels(query, keys, plan, ends, levels, level_keys)
+        find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
             lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 64) * 2
@@ -175,7 +177,9 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     return Selection(indices, lengths, "logical", beside), redo
 
 
-def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor) -> None:
+def find_levels(
+    query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor
+) -> None:
     """Write each row's end and level, which takes the scores of the sample unless rows are short."""
     num, requests, stride = query.num_queries, query.requests.contiguous(), plan.stride
     sampled = triton.cdiv(keys.page_table.shape[1], stride) if stride else 0
@@ -194,8 +198,9 @@ def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, le
     block = triton.next_power_of_2(width)
     with on_device(query.q):
         level_kernel[(num,)](
-            sample, ends, levels, level_keys, width, stride, plan.want, plan.slack, plan.lists * plan.room, sample.stride(0),
-            BLOCK=block, num_warps=min(max(block // SEARCHED, 4), 32),
+            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
+            sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
+            ROWS=layout(query.num_heads)["BLOCK"], num_warps=min(max(block // SEARCHED, 4), 32),
         )  # fmt: skip
 
 
