@@ -18,6 +18,7 @@ from .test_index_score import world
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
+TOGETHER = 4  # rows that collect together
 ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
 
 
@@ -42,26 +43,43 @@ def find_levels(scores, ends, plan):
     sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(~seen, -math.inf)
     levels, level_keys = torch.full(ends.shape, math.nan), torch.full(ends.shape, -9, dtype=torch.int32)
     block = 1 << (width - 1).bit_length()
+    found = torch.full((len(ends), plan.lists, plan.room), -7)
+    counts = torch.full((len(ends), plan.lists), -9 if plan.kept else 0, dtype=torch.int32)
     parts.level_kernel[(len(ends),)](
-        sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, 200, sample.stride(0), BLOCK=block
-    )
-    return levels, level_keys
+        sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.want, plan.slack, 200,
+        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER,
+    )  # fmt: skip
+    return levels, level_keys, found, counts
 
 
-def collect(scores, ends, levels, level_keys, plan):
+def requests_of(ends):
+    """The last rows, which are short, have a request of their own."""
+    return (torch.arange(len(ends)) >= len(ends) - 2).long()
+
+
+def left_out(ends, plan):
+    """Tiles, for each row, before which collecting leaves the sample's out."""
+    if not plan.kept:
+        return [0] * len(ends)
+    group = [(row // TOGETHER, request) for row, request in enumerate(requests_of(ends).tolist())]
+    stops = [end // 64 if end > 200 else 0 for end in ends.tolist()]
+    return [min(stop for stop, other in zip(stops, group, strict=True) if other == mine) for mine in group]
+
+
+def collect(scores, ends, levels, level_keys, found, counts, plan):
     """``collect_kernel`` after its scores: each (run, one or two places in a tile) has a list, which is counted on where it is full."""
-    num, lists = len(scores), plan.lists
-    places = lists // plan.runs
-    found, counts = torch.full((num, lists, plan.room), -7), torch.zeros(num, lists, dtype=torch.int32)
-    for row in range(num):
+    places = plan.lists // plan.runs
+    for row, stop in enumerate(left_out(ends, plan)):
         mine = scores[row, : ends[row]]
         key = torch.arange(len(mine))
-        for n in key[(mine > levels[row]) | ((mine == levels[row]) & (key <= level_keys[row]))].tolist():
+        passes = (mine > levels[row]) | ((mine == levels[row]) & (key <= level_keys[row]))
+        if plan.kept:
+            passes &= (key // 64 % plan.stride > 0) | (key // 64 >= stop)
+        for n in key[passes].tolist():
             which = n // 64 % plan.runs * places + n % places
             if counts[row, which] < plan.room:
                 found[row, which, counts[row, which]] = (int(mine[n].view(torch.int32)) << 32) | n
             counts[row, which] += 1
-    return found, counts
 
 
 def settle(found, counts, ends, levels, topk, with_scores):
@@ -79,16 +97,18 @@ def settle(found, counts, ends, levels, topk, with_scores):
     return indices, lengths, beside, redo
 
 
-@pytest.mark.parametrize("with_scores", [True, False])
+@pytest.mark.parametrize(("with_scores", "kept"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
 @pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores):
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
-    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room)
+    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room, kept)
     scores, ends = rows_of(width, topk)
-    levels, level_keys = find_levels(scores, ends, plan)
-    found, counts = collect(scores, ends, levels, level_keys, plan)
+    levels, level_keys, found, counts = find_levels(scores, ends, plan)
+    if kept:
+        assert (counts[0].sum() > 0) == (width > 200)
+    collect(scores, ends, levels, level_keys, found, counts, plan)
     indices, lengths, beside, redo = settle(found, counts, ends, levels, topk, with_scores)
     want = select_topk(scores.masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
     for row, name in enumerate(ROWS):
@@ -131,7 +151,8 @@ def test_a_full_list_is_done_again():
     plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
-    found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
+    found, counts = torch.full((len(ends), 128, 8), -7), torch.zeros(len(ends), 128, dtype=torch.int32)
+    collect(scores, ends, levels, torch.full(ends.shape, -1), found, counts, plan)
     *_, redo = settle(found, counts, ends, levels, 64, True)
     full = counts.amax(1) > 8
     assert full.sum() == 7, "all but the short ones and the one with NaN"

@@ -65,6 +65,7 @@ class Plan:
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
         row: entries that a row's lists take.
+        kept: whether lists begin with what passes of the sample, whose tiles are then to be left out in collecting.
     """
 
     stride: int
@@ -74,6 +75,7 @@ class Plan:
     lists: int
     room: int
     row: int
+    kept: bool = False
 
 
 def layout(num_heads: int) -> dict[str, int]:
@@ -82,6 +84,11 @@ def layout(num_heads: int) -> dict[str, int]:
     a_chunk = min(heads, 16)
     rows = 128 // a_chunk
     return {"HEADS": heads, "BLOCK": 2 * rows, "ROWS": rows, "HB": a_chunk, "SUB": rows // 8, "TILES": 1 if heads > 16 else 2}
+
+
+def rows_together(num_heads: int) -> int:
+    """Queries that a program collects for at a time."""
+    return 8 if num_heads > QUADS else layout(num_heads)["BLOCK"]
 
 
 def share_out(blocks: int, most: int, programs: int) -> int:
@@ -99,8 +106,8 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
     such deviations. A list has room for what that brings it and six deviations more, its own and the level's.
     """
-    block, places = (8, 64) if heads > QUADS else (layout(heads)["BLOCK"], 32)
-    runs = share_out(triton.cdiv(num_queries, block), MAX_LISTS // places, programs)
+    places = 64 if heads > QUADS else 32  # lists of a run
+    runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
     lists = places * runs
     stride = sample_stride(room_tokens, topk)
     hits = topk / stride
@@ -209,7 +216,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     beside = torch.empty(num, topk, device=device) if with_scores else None
     redo = torch.empty(num, dtype=torch.int32, device=device)
     if num:
-        find_levels(query, keys, plan, ends, levels, level_keys)
+        find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
             lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 64) * 2
@@ -225,7 +232,9 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     return Selection(indices, lengths, "logical", beside), redo
 
 
-def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor) -> None:
+def find_levels(
+    query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor
+) -> None:
     """Write each row's end and level, which takes the scores of the sample unless rows are short."""
     num, requests, stride = query.num_queries, query.requests.contiguous(), plan.stride
     sampled = triton.cdiv(keys.page_table.shape[1], stride) if stride else 0
@@ -244,8 +253,9 @@ def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, le
     block = triton.next_power_of_2(width)
     with on_device(query.q):
         level_kernel[(num,)](
-            sample, ends, levels, level_keys, width, stride, plan.want, plan.slack, plan.lists * plan.room, sample.stride(0),
-            BLOCK=block, num_warps=min(max(block // SEARCHED, 4), 32),
+            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
+            sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
+            ROWS=rows_together(query.num_heads), num_warps=min(max(block // SEARCHED, 4), 32),
         )  # fmt: skip
 
 

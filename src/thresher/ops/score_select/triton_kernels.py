@@ -53,11 +53,35 @@ def _kth(values, want, low, high):
 
 
 @triton.jit
-def level_kernel(sample, ends, levels, level_keys, width, stride, want, slack, whole, sample_row, BLOCK: tl.constexpr):
+def _keep(
+    row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Enter what passes of a row's sample into its lists, whose counts are 0, from the tiles that collecting then leaves out.
+
+    ``ROWS`` rows collect together. Of those that have one request, the tiles are left out that all see to their end, none if any of these
+    rows is so short that it has no level.
+    """
+    near = row // ROWS * ROWS + tl.arange(0, ROWS)
+    same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
+    end = tl.load(ends + near, mask=same, other=0)
+    stop = tl.min(tl.where(same, tl.where(end > whole, end // 64, 0), 2**31 - 1), axis=0)
+    passes = passes & (key // 64 < stop)
+    to = key % LISTS  # any would do
+    place = tl.atomic_add(counts + row * LISTS + to, 1, mask=passes, sem="relaxed")
+    pair = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key.to(tl.int64)
+    tl.store(found + row * found_row + to * ROOM + place, pair, mask=passes & (place < ROOM))
+
+
+@triton.jit
+def level_kernel(
+    sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, want, slack, whole, sample_row, found_row,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
     Column c of the sample is the key ``c // 64 * stride * 64 + c % 64``. A row of up to ``whole`` keys gets -inf: all of it is collected.
-    So does one whose sample has too few scores, which its lists will not hold.
+    So does one whose sample has too few scores, which its lists will not hold. Where ``KEPT``, the sample's own pairs go to the lists.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -65,6 +89,9 @@ def level_kernel(sample, ends, levels, level_keys, width, stride, want, slack, w
     score = tl.where(score == score, score, float("-inf"))
     level = tl.full([], float("-inf"), tl.float32)
     level_key = tl.full([], -1, tl.int32)
+    if KEPT:
+        tl.store(counts + row * LISTS + column, tl.zeros([BLOCK], tl.int32), mask=column < LISTS)
+        tl.debug_barrier()
     num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
     if (tl.load(ends + row) > whole) & (num >= want):
         level = key_number(search(score, want + num * 0, slack, num * 0 + _LOWEST, number_key(tl.max(score, axis=0)), num))
@@ -76,6 +103,10 @@ def level_kernel(sample, ends, levels, level_keys, width, stride, want, slack, w
             upto = tl.cumsum(tied, axis=0)
             last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
             level_key = (last + 1) * stride - 1
+        if KEPT:
+            key = column // 64 * (stride * 64) + column % 64
+            passes = (score > level) | ((score == level) & (key <= level_key))
+            _keep(row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row, LISTS, ROOM, ROWS)
     tl.store(levels + row, level)
     tl.store(level_keys + row, level_key)
 
