@@ -91,4 +91,4 @@ def test_collect_compiles(compile_for_hopper, dim):
         assert "cp.async.bulk.tensor" in kernel.ptx
         assert kernel.shared <= SHARED_LIMIT
         # Scalars, most of them where a tile is looked at closely: turns of the common kind touch local memory twice.
-        assert getattr(kernel, "hot_spills", 0) <= 20
+        assert getattr(kernel, "hot_spills", 0) <= 30

@@ -22,10 +22,16 @@ def _first_of_run(begin, run, runs):
 
 
 @gluon.jit
+def _sampled(end, mine, whole, KEPT: gl.constexpr):
+    """Before which tile those of the sample are left out: the block's rows of one request, of which each has a level, see them all."""
+    return gl.min(gl.where(mine, gl.where(end > whole, end // KEYS, 0), NO_REQUEST), 0) if KEPT else gl.min(end * 0, 0)
+
+
+@gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, whole, table_row,
     buffers, scale_buffers, full, empty,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile and its scales that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
@@ -43,31 +49,33 @@ def _producer(
             page, valid = begin * 0, begin < begin
             if begin < stop:
                 page, valid = find_page(table, begin, num_pages, PAGE)
+            sampled = _sampled(end, owner == current, whole, KEPT)
             for tile in range(begin, stop, runs):
-                slot = turn & (STAGES - 1)
                 # Asked for one tile ahead, so that nothing waits for the answer.
                 page_ahead, valid_ahead = find_page(table, gl.minimum(tile + runs, stop - 1), num_pages, PAGE)
-                mbarrier.wait(empty.index(slot), ((turn & STAGES) // STAGES) ^ 1)
-                if valid:
-                    mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
-                    tma.async_copy_global_to_shared(
-                        s_desc, [page, PAGE * D // 4 + tile * KEYS % PAGE], full.index(slot), scale_buffers.index(slot)
-                    )
-                else:  # a page that is not there is seen by nobody: no score passes
-                    scale_buffers.index(slot).store(nowhere)
-                    mbarrier.expect(full.index(slot), KEYS * D)
-                tma.async_copy_global_to_shared(k_desc, [page, tile * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
+                if (tile & stride - 1 != 0) | (tile >= sampled):
+                    slot = turn & (STAGES - 1)
+                    mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
+                    if valid:
+                        mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
+                        tma.async_copy_global_to_shared(
+                            s_desc, [page, PAGE * D // 4 + tile * KEYS % PAGE], full.index(slot), scale_buffers.index(slot)
+                        )
+                    else:  # a page that is not there is seen by nobody: no score passes
+                        scale_buffers.index(slot).store(nowhere)
+                        mbarrier.expect(full.index(slot), KEYS * D)
+                    tma.async_copy_global_to_shared(k_desc, [page, tile * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
+                    turn += 1
                 page, valid = page_ahead, valid_ahead
-                turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
 
 
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
-    WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr,
+    WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     """Score all tiles of a unit for the block's chunk ``WHICH``, and append what passes."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
@@ -93,35 +101,39 @@ def _consumer(
         index = (own * runs + run) * KEYS + place
         at = index * ROOM
         limit = at + ROOM
+        if KEPT:
+            at += gl.load(counts + index, mask=here, other=0)
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             begin, stop = live(start, end, owner == current, 0, tiles)
             begin = _first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
+            sampled = _sampled(end, owner == current, whole, KEPT)
             for tile in range(begin, stop, runs):
-                slot = turn & (STAGES - 1)
-                mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
-                acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
-                key = tile * KEYS + place
-                scale = scales_of(scale_buffers.index(slot), PLACE)
-                dots = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(empty.index(slot))
-                score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
-                keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
-                pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
-                gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
-                at += keep.to(gl.int32)
-                turn += 1
+                if (tile & stride - 1 != 0) | (tile >= sampled):
+                    slot = turn & (STAGES - 1)
+                    mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
+                    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
+                    key = tile * KEYS + place
+                    scale = scales_of(scale_buffers.index(slot), PLACE)
+                    dots = warpgroup_mma_wait(0, [acc])
+                    mbarrier.arrive(empty.index(slot))
+                    score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
+                    keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
+                    pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
+                    gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
+                    at += keep.to(gl.int32)
+                    turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + index, at - index * ROOM, mask=here)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, q_row, q_head, w_row, table_row,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, q_row, q_head, w_row, table_row,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
@@ -135,19 +147,19 @@ def collect_quads_kernel(
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM)),
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM)),
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM)),
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM)),
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM, KEPT)),
             (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
-                table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE)),
+                stride, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

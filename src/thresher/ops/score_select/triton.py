@@ -118,12 +118,12 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     row = lists * room + (PAST if heads <= QUADS else 0)
     if room_tokens <= lists * room:
         return Plan(0, 0, 0, runs, lists, room, row)
-    return Plan(stride, want, want // 16, runs, lists, room, row)
+    return Plan(stride, want, want // 16, runs, lists, room, row, heads > QUADS)
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
-    """Every how many tiles one is in the sample."""
-    return max(1, min(room_tokens // SAMPLE, topk // MIN_HITS))
+    """Every how many tiles one is in the sample: a power of two."""
+    return 2 ** (max(1, min(room_tokens // SAMPLE, topk // MIN_HITS)).bit_length() - 1)
 
 
 def depth(room: int) -> int:
@@ -274,8 +274,9 @@ def collect(
     strides = (q.stride(0), q.stride(1), weights.stride(0))
     if query.num_heads > QUADS:
         collect_quads_kernel[(programs,)](
-            desc, scale_tiles(scales, len(keys.pages), record // 4), q, weights, *rows, *sizes, *strides, table.stride(0),
-            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **OPTIONS,
+            desc, scale_tiles(scales, len(keys.pages), record // 4), q, weights, *rows, *sizes,
+            plan.stride, plan.lists * plan.room, *strides, table.stride(0),
+            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
