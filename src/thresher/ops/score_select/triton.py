@@ -45,8 +45,8 @@ REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a t
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 PADDING = 1024  # places of the result that are filled up at a time
 SEARCHED = 1024  # scores that a warp searches, 32 a thread: few warps wait less for each other
-REGISTERS = 128  # a thread of ``settle_kernel``, with room for them; so
-SETTLE_WARPS = 16  # fit on a multiprocessor
+REGISTERS = 128  # a thread, with room for them; so
+SETTLE_WARPS = 16  # of ``settle_kernel`` fit on a multiprocessor
 STEP = 256  # entries that a warp of it looks at together after that, 8 a thread
 # Bytes, at most, of all its programs' tables, 8 for 32 keys. 1024 rows of 1M keys take 93 MB of lists (172 at topk 4096) and, one after the
 # other, 67 of the sample's scores and these 64; pages, levels and counts are less than 5: 165 MB, or 241, beside input and output.
@@ -251,11 +251,12 @@ def find_levels(
     width = sampled * TILE
     sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(keys.pages, table, keys.lengths), width)
     block = triton.next_power_of_2(width)
+    warps = min(max(block // SEARCHED, 4), 32)
     with on_device(query.q):
         level_kernel[(num,)](
             sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
             sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-            ROWS=rows_together(query.num_heads), num_warps=min(max(block // SEARCHED, 4), 32),
+            ROWS=rows_together(query.num_heads), num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps),
         )  # fmt: skip
 
 

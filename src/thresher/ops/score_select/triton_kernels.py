@@ -53,6 +53,15 @@ def _kth(values, want, low, high):
 
 
 @triton.jit
+def _search(score, want, slack, low, high, low_count, guess):
+    """The number whose key ``search`` finds from these and a first guess, low <= guess <= high."""
+    count = tl.sum((score >= key_number(guess)).to(tl.int32), axis=0)
+    few = count < want
+    low, high = tl.where(few, low, guess), tl.where(few, guess - 1, high)
+    return key_number(search(score, want, slack, low, high, tl.where(few, low_count, count), tl.where(few, count, 0)))
+
+
+@triton.jit
 def _keep(
     row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row,
     LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
@@ -68,9 +77,12 @@ def _keep(
     stop = tl.min(tl.where(same, tl.where(end > whole, end // 64, 0), 2**31 - 1), axis=0)
     passes = passes & (key // 64 < stop)
     to = key % LISTS  # any would do
-    place = tl.atomic_add(counts + row * LISTS + to, 1, mask=passes, sem="relaxed")
+    # What is claimed of contiguity is not true, and harmless: it keeps neighbours in the threads that have read them.
+    count = tl.max_contiguous(tl.multiple_of(counts + row * LISTS + to, 16), 4)
+    place = tl.atomic_add(count, 1, mask=passes, sem="relaxed")
     pair = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key.to(tl.int64)
-    tl.store(found + row * found_row + to * ROOM + place, pair, mask=passes & (place < ROOM))
+    entry = tl.max_contiguous(tl.multiple_of(found + row * found_row + to * ROOM + place, 16), 4)
+    tl.store(entry, pair, mask=passes & (place < ROOM))
 
 
 @triton.jit
@@ -94,7 +106,9 @@ def level_kernel(
         tl.debug_barrier()
     num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
     if (tl.load(ends + row) > whole) & (num >= want):
-        level = key_number(search(score, want + num * 0, slack, num * 0 + _LOWEST, number_key(tl.max(score, axis=0)), num))
+        top = number_key(tl.max(score, axis=0))
+        guess = tl.maximum(top - (5 << 20), _LOWEST)  # five eighths of an octave down: the best are seldom far apart
+        level = _search(score, want + num * 0, slack, num * 0 + _LOWEST, top, num, guess)
         level_key = level_key * 0 + _SIGN
         if tl.sum((score >= level).to(tl.int32), axis=0) > want + slack:
             # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
@@ -150,12 +164,9 @@ def _find_cut(found, counts, level, length, num, end, LISTS: tl.constexpr, ROOM:
     low = tl.where(level == float("-inf"), _LOWEST, number_key(level))
     flat = tl.reshape(score, [ALL * DEEP], can_reorder=True)
     top = number_key(tl.max(flat, axis=0))
-    # A guess where usual distributions have two fifths of what lies above the level. It saves two steps of nine.
+    # Two fifths of what lies above the level lie above this in usual distributions. It saves two steps of nine.
     guess = low + ((top - low).to(tl.uint32, bitcast=True) >> 2).to(tl.int32, bitcast=True)
-    count = tl.sum((flat >= key_number(guess)).to(tl.int32), axis=0)
-    few = count < length
-    low, top = tl.where(few, low, guess), tl.where(few, guess - 1, top)
-    cut = key_number(search(flat, length, 0, low, top, tl.where(few, num, count), tl.where(few, count, 0)))
+    cut = _search(flat, length, 0, low, top, num, guess)
     more = tl.sum((flat >= cut).to(tl.int32), axis=0) - length
     last = length * 0 + _SIGN
     if more > 0:
@@ -213,7 +224,7 @@ def settle_kernel(
                 at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
                 key, take = _is_taken(tl.load(pairs + at, mask=there, other=0), held, cut, last)
                 bit = (key & 0) + 1 << (key & 31)
-                # What is claimed of contiguity is not true, and harmless: it keeps neighbours in the threads that have read them.
+                # Claimed as in ``_keep``.
                 word = tl.max_contiguous(tl.multiple_of(bits + key // 32 * 2, [1, 16]), [1, 2])
                 tl.atomic_or(word, bit, mask=take, sem="relaxed")
             tl.debug_barrier()
