@@ -101,7 +101,7 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_proper
             differ("settled at once", first.indices[settled], want.indices[settled]),
         ]
     )
-    assert kind in ("plateaus", "ascending", "descending") or redo.sum() <= num // 50, "rows done again"
+    assert kind in ("plateaus", "ascending", "descending", "nan") or redo.sum() <= num // 50, "rows done again"
     for _ in range(20):
         again, redone = fused.first_try(query, keys, topk, with_scores=False)
         fail_on([differ("again", again.indices, first.indices), differ("rows", redone, redo)])
@@ -167,7 +167,7 @@ def test_memory_at_1m_keys(monkeypatch, record_property):
 
 
 def test_selectors_and_the_public_function_take_it():
-    query, keys = world("mixed", [20011, 900, 12000], 77, 32, 128)
+    query, keys = world("mixed", [20011, 900, 12000], 77, 16, 128)
     want = select.select_topk(scores_of.paged_index_score(query, keys), 2048)
     problems = []
     for how in ("auto", "triton"):

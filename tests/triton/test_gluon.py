@@ -90,5 +90,5 @@ def test_collect_compiles(compile_for_hopper, dim):
         assert "wgmma.mma_async" in kernel.ptx
         assert "cp.async.bulk.tensor" in kernel.ptx
         assert kernel.shared <= SHARED_LIMIT
-        # Scalars, most of them where a tile is looked at closely: turns of the common kind touch local memory twice.
-        assert getattr(kernel, "hot_spills", 0) <= 30
+        # Scalars, outside of what a common turn executes: where a tile is looked at closely, or a wait goes on.
+        assert getattr(kernel, "hot_spills", 0) <= 45

@@ -188,9 +188,12 @@ def test_units_keep_the_multiprocessors_busy():
 
 
 def test_few_queries_and_short_rows_are_left_to_the_two_steps():
-    assert kernels.worthwhile(64, 8256)
-    assert not kernels.worthwhile(63, 2**20)
-    assert not kernels.worthwhile(4096, 8192)
+    assert kernels.worthwhile(8, 64, 20000)
+    assert kernels.worthwhile(32, 64, 70000)
+    assert not kernels.worthwhile(8, 63, 2**20)
+    assert not kernels.worthwhile(8, 4096, 16384)
+    assert not kernels.worthwhile(32, 4096, 20000)
+    assert not kernels.worthwhile(64, 4096, 2**20)
 
 
 @pytest.mark.parametrize("with_scores", [True, False])

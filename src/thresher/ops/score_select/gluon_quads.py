@@ -22,9 +22,9 @@ def _first_of_run(begin, run, runs):
 
 
 @gluon.jit
-def _sampled(end, mine, whole, KEPT: gl.constexpr):
+def _sampled(end, mine, whole):
     """Before which tile those of the sample are left out: the block's rows of one request, of which each has a level, see them all."""
-    return gl.min(gl.where(mine, gl.where(end > whole, end // KEYS, 0), NO_REQUEST), 0) if KEPT else gl.min(end * 0, 0)
+    return gl.min(gl.where(mine, gl.where(end > whole, end // KEYS, 0), NO_REQUEST), 0)
 
 
 @gluon.jit
@@ -49,7 +49,7 @@ def _producer(
             page, valid = begin * 0, begin < begin
             if begin < stop:
                 page, valid = find_page(table, begin, num_pages, PAGE)
-            sampled = _sampled(end, owner == current, whole, KEPT)
+            sampled = _sampled(end, owner == current, whole) if KEPT else begin * 0
             for tile in range(begin, stop, runs):
                 # Asked for one tile ahead, so that nothing waits for the answer.
                 page_ahead, valid_ahead = find_page(table, gl.minimum(tile + runs, stop - 1), num_pages, PAGE)
@@ -68,6 +68,27 @@ def _producer(
                     turn += 1
                 page, valid = page_ahead, valid_ahead
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
+
+
+@gluon.jit
+def _score_tile(
+    buffers, scale_buffers, full, empty, mat, w, lane, zero, place, level, level_key, last, tile, turn, at, limit, found,
+    STAGES: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Score a tile and append what passes; returns where the lists go on."""
+    slot = turn & (STAGES - 1)
+    mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
+    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
+    key = tile * KEYS + place
+    PLACE: gl.constexpr = level.type.layout
+    scale = scales_of(scale_buffers.index(slot), PLACE)
+    dots = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(empty.index(slot))
+    score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
+    keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
+    pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
+    gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
+    return at + keep.to(gl.int32)
 
 
 @gluon.jit
@@ -109,22 +130,22 @@ def _consumer(
             begin, stop = live(start, end, owner == current, 0, tiles)
             begin = _first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
-            sampled = _sampled(end, owner == current, whole, KEPT)
-            for tile in range(begin, stop, runs):
-                if (tile & stride - 1 != 0) | (tile >= sampled):
-                    slot = turn & (STAGES - 1)
-                    mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
-                    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
-                    key = tile * KEYS + place
-                    scale = scales_of(scale_buffers.index(slot), PLACE)
-                    dots = warpgroup_mma_wait(0, [acc])
-                    mbarrier.arrive(empty.index(slot))
-                    score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
-                    keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
-                    pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
-                    gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
-                    at += keep.to(gl.int32)
-                    turn += 1
+            middle = begin
+            if KEPT:
+                middle = _first_of_run(gl.maximum(gl.minimum(_sampled(end, owner == current, whole), stop), begin), run, runs)
+                for tile in range(begin, middle, runs):
+                    if tile & stride - 1 != 0:
+                        at = _score_tile(
+                            buffers, scale_buffers, full, empty, mat, w, lane, zero, place, level, level_key, last, tile, turn, at, limit,
+                            found, STAGES, D,
+                        )  # fmt: skip
+                        turn += 1
+            for tile in range(middle, stop, runs):
+                at = _score_tile(
+                    buffers, scale_buffers, full, empty, mat, w, lane, zero, place, level, level_key, last, tile, turn, at, limit, found,
+                    STAGES, D,
+                )  # fmt: skip
+                turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + index, at - index * ROOM, mask=here)
 

@@ -152,9 +152,10 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     return None
 
 
-def worthwhile(num_queries: int, room_tokens: int) -> bool:
-    """Whether these kernels are faster than the two steps, as far as is known: a guess, until a table of measured times replaces it."""
-    return num_queries >= 64 and room_tokens > 8192
+def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
+    """Whether these kernels are faster than the two steps, as far as was measured: 1024 queries of up to 32 heads over 128k keys (1.03 times
+    as fast at 32 heads, 1.9 at 16 and at 8; with 64 heads slower, docs/lab-log.md). Where that begins is a guess."""
+    return num_heads <= QUADS and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
