@@ -134,6 +134,36 @@ def gathered() -> Run:
     return lambda: [score.gathered_index_score(query, keys, wanted)]
 
 
+def in_blocks() -> Run:
+    """Blocks of a page and of a part of one, numbers from anywhere among them."""
+    query, keys = odd_world(64)
+    blocks = torch.randint(-2, 4, (12, 20), generator=generator(16), dtype=torch.int32)
+    blocks[:, : len(GARBAGE)] = GARBAGE
+    blocks = blocks.to(DEVICE)
+    return lambda: [score.block_index_score(query, keys, blocks, size) for size in (64, 128, 7)]
+
+
+def choose_blocks() -> Run:
+    """Of requests and positions from anywhere; then the best tokens of the blocks, in a short row and in a long one."""
+    query, keys = odd_world(64)
+    scores = torch.randn(12, 700, generator=generator(17))
+    scores[1], scores[2, ::3], scores[3] = -0.0, torch.nan, -torch.inf
+    scores = scores.to(DEVICE)
+
+    def run() -> list[Tensor]:
+        found = []
+        for size, width in ((16, 700), (1, 700), (16, 5)):
+            blocks = select.select_blocks(scores[:, :width], 9, query, keys, size)
+            among = scores.repeat(1, 22)
+            found += [blocks]
+            for each in (16, 1600):
+                picked = select.select_topk_in_blocks(among[:, : blocks.shape[1] * each], 77, blocks, each)
+                found += [picked.indices, picked.lengths, picked.scores]
+        return found
+
+    return run
+
+
 def _selected(width: int, topk: int, times: int = 1) -> Run:
     gen = generator(width)
     scores = torch.randn(3, width, generator=gen)
@@ -281,13 +311,18 @@ def empty_caches() -> Run:
     q, weights = queries(2, HEADS, DIM, seed=13)
     query = query_of(q, weights, [5, -1], [0, 3])
     wanted = torch.zeros(2, 5, dtype=torch.int64, device=DEVICE)
-    return lambda: [score.paged_index_score(query, keys, width=70), score.gathered_index_score(query, keys, wanted)]
+    return lambda: [
+        score.paged_index_score(query, keys, width=70),
+        score.gathered_index_score(query, keys, wanted),
+        score.block_index_score(query, keys, wanted.int(), 64),
+        select.select_blocks(torch.zeros(2, 3, device=DEVICE), 3, query, keys, 64),
+    ]
 
 
 CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
-        ragged, ragged_bf16, paged_64, paged_61, many, gathered, select_short, select_long, select_many, score_and_select,
+        ragged, ragged_bf16, paged_64, paged_61, many, gathered, in_blocks, choose_blocks, select_short, select_long, select_many, score_and_select,
         score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip

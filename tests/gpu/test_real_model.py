@@ -15,7 +15,6 @@ import torch
 
 from thresher.bench.check import BITS, rows_to_cpu, score_bound, selections_agree
 from thresher.cache import pack_keys
-from thresher.cache.index_keys import visible_counts
 from thresher.eval.demo import run_demo
 from thresher.eval.needle import DEPTHS, LENGTHS, build_needle
 from thresher.eval.recall import recall_rows
@@ -105,7 +104,7 @@ def first_stage(selector, query, keys):
         return torch.empty(query.num_queries, 0, device=query.q.device)
     means = up_to_date_means(keys, selector.block_size, None)
     if isinstance(selector, HISA):
-        return selector.choose_blocks(query, visible_counts(query, keys), pack_keys(means))
+        return selector.choose_blocks(query, keys, pack_keys(means))
     return route_heads(head_mass(query, means, keys, selector.block_size), selector.active_heads)
 
 

@@ -37,6 +37,7 @@ def big_score():
     keys = paged([(k[:5000], scales[:5000]), (k[5000:], scales[5000:])], 64)
     query = query_of(q, weights, [4999, 3191] * 32, [0, 1] * 32)
     wanted = torch.randint(-1, 3192, (64, 2048), generator=generator(3)).to(DEVICE)
+    blocks = torch.randint(-1, 40, (64, 64), generator=generator(8), dtype=torch.int32).to(DEVICE)
     ends = torch.arange(8129, 8193, device=DEVICE)
 
     def run():
@@ -44,6 +45,7 @@ def big_score():
             cases.score.index_score(q, weights, k, scales, ends - 7000, ends),
             cases.score.paged_index_score(query, keys),
             cases.score.gathered_index_score(query, keys, wanted),
+            cases.score.block_index_score(query, keys, blocks, 128),
         ]
 
     return run

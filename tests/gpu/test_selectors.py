@@ -11,7 +11,6 @@ from thresher.bench.cases import Case
 from thresher.bench.check import BITS, score_bound, selections_agree
 from thresher.bench.inputs import CRUEL, make_inputs
 from thresher.cache import pack_keys
-from thresher.cache.index_keys import visible_counts
 from thresher.ops import head_mass, route_heads
 from thresher.ops.dispatch import using
 from thresher.selectors import DSA, HISA, MISA, MISARerank
@@ -37,7 +36,7 @@ def first_stage(selector: Selector, query: IndexQuery, keys: IndexKeys) -> torch
         return None
     means = up_to_date_means(keys, selector.block_size, None)
     if isinstance(selector, HISA):
-        return selector.choose_blocks(query, visible_counts(query, keys), pack_keys(means))
+        return selector.choose_blocks(query, keys, pack_keys(means))
     return route_heads(head_mass(query, means, keys, selector.block_size), selector.active_heads)
 
 

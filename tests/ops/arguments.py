@@ -25,6 +25,7 @@ def good():
     (k, k_scales), (q, _), weights = ops.quantize_fp8(randn(70, DIM)), ops.quantize_fp8(randn(2, HEADS, DIM)), randn(2, HEADS)
     query, keys = IndexQuery(q, weights, longs(69, 40), longs(0, 0)), pack_keys([(k, k_scales)])
     slots = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
+    blocks = torch.tensor([[0, 4], [2, -1]], dtype=torch.int32)
     tokens = {"slots": longs(4, -1), "positions": longs(0, 70)}
     rotation = {"theta": 1e4, "rotary_dim": 32, "style": "half"}
     return {
@@ -33,8 +34,11 @@ def good():
         "quantize_fp8": {"x": randn(2, DIM)},
         "dequantize_fp8": {"values": k, "scales": k_scales},
         "index_score": {"q": q, "weights": weights, "k": k, "k_scales": k_scales, "starts": longs(0, 5), "ends": longs(70, 5)},
-        "paged_index_score": {"query": query, "keys": keys, "filled": True},
+        "paged_index_score": {"query": query, "keys": keys, "filled": True, "width": 80},
         "gathered_index_score": {"query": query, "keys": keys, "positions": torch.tensor([[0, 5, -1], [1, 2, 69]])},
+        "block_index_score": {"query": query, "keys": keys, "blocks": blocks, "block_size": BLOCK},
+        "select_topk_in_blocks": {"scores": randn(2, 2 * BLOCK), "topk": 2, "blocks": blocks, "block_size": BLOCK, "space": "local"},
+        "select_blocks": {"scores": randn(2, 5), "num_blocks": 3, "query": query, "keys": keys, "block_size": BLOCK},
         "select_topk": {
             "scores": randn(2, 3),
             "topk": 2,
@@ -106,6 +110,17 @@ def empty():
         ("gathered_index_score", (nothing, held, torch.zeros(0, 4).long()), torch.zeros(0, 4)),
         ("gathered_index_score", (two, held, torch.zeros(2, 0).long()), torch.zeros(2, 0)),
         ("gathered_index_score", (two, bare, torch.tensor([[0, -1], [2, -1]])), torch.full((2, 2), -inf)),
+        ("block_index_score", (nothing, held, slots[:0], 4), torch.zeros(0, 12)),
+        ("block_index_score", (two, held, slots[:, :0], 4), torch.zeros(2, 0)),
+        ("block_index_score", (two, held, slots, 4), torch.full((2, 12), -inf)),
+        ("block_index_score", (two, bare, slots + 1, 4), torch.full((2, 12), -inf)),
+        ("select_topk_in_blocks", (torch.zeros(0, 12), 4, slots[:0], 4), minus[:0]),
+        ("select_topk_in_blocks", (torch.zeros(2, 0), 4, slots[:, :0], 4), minus),
+        ("select_topk_in_blocks", (torch.zeros(2, 12), 4, slots, 4), minus),
+        ("select_blocks", (torch.zeros(0, 5), 4, nothing, held, 2), minus[:0]),
+        ("select_blocks", (torch.zeros(0, 5), 4, nothing, nobody, 2), minus[:0]),
+        ("select_blocks", (torch.zeros(2, 0), 4, blind, held, 2), minus[:, :1]),
+        ("select_blocks", (torch.zeros(2, 0), 4, two, bare, 2), minus[:, :1]),
         ("select_topk", (torch.zeros(0, 5), 4), minus[:0]),
         ("select_topk", (torch.zeros(2, 0), 4), minus),
         ("select_topk", (torch.full((2, 5), -inf), 4), minus),

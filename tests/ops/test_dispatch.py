@@ -43,8 +43,11 @@ def calls():
         "index_score": (q, weights, k, k_scales, zeros, ends),
         "paged_index_score": (query, keys),
         "gathered_index_score": (query, keys, torch.tensor([[0, 5, -1], [1, 2, 3]])),
+        "block_index_score": (query, keys, torch.tensor([[0, 3], [1, -1]], dtype=torch.int32), 16),
         "select_topk": (torch.randn(2, 9), 4),
         "select_topk_slots": (torch.randn(2, 9), 4, torch.tensor([[3, -1]], dtype=torch.int32), zeros, 5),
+        "select_topk_in_blocks": (torch.randn(2, 10), 4, torch.tensor([[0, 3], [1, -1]], dtype=torch.int32), 5),
+        "select_blocks": (torch.randn(2, 5), 3, query, keys, 16),
         "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
@@ -213,7 +216,7 @@ def kernel(monkeypatch):
 
     def make(operation, **names):
         seen = []
-        for other in ("unsupported_mla", "unsupported_mla_fp8"):
+        for other in ("unsupported_mla", "unsupported_mla_fp8", "unsupported_blocks"):
             names.setdefault(other, names.get("unsupported"))
         module = SimpleNamespace(**{operation: lambda *a, **k: seen.append((a, k)) or "from the kernel", **names})
         path = f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}.triton"

@@ -32,6 +32,8 @@ query = IndexQuery(torch.zeros(8, 64, 128).to(torch.float8_e4m3fn), torch.zeros(
 index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
 index_score.paged_index_score(query, keys, width=2048)
 index_score.gathered_index_score(query, keys, torch.zeros(8, 256, dtype=torch.int64))
+index_score.block_index_score(query, keys, torch.zeros(8, 16, dtype=torch.int32), 128)
+select.select_blocks(torch.empty(8, 16), 8, query, keys, 128)
 for rows, width in ((8, 8192), (8, 131072), (70, 16384)):
     requests = torch.zeros(rows, dtype=torch.int64)
     select.select_topk_slots(torch.empty(rows, width), 2048, keys.page_table, requests, 64)

@@ -379,6 +379,7 @@ for width in (8192, 65536):
     scores, requests = torch.empty(2, width), torch.empty(2, dtype=torch.int64)
     kernel.select_topk(scores, 2048, "logical", torch.empty(2, width, dtype=torch.int64))
     kernel.select_topk_slots(scores, 2048, torch.empty(4, 1024, dtype=torch.int32), requests, 64)
+    kernel.select_topk_in_blocks(scores, 2048, torch.empty(2, width // 128, dtype=torch.int32), 128)
 for rows, width in ((4, 8192), (4, 65536), (200, 65536)):
     kernel.select_topk(torch.empty(rows, width), 2048, ends=torch.empty(rows, dtype=torch.int64))
 """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from thresher.cache.index_keys import load_keys
+from thresher.cache.index_keys import pack_pages, read_keys
 from thresher.errors import require
 from thresher.types import IndexKeys
 
@@ -30,6 +30,7 @@ class BlockMeans:
         self.block_size = block_size
         self._pool = pool
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
+        self._packed: IndexKeys | None = None
 
     def update(self, keys: IndexKeys) -> None:
         """Pool the blocks of every request that were completed since the last call.
@@ -43,7 +44,7 @@ class BlockMeans:
             require(done <= full, f"request {request} must hold the {done} blocks already pooled", f"{full} full blocks", do)
             if full == done and request in self._means:
                 continue
-            values, scales = load_keys(keys, request, done * self.block_size, full * self.block_size)
+            values, scales = read_keys(keys, request, done * self.block_size, full * self.block_size)
             if full > done:
                 values, scales = self._pool(values, scales, self.block_size)
             self._append(request, values, scales)
@@ -57,6 +58,20 @@ class BlockMeans:
         require(request in self._means, "update(keys) must come before of(request)", f"request {request}", "call it first")
         return self._means[request]
 
+    def packed(self, num_requests: int) -> IndexKeys:
+        """The means of requests ``0 .. num_requests - 1`` as keys whose positions are block numbers; kept until a mean comes or goes.
+
+        Args:
+            num_requests: at least 1.
+
+        Raises:
+            ThresherError: ``num_requests`` is under 1, or ``update`` has not seen one of the requests.
+        """
+        require(num_requests >= 1, "num_requests must be at least 1", num_requests, "pass keys of a request")
+        if self._packed is None or self._packed.num_requests != num_requests:
+            self._packed = pack_pages([self.of(request) for request in range(num_requests)])
+        return self._packed
+
     def rollback(self, request: int, length: int) -> None:
         """Forget the means of blocks that reach past the first ``length`` tokens of ``request``; 0 when its row is given to another.
 
@@ -67,7 +82,9 @@ class BlockMeans:
         if request in self._means:
             keep = length // self.block_size
             values, scales = self._means[request]
-            self._means[request] = values[:keep], scales[:keep]
+            if keep < scales.shape[0]:
+                self._means[request] = values[:keep], scales[:keep]
+                self._packed = None
 
     def _num_blocks(self, request: int) -> int:
         return self._means[request][1].shape[0] if request in self._means else 0
@@ -79,3 +96,4 @@ class BlockMeans:
             values = torch.cat((old_values.view(torch.uint8), values.view(torch.uint8))).view(torch.float8_e4m3fn)
             scales = torch.cat((old_scales, scales))
         self._means[request] = values, scales
+        self._packed = None

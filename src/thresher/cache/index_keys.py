@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from thresher.cache.pages import PageTable, check_slots
+from thresher.cache.pages import check_slots
 from thresher.errors import require
 from thresher.types import IndexKeys, IndexQuery
 
@@ -116,6 +118,11 @@ def load_keys(keys: IndexKeys, request: int, start: int = 0, end: int | None = N
     length = int(keys.lengths[request])
     end = length if end is None else end
     require(0 <= start <= end <= length, f"start..end must lie within 0..{length}", f"{start}..{end}", "ask for tokens the request holds")
+    return read_keys(keys, request, start, end)
+
+
+def read_keys(keys: IndexKeys, request: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+    """``load_keys`` for a caller that knows the request to hold these positions: the host reads no value."""
     size = keys.page_size
     first = start // size
     pages = keys.page_table[request, first : -(-end // size)]
@@ -145,17 +152,24 @@ def pack_keys(requests: Sequence[tuple[Tensor, Tensor]], page_size: int = 64) ->
         _check_key(values, scales)
     dims = sorted({values.shape[1] for values, _ in requests})
     require(len(dims) == 1, "every request must have the same head_dim", dims, "pack one model's keys")
-    device = requests[0][0].device
-    num_pages = sum(-(-values.shape[0] // page_size) for values, _ in requests)
-    table = PageTable(len(requests), num_pages, page_size, device)
-    cache = IndexKeyCache(num_pages, dims[0], page_size, device)
-    slots = [table.append(request, values.shape[0]) for request, (values, _) in enumerate(requests)]
-    cache.store(
-        torch.cat(slots),
-        torch.cat([values.view(torch.uint8) for values, _ in requests]).view(torch.float8_e4m3fn),
-        torch.cat([scales for _, scales in requests]),
-    )
-    return cache.view(table.table, table.lengths)
+    return pack_pages(requests, page_size)
+
+
+def pack_pages(requests: Sequence[tuple[Tensor, Tensor]], page_size: int = 64) -> IndexKeys:
+    """``pack_keys`` for a caller that knows its keys to be in order, at least one request: the host reads no value."""
+    device, dim = requests[0][0].device, requests[0][0].shape[1]
+    counts = [scales.shape[0] for _, scales in requests]
+    needed = [-(-count // page_size) for count in counts]
+    room = [pages * page_size - count for pages, count in zip(needed, counts, strict=True)]
+    values = torch.cat([pad(x.view(torch.uint8), (0, 0, 0, more)) for (x, _), more in zip(requests, room, strict=True)])
+    scales = torch.cat([pad(x, (0, more)) for (_, x), more in zip(requests, room, strict=True)])
+    pages = torch.cat((values.view(-1, page_size * dim), scales.view(-1, page_size).view(torch.uint8)), dim=1)
+    ends = list(accumulate(needed))
+    width = max(1, *needed)
+    rows = [[*range(end - pages, end), *[-1] * (width - pages)] for end, pages in zip(ends, needed, strict=True)]
+    table = torch.tensor(rows, dtype=torch.int32).to(device, non_blocking=True)
+    lengths = torch.tensor(counts, dtype=torch.int64).to(device, non_blocking=True)
+    return IndexKeys(pages.view(-1, page_size, 1, dim + 4), table, lengths)
 
 
 def _check_key(values: Tensor, scales: Tensor) -> None:

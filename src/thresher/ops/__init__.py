@@ -4,18 +4,19 @@ Each folder holds the specification and the public function (``__init__.py``) an
 """
 
 from thresher.ops.hadamard import hadamard
-from thresher.ops.index_score import gathered_index_score, index_score, paged_index_score
+from thresher.ops.index_score import block_index_score, gathered_index_score, index_score, paged_index_score
 from thresher.ops.merge import merge
 from thresher.ops.pool_keys import partial_means, pool_keys
 from thresher.ops.quantize import dequantize_fp8, quantize_fp8, quantize_queries, store_index_keys, store_latents
 from thresher.ops.rope import apply_rope
 from thresher.ops.route_heads import head_mass, route_heads
 from thresher.ops.score_select import score_select
-from thresher.ops.select import select_topk, select_topk_slots
+from thresher.ops.select import select_blocks, select_topk, select_topk_in_blocks, select_topk_slots
 from thresher.ops.sparse_attend import sparse_attend, sparse_attend_mla, sparse_attend_mla_fp8
 
 __all__ = [
     "apply_rope",
+    "block_index_score",
     "dequantize_fp8",
     "gathered_index_score",
     "hadamard",
@@ -29,7 +30,9 @@ __all__ = [
     "quantize_queries",
     "route_heads",
     "score_select",
+    "select_blocks",
     "select_topk",
+    "select_topk_in_blocks",
     "select_topk_slots",
     "sparse_attend",
     "sparse_attend_mla",

@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from thresher.cache.index_keys import pack_keys, visible_counts
 from thresher.errors import require
-from thresher.ops.index_score import gathered_index_score, paged_index_score
-from thresher.ops.select import select_topk, select_visible
+from thresher.ops.index_score import block_index_score, paged_index_score
+from thresher.ops.select import select_blocks, select_topk_in_blocks
 from thresher.selectors.base import Selector, require_int
 from thresher.selectors.rows import in_chunks
-from thresher.selectors.scan import most_blocks, up_to_date_means
+from thresher.selectors.scan import mean_keys
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
@@ -56,41 +54,27 @@ class HISA(Selector):
         self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
     ) -> Selection:
         """See ``Selector.select``. Uses the state's block means."""
-        means = up_to_date_means(keys, self.block_size, state)
-        mean_keys = pack_keys(means)
-        offsets = torch.arange(self.block_size, device=query.positions.device)
+        means = mean_keys(keys, self.block_size, state)
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
-            visible = visible_counts(rows, keys)
-            blocks = self.choose_blocks(rows, visible, mean_keys)
-            tokens = (blocks[:, :, None] * self.block_size + offsets).flatten(1)
-            hidden = (blocks < 0).repeat_interleave(self.block_size, dim=1) | (tokens >= visible[:, None])
-            tokens = tokens.masked_fill(hidden, -1)
-            return select_topk(gathered_index_score(rows, keys, tokens), self.topk, positions=tokens)
+            blocks = self.choose_blocks(rows, keys, means)
+            scores = block_index_score(rows, keys, blocks, self.block_size)
+            return select_topk_in_blocks(scores, self.topk, blocks, self.block_size)
 
-        return in_chunks(query, max(self.num_blocks * self.block_size, most_blocks(means)), select_rows)
+        return in_chunks(query, max(self.num_blocks * self.block_size, _room(means)), select_rows)
 
-    def choose_blocks(self, query: IndexQuery, visible: Tensor, mean_keys: IndexKeys) -> Tensor:
-        """int64 ``[Q, m]``, ``m <= num_blocks``: the blocks to look into, ascending, -1 padded at the end.
+    def choose_blocks(self, query: IndexQuery, keys: IndexKeys, means: IndexKeys) -> Tensor:
+        """int32 ``[Q, m]``, ``m <= num_blocks``: the blocks to look into, ascending, -1 padded at the end.
 
         Args:
             query: Q queries.
-            visible: int64 ``[Q]``, tokens each query sees.
-            mean_keys: the means of every request's full blocks, as keys whose positions are block numbers.
+            keys: the keys of their requests.
+            means: the means of every request's full blocks, as keys whose positions are block numbers.
         """
-        own = (visible + self.block_size - 1) // self.block_size - 1
-        before = replace(query, positions=(own - 1).clamp(min=-1))
-        score_QM = paged_index_score(before, mean_keys, filled=False)
-        score_QM[:, :1] = float("-inf")  # block 0 is forced, not chosen
-        first = torch.where(own > 0, 0, -1)[:, None]
-        columns = [first, own[:, None]]
-        free = min(self.num_blocks - 2, score_QM.shape[1])
-        if free > 0:
-            columns.insert(1, select_visible(score_QM, free, visible_counts(before, mean_keys)).indices.long())
-        blocks = torch.cat(columns, dim=1)
-        none = torch.iinfo(torch.int64).max
-        blocks = blocks.masked_fill(blocks < 0, none).sort(dim=1).values
-        return blocks.masked_fill(blocks == none, -1)
+        # A query sees the mean of its own block too, once that is full; it is not looked at.
+        of_blocks = replace(query, positions=query.positions // self.block_size)
+        score_QM = paged_index_score(of_blocks, means, filled=False, width=_room(means))
+        return select_blocks(score_QM, self.num_blocks, query, keys, self.block_size)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D (ceil(L / B) + min(L, m B))``."""
@@ -103,3 +87,8 @@ class HISA(Selector):
     def keys_scored(self, length: int) -> int:
         """Block means and tokens scored for one query over ``length`` keys."""
         return -(-length // self.block_size) + min(length, self.num_blocks * self.block_size)
+
+
+def _room(keys: IndexKeys) -> int:
+    """What the page table has room for: as many columns as scores need, known without a look at the device."""
+    return keys.page_table.shape[1] * keys.page_size

@@ -55,6 +55,16 @@ def most_tokens(keys: IndexKeys, means: Means, block_size: int) -> int:
 
 def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> Means:
     """Means of every request's full blocks: the state's, grown by what was appended, or afresh without a state."""
+    means = _updated(keys, block_size, state)
+    return [means.of(request) for request in range(keys.num_requests)]
+
+
+def mean_keys(keys: IndexKeys, block_size: int, state: LayerState | None) -> IndexKeys:
+    """``up_to_date_means`` as paged keys whose positions are block numbers."""
+    return _updated(keys, block_size, state).packed(keys.num_requests)
+
+
+def _updated(keys: IndexKeys, block_size: int, state: LayerState | None) -> BlockMeans:
     means = BlockMeans(block_size, pool_keys) if state is None else state.block_means(block_size, pool_keys)
     means.update(keys)
-    return [means.of(request) for request in range(keys.num_requests)]
+    return means

@@ -10,7 +10,7 @@ column = torch.arange(N)
 score = score.masked_fill((column < starts[:, None]) | (column >= ends[:, None]), -torch.inf)
 ```
 
-One score: a (query, key) pair with e4m3 vectors has the same bits in the ragged, paged and gathered forms, alone or in any batch.
+One score: a (query, key) pair with e4m3 vectors has the same bits in the ragged, paged, gathered and block forms, alone or in any batch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from thresher.checks import FLOAT, FP32, INDEX, INT64, check_kind, check_tensor
+from thresher.checks import FLOAT, FP32, INDEX, INT32, INT64, check_count, check_kind, check_tensor
 from thresher.ops.arguments import check_paged, check_values
 from thresher.ops.dispatch import can_read, choose, device_of
-from thresher.ops.index_score.paged import gathered_scores, paged_scores
+from thresher.ops.index_score.paged import block_scores, gathered_scores, paged_scores
 from thresher.ops.index_score.reference import ragged_scores
 from thresher.types import IndexKeys, IndexQuery
 
@@ -64,7 +64,9 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return ragged_scores(q, weights, k, k_scales, starts.tolist(), ends.tolist())
 
 
-def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto", filled: bool = True) -> Tensor:
+def paged_index_score(
+    query: IndexQuery, keys: IndexKeys, impl: str = "auto", filled: bool = True, width: int | None = None
+) -> Tensor:
     """Scores over a paged cache: query i sees the keys at ``0..positions[i]`` of its request, as far as those are held. No gradient.
 
     Args:
@@ -72,21 +74,26 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto", fi
         keys: the paged index keys.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
         filled: whether columns that a row does not see are -inf; otherwise they hold anything, which is less to write.
+        width: columns to return, which should be no fewer than the longest length; what lies past them is not scored. None: the longest
+            length, for which the host waits; while a CUDA graph is recorded, what the page table has room for.
 
     Returns:
-        fp32 ``[Q, max(keys.lengths)]``, -inf past ``min(position + 1, length)`` where filled. While a CUDA graph is recorded, as wide as
-        the page table has room for.
+        fp32 ``[Q, width]``, -inf past ``min(position + 1, length)`` where filled.
 
     Raises:
         ThresherError: something else than queries and keys, head dims or devices that differ, strided pages, a query that names a
-            request that is not there, a length outside 0..the page table's room, filled that is no bool, or an impl that cannot run.
+            request that is not there, a length outside 0..the page table's room, filled that is no bool, width that is no whole number
+            of at least 0, or an impl that cannot run.
     """
     device = check_paged(query, keys)
     check_kind("filled", filled, bool, "pass True or False")
-    kernel = choose("paged_index_score", impl, device, lambda module: _unsupported(module, query, _room(keys)))
-    if kernel is None:
-        return paged_scores(query, keys)
-    return kernel(query, keys, filled=filled) if can_read(device) else kernel(query, keys, width=_room(keys), filled=filled)
+    if width is None:
+        width = None if can_read(device) else _room(keys)
+    else:
+        check_count("width", width, 0, do="pass the columns to return")
+    columns = _room(keys) if width is None else width
+    kernel = choose("paged_index_score", impl, device, lambda module: _unsupported(module, query, columns))
+    return paged_scores(query, keys, width) if kernel is None else kernel(query, keys, width=width, filled=filled)
 
 
 def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, impl: str = "auto") -> Tensor:
@@ -109,6 +116,33 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
     device_of(query=query.q, positions=positions)
     kernel = choose("gathered_index_score", impl, device, lambda module: _unsupported(module, query, positions.shape[1]))
     return gathered_scores(query, keys, positions) if kernel is None else kernel(query, keys, positions)
+
+
+def block_index_score(query: IndexQuery, keys: IndexKeys, blocks: Tensor, block_size: int, impl: str = "auto") -> Tensor:
+    """Scores of the keys of chosen blocks, block after block. No gradient.
+
+    Args:
+        query: the queries of any mix of requests.
+        keys: the paged index keys.
+        blocks: ``[Q, m]`` int32; block b of a query is the positions ``b * block_size .. (b + 1) * block_size - 1`` of its request.
+        block_size: tokens in a block, at least 1; the kernel is fastest where it and the page size are multiples of 64.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        fp32 ``[Q, m * block_size]``: column c is position ``blocks[:, c // block_size] * block_size + c % block_size``, bit-equal to the
+        paged form there; -inf where the block is negative or the position out of the query's sight.
+
+    Raises:
+        ThresherError: as for ``paged_index_score``, or blocks of another shape, dtype or device, or a block_size below 1.
+
+    Source: HISA (arXiv 2603.28458), the second stage.
+    """
+    device = check_paged(query, keys)
+    check_tensor("blocks", blocks, INT32, (query.num_queries, "m"), "pass a row of block numbers per query, as .int()")
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    device_of(query=query.q, blocks=blocks)
+    kernel = choose("block_index_score", impl, device, lambda module: _unsupported(module, query, blocks.shape[1] * block_size))
+    return block_scores(query, keys, blocks, block_size) if kernel is None else kernel(query, keys, blocks, block_size)
 
 
 def _room(keys: IndexKeys) -> int:

@@ -1,4 +1,4 @@
-"""The paged and gathered forms: one request at a time, through the same score."""
+"""The paged, gathered and block forms: one request at a time, through the same score."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from thresher.types import IndexKeys, IndexQuery
 
 
 @torch.no_grad()
-def paged_scores(query: IndexQuery, keys: IndexKeys) -> Tensor:
-    """fp32 ``[Q, max(lengths)]``."""
-    widest = int(keys.lengths.max()) if keys.num_requests else 0
+def paged_scores(query: IndexQuery, keys: IndexKeys, width: int | None = None) -> Tensor:
+    """fp32 ``[Q, max(lengths)]``, or ``[Q, width]``."""
+    widest = width if width is not None else int(keys.lengths.max()) if keys.num_requests else 0
     out = torch.full((query.num_queries, widest), -torch.inf, device=query.q.device)
     for request, rows, ends in _by_request(query, keys):
+        ends = ends.clamp(max=widest)
         high = int(ends.max())
         if high:
             values, scales = load_keys(keys, request, 0, high)
@@ -45,6 +46,12 @@ def gathered_scores(query: IndexQuery, keys: IndexKeys, positions: Tensor) -> Te
             score = score_pairs(to_double(mine.q), mine.weights, k, scales[safe])
             out[some] = score.masked_fill_(~seen, -torch.inf)
     return out
+
+
+def block_scores(query: IndexQuery, keys: IndexKeys, blocks: Tensor, block_size: int) -> Tensor:
+    """fp32 ``[Q, m * block_size]``."""
+    tokens = blocks.long()[:, :, None] * block_size + torch.arange(block_size, device=blocks.device)
+    return gathered_scores(query, keys, tokens.masked_fill(blocks[:, :, None] < 0, -1).flatten(1))
 
 
 def _by_request(query: IndexQuery, keys: IndexKeys) -> list[tuple[int, Tensor, Tensor]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from thresher.cache.device import INTERPRET, on_device, runs_gluon, unit_rows
 from thresher.errors import require
-from thresher.ops.index_score.triton_kernels import gathered_kernel, paged_kernel, ragged_kernel
+from thresher.ops.index_score.triton_kernels import block_kernel, gathered_kernel, paged_kernel, ragged_kernel
 from thresher.types import IndexKeys, IndexQuery
 
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
@@ -132,13 +132,12 @@ def paged_index_score(
     # One group needs no look at the others, and too many are too long a look.
     even = 1 < groups <= MAX_GROUPS
     programs = min(groups * triton.cdiv(width, KEYS), PROGRAMS if groups > MAX_GROUPS else SHARED_PROGRAMS)
-    registers = {"maxnreg": 128} if tile * padded <= 64 else {}  # four programs on a multiprocessor, and nothing spilled
     tensors, sizes, strides = paged_arguments(query, keys)
     with on_device(query.q):
         paged_kernel[(programs,)](
             *tensors, out, num, *sizes, width, *strides, out.stride(0), GROUPS=max(triton.next_power_of_2(groups), 16) if even else 0,
             STEP=step, PAGE=keys.page_size, FILLED=filled, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET,
-            **OPTIONS, **registers,
+            **OPTIONS, **few_registers(tile * padded),
         )  # fmt: skip
     return out
 
@@ -166,8 +165,40 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
     return out
 
 
+def block_index_score(query: IndexQuery, keys: IndexKeys, blocks: Tensor, block_size: int, out: Tensor | None = None) -> Tensor:
+    """The public function of this name, for a float8_e4m3fn query. No value is read on the host.
+
+    Args:
+        out: fp32 ``[Q, m * block_size]`` to write, rows contiguous; new memory when None.
+    """
+    num, heads, dim = query.q.shape
+    width = blocks.shape[1] * block_size
+    _check(query.q, FP8, width)
+    out = _result(out, num, width, query.q.device)
+    if not out.numel():
+        return out
+    padded = padded_heads(heads)
+    blocks = unit_rows(blocks)
+    tiles = key_tiles(num, width)
+    chunks = triton.cdiv(width, tiles * KEYS)
+    rows = max(1, MIN_COLUMNS // padded)
+    tensors, sizes, strides = paged_arguments(query, keys)
+    with on_device(query.q):
+        block_kernel[(num * chunks,)](
+            *tensors, blocks, out, num, *sizes, blocks.shape[1], chunks, tiles, *strides, blocks.stride(0), out.stride(0),
+            BLOCK_SIZE=block_size, BLOCKS=triton.next_power_of_2(tiles * KEYS // block_size + 2), PAGE=keys.page_size,
+            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **few_registers(rows * padded),
+        )  # fmt: skip
+    return out
+
+
+def few_registers(columns: int) -> dict[str, int]:
+    """For tiles of few (query, head) columns: four programs fit on a multiprocessor, and nothing is spilled."""
+    return {"maxnreg": 128} if columns <= 64 else {}
+
+
 def paged_arguments(query: IndexQuery, keys: IndexKeys) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[int, ...]]:
-    """``(tensors, sizes, strides)`` that the paged and gathered kernels share, in the order of their parameters."""
+    """``(tensors, sizes, strides)`` that the paged, gathered and block kernels share, in the order of their parameters."""
     num_pages, page_size, _, key_bytes = keys.pages.shape
     flat = keys.pages.view(num_pages, page_size * key_bytes)
     q, weights, table = unit_rows(query.q), unit_rows(query.weights), unit_rows(keys.page_table)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The kernels behind ``triton.py``: one device function, ``score_tile``, and three ways to bring it keys and queries."""
+"""The kernels behind ``triton.py``: one device function, ``score_tile``, and four ways to bring it keys and queries."""
 
 from __future__ import annotations
 
@@ -285,3 +285,72 @@ def gathered_kernel(
         queries, head_weights = _load_queries(q, weights, row, 1, num_heads, q_row, q_head, w_row, HEADS, BQ, D)
         score = score_tile(keys, scale, queries, head_weights, HEADS, BN, BQ, INTERPRET)
         tl.store(out_tile, tl.where(seen[:, None], score, float("-inf")), mask=store)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_heads", "num_requests", "num_pages", "max_pages", "num_blocks", "chunks", "tiles"])
+def block_kernel(
+    q, weights, values, scales, page_table, lengths, positions, requests, blocks, out,
+    num_queries, num_heads, num_requests, num_pages, max_pages, num_blocks, chunks, tiles,
+    q_row, q_head, w_row, page_words, table_row, block_row, out_row,
+    BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, PAGE: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Program p scores chunk ``p % chunks`` of query ``p // chunks``: ``tiles`` tiles of BN columns.
+
+    Keys bound it: D + 4 bytes of each for one query alone, out of L2, which hands them out at 20 to 25 bytes a clock and multiprocessor
+    where the product and the head sum could take twice that. So loads are under way all the time: the next blocks' numbers, their pages,
+    and the keys of several tiles. A tile that lies within a page needs one look at each table.
+
+    BLOCKS: a power of two that holds the blocks which meet a chunk.
+    """
+    row = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * tiles * BN
+    last = tl.minimum(first + tiles * BN, num_blocks * BLOCK_SIZE)
+    one = tl.arange(0, BQ)  # row 0 is the query; others, if any, are zeros
+    mine = one == 0
+    ends, owners = row_ends(
+        tl.where(mine, row, num_queries), num_queries, num_requests, lengths, positions, requests, max_pages.to(tl.int64) * PAGE, NO_REQUEST
+    )  # fmt: skip
+    end = tl.max(tl.where(mine, ends, 0))
+    table = page_table + tl.min(owners).to(tl.int64) * table_row
+    blocks += row.to(tl.int64) * block_row
+    out_tile = out + row.to(tl.int64) * out_row
+    # Blocks that have a token in sight come first as a rule; where none follows, there is nothing to load.
+    seen_blocks = tl.cdiv(end, BLOCK_SIZE)
+    at = first // BLOCK_SIZE + tl.arange(0, BLOCKS)
+    listed = tl.load(blocks + at, mask=at < num_blocks, other=-1)
+    upto = tl.max(tl.where((listed >= 0) & (listed < seen_blocks), at + 1, 0))
+    stop = tl.maximum(tl.minimum(upto * BLOCK_SIZE, last), first)
+    queries, head_weights = _load_queries(
+        q, weights, row, tl.where(first < stop, 1, 0), num_heads, q_row, q_head, w_row, HEADS, BQ, D
+    )  # fmt: skip
+    offset = tl.arange(0, BN)
+    for n0 in tl.range(first, stop, BN, num_stages=STAGES):
+        n = n0 + offset
+        if BLOCK_SIZE % BN == 0 and PAGE % BN == 0:
+            block = tl.load(blocks + n0 // BLOCK_SIZE)
+            there = (block >= 0) & (block < seen_blocks)
+            start = tl.where(there, block, 0) * BLOCK_SIZE + n0 % BLOCK_SIZE
+            there = there & (start < end)
+            page = tl.load(table + tl.where(there, start, 0) // PAGE)
+            there = as_mask(there & (page >= 0) & (page < num_pages))
+            word = tl.where(there, page, 0).to(tl.int64) * page_words
+            tile = values + word * 4 + (start % PAGE) * D
+            keys = tl.load(tile + offset[:, None] * D + tl.arange(0, D)[None, :], mask=there, other=0.0)
+            scale = tl.load(scales + word + PAGE * D // 4 + start % PAGE + offset, mask=there, other=0.0)
+            seen = there & (start + offset < end)
+        else:
+            block = tl.load(blocks + n // BLOCK_SIZE, mask=n < last, other=-1)
+            there = (block >= 0) & (block < seen_blocks)
+            position = tl.where(there, block, 0) * BLOCK_SIZE + n % BLOCK_SIZE
+            there = there & (position < end)
+            page = tl.load(table + position // PAGE, mask=there, other=-1)
+            seen = (page >= 0) & (page < num_pages)
+            word = tl.where(seen, page, 0).to(tl.int64) * page_words
+            key = word * 4 + (position % PAGE) * D
+            keys = tl.load(values + key[:, None] + tl.arange(0, D)[None, :], mask=seen[:, None], other=0.0)
+            scale = tl.load(scales + word + PAGE * D // 4 + position % PAGE, mask=seen, other=0.0)
+        score = score_tile(keys, scale, queries, head_weights, HEADS, BN, BQ, INTERPRET)
+        score = tl.where(seen[:, None], score, float("-inf"))
+        tl.store(out_tile + n[:, None] + one[None, :] * 0, score, mask=(n < last)[:, None] & mine[None, :])
+    _fill(out_tile, one * 0, mine, first + tl.cdiv(stop - first, BN) * BN, last, BN)

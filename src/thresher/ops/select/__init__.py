@@ -17,10 +17,15 @@ from torch import Tensor
 
 from thresher.checks import FP32, INDEX, INT32, INT64, check_count, check_tensor
 from thresher.errors import require
-from thresher.ops.arguments import check_values
+from thresher.ops.arguments import check_paged, check_values
 from thresher.ops.dispatch import AUTO, checks_values, choose, device_of
-from thresher.ops.select.reference import select_reference, select_slots_reference
-from thresher.types import SPACES, Selection
+from thresher.ops.select.reference import (
+    select_blocks_reference,
+    select_in_blocks_reference,
+    select_reference,
+    select_slots_reference,
+)
+from thresher.types import SPACES, IndexKeys, IndexQuery, Selection
 
 
 def select_topk(
@@ -109,6 +114,77 @@ def select_topk_slots(
     return select_slots_reference(scores, topk, page_table, requests, page_size, positions, ends)
 
 
+def select_topk_in_blocks(
+    scores: Tensor, topk: int, blocks: Tensor, block_size: int, space: str = "logical", impl: str = AUTO
+) -> Selection:
+    """``select_topk`` among the tokens of chosen blocks, whose scores stand block after block.
+
+    Args:
+        scores: fp32 ``[Q, m * block_size]``, of ``block_index_score``: column c is token ``c % block_size`` of block ``c // block_size``
+            of the row.
+        topk: how many to keep, at least 1.
+        blocks: int32 ``[Q, m]``, ascending and -1 padded; the tokens of -1 are no candidates.
+        block_size: tokens in a block, at least 1.
+        space: the index space of the tokens.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        Selection with indices int32 ``[Q, topk]``, the positions ``block * block_size + offset`` ascending and -1 padded, lengths, and
+        scores beside (-inf where padded).
+
+    Raises:
+        ThresherError: a shape, dtype or device that does not fit, topk or block_size below 1, an unknown space, blocks out of order, or an
+            impl that cannot run.
+    """
+    check_count("topk", topk, 1, do="ask for at least one token")
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    check_tensor("blocks", blocks, INT32, ("num_queries", "m"), "pass a row of block numbers per query, as .int()")
+    check_tensor("scores", scores, FP32, (blocks.shape[0], blocks.shape[1] * block_size), "take block_index_score of these blocks")
+    require(space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(space), "name the index space")
+    device = device_of(scores=scores, blocks=blocks)
+    _check_ascending("blocks", blocks, device)
+    kernel = choose("select_topk_in_blocks", impl, device, lambda module: module.unsupported(*scores.shape, topk))
+    if kernel is None:
+        return select_in_blocks_reference(scores, topk, blocks, block_size, space)
+    picked: Selection = kernel(scores, topk, blocks, block_size, space)
+    return picked
+
+
+def select_blocks(scores: Tensor, num_blocks: int, query: IndexQuery, keys: IndexKeys, block_size: int, impl: str = AUTO) -> Tensor:
+    """The blocks of tokens that each query looks into: its request's first, its own, and those between with the best scores.
+
+    Scores rank as in ``select_topk``: ties to the smaller block, NaN below every number, -inf never chosen. Block 0 and the own one need
+    no score; what stands there, or behind, is not looked at.
+
+    Args:
+        scores: fp32 ``[Q, M]``, each query's score of the blocks of its request.
+        num_blocks: how many to keep, at least 2; with only one block in sight, that one.
+        query: Q queries; query i sees the tokens at ``0..positions[i]`` of its request, and its own block is that of the last one held.
+        keys: the paged index keys; only lengths and sizes matter.
+        block_size: tokens in a block, at least 1.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        int32 ``[Q, min(num_blocks, M + 1)]``, ascending and -1 padded; -1 alone for a query that sees nothing.
+
+    Raises:
+        ThresherError: as for ``paged_index_score``, or scores of another shape, dtype or device, num_blocks below 2, block_size below 1, or
+            an impl that cannot run.
+
+    Source: HISA (arXiv 2603.28458), the first stage.
+    """
+    device = check_paged(query, keys)
+    check_tensor("scores", scores, FP32, (query.num_queries, "num_blocks"), "pass a row of block scores per query")
+    check_count("num_blocks", num_blocks, 2, do="keep the first and the query's own at least")
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    device_of(query=query.q, scores=scores)
+    kernel = choose("select_blocks", impl, device, lambda module: module.unsupported_blocks(scores.shape[1]))
+    if kernel is None:
+        return select_blocks_reference(scores, num_blocks, query, keys, block_size)
+    blocks: Tensor = kernel(scores, num_blocks, query, keys, block_size)
+    return blocks
+
+
 def _select(
     scores: Tensor, topk: int, space: str, positions: Tensor | None, ends: Tensor | None, impl: str, device: torch.device
 ) -> Selection:
@@ -127,8 +203,13 @@ def _check(scores: Tensor, topk: int, positions: Tensor | None, ends: Tensor | N
     if ends is not None:
         check_tensor("ends", ends, INDEX, (scores.shape[0],), "pass one per row of scores")
     device = device_of(scores=scores, positions=positions, ends=ends)
-    if positions is not None and checks_values(device):
-        before, after = positions[:, :-1], positions[:, 1:]
-        ordered = torch.where(before < 0, after < 0, (after > before) | (after < 0))
-        require(bool(ordered.all()), "positions must ascend strictly, with -1 at the end", "another order", "sort each row")
+    if positions is not None:
+        _check_ascending("positions", positions, device)
     return device
+
+
+def _check_ascending(name: str, rows: Tensor, device: torch.device) -> None:
+    if checks_values(device):
+        before, after = rows[:, :-1], rows[:, 1:]
+        ordered = torch.where(before < 0, after < 0, (after > before) | (after < 0))
+        require(bool(ordered.all()), f"{name} must ascend strictly, with -1 at the end", "another order", "sort each row")

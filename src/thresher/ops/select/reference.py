@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thresher.types import Selection
+from thresher.cache.index_keys import visible_counts
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 _LOWEST = -(2**31)
 _NAN = _LOWEST + 1
@@ -71,3 +72,23 @@ def select_slots_reference(
     held = table[requests[:, None], page.masked_fill(~there, page_table.shape[1])]
     slots = (held * page_size + picked.indices % page_size).masked_fill(held < 0, -1)
     return Selection(indices=slots.int(), lengths=picked.lengths, space="slot")
+
+
+def select_in_blocks_reference(scores: Tensor, topk: int, blocks: Tensor, block_size: int, space: str) -> Selection:
+    """The selection among the tokens of blocks; see ``select_topk_in_blocks``."""
+    tokens = blocks.long()[:, :, None] * block_size + torch.arange(block_size, device=blocks.device)
+    return select_reference(scores, topk, space, tokens.masked_fill(blocks[:, :, None] < 0, -1).flatten(1))
+
+
+def select_blocks_reference(scores: Tensor, num_blocks: int, query: IndexQuery, keys: IndexKeys, block_size: int) -> Tensor:
+    """int32 ``[Q, min(num_blocks, M + 1)]``; see ``select_blocks``."""
+    own = torch.div(visible_counts(query, keys) - 1, block_size, rounding_mode="floor")
+    kept = min(num_blocks, scores.shape[1] + 1)
+    columns = [torch.where(own > 0, 0, -1)[:, None], own[:, None]]
+    if kept > 2:
+        between = select_reference(scores[:, 1:], kept - 2, "logical", None, (own - 1).clamp(min=0)).indices.long()
+        columns.insert(1, torch.where(between < 0, -1, between + 1))
+    blocks = torch.cat(columns, dim=1)
+    none = torch.iinfo(torch.int64).max
+    blocks = blocks.masked_fill(blocks < 0, none).sort(dim=1).values[:, :kept]
+    return blocks.masked_fill(blocks == none, -1).int()

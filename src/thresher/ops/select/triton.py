@@ -30,10 +30,12 @@ from thresher.cache.device import INTERPRET, on_device
 from thresher.errors import require
 from thresher.ops.select import triton_kernels as kernels
 from thresher.ops.select import triton_split as split
-from thresher.types import Selection
+from thresher.ops.select.triton_blocks import blocks_kernel
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 ONE_PROGRAM = 8192  # columns that one program holds: 32 a thread at 8 warps
 FEW_ROWS = 64  # fewer leave multiprocessors idle that one program each would take: programs share them
+MAX_BLOCKS = 16384  # that are chosen from, in one program at 16 warps
 MAX_WIDTH = 2**21
 MAX_TOPK = 8192
 MAX_ROOM = 16384  # entries of a list, where a sample of 32768 allows it: more do not fit in the registers of ``collect``
@@ -105,6 +107,11 @@ def unsupported(num_rows: int, width: int, topk: int) -> str | None:
     return None
 
 
+def unsupported_blocks(width: int) -> str | None:
+    """Why ``select_blocks`` cannot take rows of ``width`` scores, in one line; None when it can."""
+    return f"rows hold at most {MAX_BLOCKS} blocks, got {width}" if width > MAX_BLOCKS else None
+
+
 def select_topk(
     scores: Tensor,
     topk: int,
@@ -156,6 +163,33 @@ def select_topk_slots(
     return Selection(indices=indices, lengths=lengths, space="slot", scores=beside)
 
 
+def select_topk_in_blocks(
+    scores: Tensor, topk: int, blocks: Tensor, block_size: int, space: str = "logical", with_scores: bool = True
+) -> Selection:
+    """``thresher.ops.select_topk_in_blocks`` for checked arguments; without ``with_scores`` the selection's scores are None."""
+    with on_device(scores):
+        indices, lengths, beside = _run(scores, topk, blocks, None, None, with_scores, block_size)
+    return Selection(indices=indices, lengths=lengths, space=space, scores=beside)
+
+
+def select_blocks(scores: Tensor, num_blocks: int, query: IndexQuery, keys: IndexKeys, block_size: int) -> Tensor:
+    """``thresher.ops.select_blocks`` for checked arguments, at most ``MAX_BLOCKS`` scores a row. No value is read on the host."""
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    num, width = scores.shape
+    kept = min(num_blocks, width + 1)
+    blocks = torch.empty(num, kept, dtype=torch.int32, device=scores.device)
+    if num == 0 or keys.num_requests == 0:
+        return blocks.fill_(-1)
+    block = max(triton.next_power_of_2(width), 128)
+    with on_device(scores):
+        blocks_kernel[(num,)](
+            scores, query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous(), blocks,
+            width, kept, max(kept - 2, 0), scores.stride(0), keys.num_requests, keys.page_table.shape[1] * keys.page_size,
+            BLOCK_SIZE=block_size, BLOCK=block, num_warps=min(max(block // 512, 4), 16),
+        )  # fmt: skip
+    return blocks
+
+
 def _run(
     scores: Tensor,
     topk: int,
@@ -163,7 +197,9 @@ def _run(
     ends: Tensor | None,
     paged: tuple[Tensor, Tensor, int] | None,
     with_scores: bool,
+    span: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``span``: columns that an entry of ``positions`` stands for."""
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     positions = positions if positions is None or positions.stride(1) == 1 else positions.contiguous()
     num, width = scores.shape
@@ -175,7 +211,7 @@ def _run(
         return indices, lengths, beside
 
     page_table, requests, page_size = paged or (indices, lengths, 1)
-    given = {"HAS_POSITIONS": positions is not None, "HAS_ENDS": ends is not None}
+    given = {"SPAN": 0 if positions is None else span, "HAS_ENDS": ends is not None}
     flags = given | {"SLOTS": paged is not None, "WITH_SCORES": with_scores}
     source = (scores, scores if positions is None else positions, lengths if ends is None else ends.contiguous())
     out = (page_table, requests, indices, lengths, beside if beside is not None else scores)

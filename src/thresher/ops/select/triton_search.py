@@ -2,6 +2,9 @@
 
 Scores are compared as fp32: so -0.0 equals 0.0 and NaN is greater than nothing without a word about either. A candidate that may not be
 chosen (a position of -1, a column past the end) counts as -inf. A search runs over the ordered int32 keys of numbers, one scalar a step.
+
+SPAN: how many columns an entry of ``positions`` stands for, which follow each other: 1, or a block's tokens, and then the entry is the
+block's number; 0 where columns are positions.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ def row_end(ends, row, width, HAS_ENDS: tl.constexpr):
 
 
 @triton.jit
-def load_row(scores, positions, columns, end, width, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr):
+def load_row(scores, positions, columns, end, width, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr):
     """Scores of one row's columns, -inf from ``end`` on and where no candidate is. Both pointers are at the row's start."""
     there = columns < width
     if HAS_ENDS:
@@ -60,8 +63,8 @@ def load_row(scores, positions, columns, end, width, HAS_POSITIONS: tl.constexpr
     score = tl.load(scores + columns, mask=there, other=float("-inf"))
     if HAS_ENDS:
         score = tl.where(columns < end, score, float("-inf"))
-    if HAS_POSITIONS:
-        score = tl.where(tl.load(positions + columns, mask=there, other=-1) >= 0, score, float("-inf"))
+    if SPAN:
+        score = tl.where(tl.load(positions + columns // SPAN, mask=there, other=-1) >= 0, score, float("-inf"))
     return score
 
 
@@ -97,7 +100,7 @@ def search(score, want, slack, low, high, low_count, high_count=0):
 
 @triton.jit
 def sample_cut(
-    scores, positions, end, width, aim, SAMPLE: tl.constexpr, ROOM: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr
+    scores, positions, end, width, aim, SAMPLE: tl.constexpr, ROOM: tl.constexpr, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr
 ):
     """A level that about ``aim`` of a row's scores lie above, by SAMPLE of them; -inf if numbers are too few, or all have room in the list.
 
@@ -111,7 +114,7 @@ def sample_cut(
         stride = end // (SAMPLE // 4)
         scattered = (group * stride + (((group * 40503) & 0xFFFF) * tl.maximum(stride - 3, 1) >> 16)) // 4
         columns = tl.where(stride < 4, group, scattered) * 4 + at % 4
-        score = load_row(scores, positions, columns, end, width, HAS_POSITIONS, HAS_ENDS)
+        score = load_row(scores, positions, columns, end, width, SPAN, HAS_ENDS)
         score = tl.where(score == score, score, float("-inf"))
         num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
         seen = tl.minimum(end, SAMPLE)
@@ -158,12 +161,12 @@ def count_chosen(score, cut):
 @triton.jit
 def put(
     row, to, keep, columns, score, positions, page_table, requests, indices, beside, topk, num_requests, max_pages, page_size,
-    HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    SPAN: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Write the kept columns at ``to`` in the row's result, as positions or slots. ``positions`` is at the row's start."""
     where = columns
-    if HAS_POSITIONS:
-        where = tl.load(positions + columns, mask=keep, other=0).to(tl.int32)
+    if SPAN:
+        where = tl.load(positions + columns // SPAN, mask=keep, other=0).to(tl.int32) * SPAN + columns % SPAN
     if SLOTS:
         request = tl.load(requests + row)
         page = where // page_size
@@ -178,15 +181,15 @@ def put(
 
 
 @triton.jit
-def load_chunk(scores, positions, first, end, width, CHUNK: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr):
+def load_chunk(scores, positions, first, end, width, CHUNK: tl.constexpr, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr):
     """One chunk of a row's scores, ``[CHUNK // 32, 32]``."""
     columns = first + tl.arange(0, CHUNK // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
     if first + CHUNK <= end:  # without a mask, four scores come at a time whatever the width
         score = tl.load(scores + columns)
-        if HAS_POSITIONS:
-            score = tl.where(tl.load(positions + columns) >= 0, score, float("-inf"))
+        if SPAN:
+            score = tl.where(tl.load(positions + columns // SPAN) >= 0, score, float("-inf"))
     else:
-        score = load_row(scores, positions, columns, end, width, HAS_POSITIONS, HAS_ENDS)
+        score = load_row(scores, positions, columns, end, width, SPAN, HAS_ENDS)
     return score
 
 
@@ -247,7 +250,7 @@ def listed_scores(found, at, count, CACHE: tl.constexpr):
 def write(
     row, columns, score, cut, ties, above, tied, positions, page_table, requests, indices, beside,
     topk, num_requests, max_pages, page_size,
-    HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    SPAN: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Write the chosen of one tile, of ascending columns, behind ``above`` greater and ``tied`` equal ones in earlier tiles.
 
@@ -262,7 +265,7 @@ def write(
     put(
         row, above + (before & 0xFFFF) + tl.minimum(tied_before, ties), ((chosen & 1) > 0) | ((chosen > 1) & (tied_before < ties)),
         columns, score, positions, page_table, requests, indices, beside, topk, num_requests, max_pages, page_size,
-        HAS_POSITIONS, SLOTS, WITH_SCORES,
+        SPAN, SLOTS, WITH_SCORES,
     )  # fmt: skip
     return above + (total & 0xFFFF), tied + (total >> 16)
 
@@ -279,7 +282,7 @@ def finish(row, length, lengths, indices, beside, topk, TILE: tl.constexpr, WITH
 
 
 @triton.jit
-def search_row(scores, positions, end, width, topk, TILE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr):
+def search_row(scores, positions, end, width, topk, TILE: tl.constexpr, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr):
     """(cut, ties) as ``threshold`` has them, for a whole row that no list holds: four passes, each fixing 8 bits of the key."""
     want = topk + end * 0
     prefix = end * 0
@@ -288,7 +291,7 @@ def search_row(scores, positions, end, width, topk, TILE: tl.constexpr, HAS_POSI
         counts = tl.zeros([256], tl.int32)  # each warp has all of them in registers: more would spill
         for start in range(0, end, TILE):
             at = start + tl.arange(0, TILE)
-            keys = order(load_row(scores, positions, at, end, width, HAS_POSITIONS, HAS_ENDS).to(tl.int32, bitcast=True))
+            keys = order(load_row(scores, positions, at, end, width, SPAN, HAS_ENDS).to(tl.int32, bitcast=True))
             if step == 0:
                 counts += tl.histogram((keys >> 24) + 128, 256, mask=keys > _NONE)
             else:
@@ -309,19 +312,19 @@ def search_row(scores, positions, end, width, topk, TILE: tl.constexpr, HAS_POSI
 @triton.jit
 def write_row(
     row, scores, positions, page_table, requests, indices, lengths, beside, end, width, topk, num_requests, max_pages, page_size,
-    TILE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    TILE: tl.constexpr, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Select from the row itself, where the sample misled: five passes at most."""
-    cut, ties = search_row(scores, positions, end, width, topk, TILE, HAS_POSITIONS, HAS_ENDS)
+    cut, ties = search_row(scores, positions, end, width, topk, TILE, SPAN, HAS_ENDS)
     above = end * 0
     tied = end * 0
     start = end * 0
     while (start < end) & (above + tl.minimum(tied, ties) < topk):
         at = start + tl.arange(0, TILE)
-        score = load_row(scores, positions, at, end, width, HAS_POSITIONS, HAS_ENDS)
+        score = load_row(scores, positions, at, end, width, SPAN, HAS_ENDS)
         above, tied = write(
             row, at, score, cut, ties, above, tied, positions, page_table, requests, indices, beside,
-            topk, num_requests, max_pages, page_size, HAS_POSITIONS, SLOTS, WITH_SCORES,
+            topk, num_requests, max_pages, page_size, SPAN, SLOTS, WITH_SCORES,
         )  # fmt: skip
         start += TILE
     finish(row, above + tl.minimum(tied, ties), lengths, indices, beside, topk, TILE, WITH_SCORES)

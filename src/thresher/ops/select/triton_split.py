@@ -31,18 +31,18 @@ _LOWEST = tl.constexpr(-0x7F800000)
 @triton.jit
 def guess_level(
     scores, positions, ends, levels, counters, tickets, width, aim, score_stride, position_stride,
-    SAMPLE: tl.constexpr, ROOM: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr, OVERLAP: tl.constexpr,
+    SAMPLE: tl.constexpr, ROOM: tl.constexpr, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Each row's level, from a sample, and its counters at zero. With OVERLAP, ``collect`` may already start to read scores."""
     if OVERLAP:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    if HAS_POSITIONS:
+    if SPAN:
         positions += row * position_stride
     end = row_end(ends, row, width, HAS_ENDS)
     tl.store(counters + row, 0)
     tl.store(tickets + row, 0)
-    level = sample_cut(scores + row * score_stride, positions, end, width, aim, SAMPLE, ROOM, HAS_POSITIONS, HAS_ENDS)
+    level = sample_cut(scores + row * score_stride, positions, end, width, aim, SAMPLE, ROOM, SPAN, HAS_ENDS)
     tl.store(levels + row, level)
 
 
@@ -51,7 +51,7 @@ def _select_shared(
     row, found, in_row, num_chunks, base_table, count_table, count, level,
     positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
     CHUNK: tl.constexpr, ROOM: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    SPAN: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Select from a list of at most SIZE entries that holds the answer: chunks in any order, each in the order of its columns.
 
@@ -75,7 +75,7 @@ def _select_shared(
     put(
         row, (place & 0xFFFF) + tl.minimum(tied_before, ties), ((chosen & 1) > 0) | ((chosen > 1) & (tied_before < ties)),
         columns, score, positions, page_table, requests, indices, beside, topk, num_requests, max_pages, page_size,
-        HAS_POSITIONS, SLOTS, WITH_SCORES,
+        SPAN, SLOTS, WITH_SCORES,
     )  # fmt: skip
     finish(row, length, lengths, indices, beside, topk, SIZE, WITH_SCORES)
 
@@ -84,7 +84,7 @@ def _select_shared(
 def _write_marked(
     row, scores, marks, tie_marks, tie_table, count, ties, positions, page_table, requests, indices, lengths, beside,
     num_words, topk, num_requests, max_pages, page_size,
-    CHUNK: tl.constexpr, WORDS: tl.constexpr, HAS_POSITIONS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+    CHUNK: tl.constexpr, WORDS: tl.constexpr, SPAN: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """All ``count`` scores above the level and the first ``ties`` that tie with it, from their marks: 1/32 of the scores' bytes.
 
@@ -114,7 +114,7 @@ def _write_marked(
             put(
                 row, to_above + tl.minimum(to_tied, ties), keep,
                 columns, score, positions, page_table, requests, indices, beside, topk, num_requests, max_pages, page_size,
-                HAS_POSITIONS, SLOTS, WITH_SCORES,
+                SPAN, SLOTS, WITH_SCORES,
             )  # fmt: skip
             to_above += ((word != 0) & is_above).to(tl.int32)
             to_tied += ((word != 0) & ~is_above).to(tl.int32)
@@ -129,7 +129,7 @@ def collect(
     levels, counters, tickets, base_table, count_table, tie_table, found, marks, tie_marks,
     width, topk, num_chunks, score_stride, position_stride, num_requests, max_pages, page_size,
     CHUNK: tl.constexpr, ROOM: tl.constexpr, SMALL: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr, OVERLAP: tl.constexpr,
+    SPAN: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Append what stands above the level in one chunk of a row to the row's list; the row's last program selects.
 
@@ -145,12 +145,12 @@ def collect(
     live = tl.maximum((end + CHUNK - 1) // CHUNK, 1)
     if index < live:
         scores += row * score_stride
-        if HAS_POSITIONS:
+        if SPAN:
             positions += row * position_stride
         found += row * (2 * ROOM)
         num_words = live * (CHUNK // 32)
         in_row = row * num_chunks
-        score = load_chunk(scores, positions, first, end, width, CHUNK, HAS_POSITIONS, HAS_ENDS)
+        score = load_chunk(scores, positions, first, end, width, CHUNK, SPAN, HAS_ENDS)
         if OVERLAP:
             gdc_wait()  # for the level; the scores were there before
         level = tl.load(levels + row)
@@ -182,23 +182,23 @@ def collect(
             if (count > ROOM) | (ties > all_tied):  # the sample misled
                 write_row(
                     row, scores, positions, page_table, requests, indices, lengths, beside,
-                    end, width, topk, num_requests, max_pages, page_size, TILE, HAS_POSITIONS, HAS_ENDS, SLOTS, WITH_SCORES,
+                    end, width, topk, num_requests, max_pages, page_size, TILE, SPAN, HAS_ENDS, SLOTS, WITH_SCORES,
                 )  # fmt: skip
             elif ties > 0:  # the place of the last lies among the ties
                 _write_marked(
                     row, scores, marks + in_row * (CHUNK // 32), tie_marks + in_row * (CHUNK // 32), tie_table + in_row, count, ties,
                     positions, page_table, requests, indices, lengths, beside, num_words, topk, num_requests, max_pages, page_size,
-                    CHUNK, 2048, HAS_POSITIONS, SLOTS, WITH_SCORES,
+                    CHUNK, 2048, SPAN, SLOTS, WITH_SCORES,
                 )  # fmt: skip
             elif count <= SMALL:
                 _select_shared(
                     row, found, in_row, live, base_table, count_table, count, level,
                     positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
-                    CHUNK, ROOM, SMALL, CHUNKS, HAS_POSITIONS, SLOTS, WITH_SCORES,
+                    CHUNK, ROOM, SMALL, CHUNKS, SPAN, SLOTS, WITH_SCORES,
                 )  # fmt: skip
             else:
                 _select_shared(
                     row, found, in_row, live, base_table, count_table, count, level,
                     positions, page_table, requests, indices, lengths, beside, topk, num_requests, max_pages, page_size,
-                    CHUNK, ROOM, ROOM, CHUNKS, HAS_POSITIONS, SLOTS, WITH_SCORES,
+                    CHUNK, ROOM, ROOM, CHUNKS, SPAN, SLOTS, WITH_SCORES,
                 )  # fmt: skip
