@@ -254,7 +254,9 @@ def route() -> Run:
 
     def run() -> list[Tensor]:
         mass, chosen = routing.routed_heads(query, means, keys, 16, 3)
-        return [mass, chosen, routing.head_mass(query, wild, keys, 16), routing.route_heads(mass, 5)]
+        kept = [routing.routed_query(query, given, keys, 16, 3) for given in (means, wild, [(v[:0], s[:0]) for v, s in means])]
+        beside = [routing.head_mass(query, wild, keys, 16), routing.route_heads(mass, 5)]
+        return [mass, chosen, *beside, *(x for each in kept for x in (each.q.view(torch.uint8), each.weights))]
 
     return run
 

@@ -193,14 +193,14 @@ def _load_keys(
     SCALE_START: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Values e4m3 ``[1, D]`` and scales of the keys at ``start + base .. start + base + UNROLL - 1``, two tuples; zeros from ``count`` on."""
+    """Values e4m3 ``[1, D]`` and scales of UNROLL keys from position ``start + base`` on, two tuples; zeros from ``count`` on."""
     d = tl.arange(0, BLOCK_D)[None, :]
     # A run of UNROLL keys that starts at a multiple of UNROLL lies in one page.
     ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or (PAGE_SIZE % UNROLL == 0 and BLOCK_SIZE % UNROLL == 0)
     value_at, scale_at, found = find_rows(
         table_ptr, request, start + base, base < count, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
     )
-    values, scales = (), ()
+    values, scales = tl.tuple([]), tl.tuple([])
     for step in tl.static_range(UNROLL):
         if not ONE_PAGE and step > 0:
             value_at, scale_at, found = find_rows(
@@ -217,8 +217,9 @@ def _load_keys(
                 SCALE_START,
             )
         ok = as_mask(found & (base + step < count))
-        values = values + (tl.load(values_ptr + value_at + d, mask=ok & (d < DIM), other=0.0),)
-        scales = scales + (tl.load(scales_ptr + scale_at, mask=ok, other=0.0),)
+        # Triton knows no star in a tuple.
+        values = values + (tl.load(values_ptr + value_at + d, mask=ok & (d < DIM), other=0.0),)  # noqa: RUF005
+        scales = scales + (tl.load(scales_ptr + scale_at, mask=ok, other=0.0),)  # noqa: RUF005
         if ONE_PAGE:
             value_at += DIM
             scale_at += 1
@@ -289,6 +290,6 @@ def ordered_sum(
 
 @triton.jit
 def mean_of(total, count, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):
-    """A sum ``[1, D]`` of ``count`` keys over their count, quantised: codes ``[1, D]`` and scale ``[1]``. No key at all gives a zero mean."""
+    """A sum ``[1, D]`` of ``count`` keys over their count, quantised: codes ``[1, D]`` and scale ``[1]``. No key gives a zero mean."""
     # "/" is an approximate division on a GPU.
     return quantize_tile(tl.div_rn(total, tl.zeros([1, BLOCK_D], tl.float32) + tl.maximum(count, 1).to(tl.float32)), INTERPRET)
