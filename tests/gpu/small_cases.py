@@ -284,7 +284,9 @@ def route() -> Run:
 
     def run() -> list[Tensor]:
         mass, chosen = routing.routed_heads(query, means, keys, 16, 3)
-        return [mass, chosen, routing.head_mass(query, wild, keys, 16), routing.route_heads(mass, 5)]
+        kept = [routing.routed_query(query, given, keys, 16, 3) for given in (means, wild, [(v[:0], s[:0]) for v, s in means])]
+        beside = [routing.head_mass(query, wild, keys, 16), routing.route_heads(mass, 5)]
+        return [mass, chosen, *beside, *(x for each in kept for x in (each.q.view(torch.uint8), each.weights))]
 
     return run
 
@@ -322,8 +324,8 @@ def empty_caches() -> Run:
 CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
-        ragged, ragged_bf16, paged_64, paged_61, many, gathered, in_blocks, choose_blocks, select_short, select_long, select_many, score_and_select,
-        score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
+        ragged, ragged_bf16, paged_64, paged_61, many, gathered, in_blocks, choose_blocks, select_short, select_long, select_many,
+        score_and_select, score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 

@@ -9,10 +9,11 @@ import torch
 
 from thresher.cache.index_keys import planes
 from thresher.ops import head_mass, partial_means, pool_keys, quantize_fp8, route_heads
+from thresher.ops.route_heads.reference import keep_heads
 from thresher.types import IndexKeys
 
 from .compare import bits, differ, differ_all, dissimilar, exceed, fail_on
-from .draw import FP8, generator, on_cpu, paged, query_of, vectors
+from .draw import FP8, generator, on_cpu, paged, queries, query_of, vectors
 from .machine import DEVICE, sized
 
 pooling = importlib.import_module("thresher.ops.pool_keys.triton")
@@ -142,6 +143,35 @@ def test_head_mass(heads, dim, block, dtype, record_property):
         alone = routing.head_mass(query.rows(slice(row, row + 1)), listed, keys, block)
         problems.append(differ(f"query {row} alone", alone, mass[row : row + 1]))
     problems.append(differ("means in pages", routing.head_mass(query, paged(means, 7), keys, block), mass))
+    fail_on(problems)
+
+
+@pytest.mark.parametrize("heads", sized([64, 32, 128, 8], [5, 32]))
+@pytest.mark.parametrize("block", sized([1024, 128, 16], [64, 16, 3]))
+def test_routed_query(heads, block, monkeypatch):
+    """Queries behind one another, as in prefill, and some at odds: each has the bits that it has alone, in any order, and among others."""
+    dim, length = sized(128, 64), sized(20000, 300)
+    run = sized(1500, 40)
+    data = [vectors(n, dim, seed=n) for n in (length, block + 70)]
+    keys, means = paged(data, 64), [pool_keys(*cpu(*pair), block, impl="reference") for pair in data]
+    odd = torch.tensor([-1, 0, 2**40, block - 1, block, block + 1, 4, 4])
+    positions = torch.cat((torch.arange(length - run, length), torch.arange(5), odd))
+    requests = torch.cat((torch.zeros(run, dtype=torch.int64), torch.ones(13, dtype=torch.int64)))
+    q, weights = queries(len(positions), heads, dim, seed=heads)
+    query, listed, active = query_of(q, weights, positions, requests), moved(means), min(heads, 8)
+    mass, chosen = routing.routed_heads(query, listed, keys, block, active)
+    problems = [differ("heads", chosen.cpu(), route_heads(mass.cpu(), active, impl="reference"))]
+    want = keep_heads(query, chosen)
+    for turn in range(sized(20, 2)):
+        got = routing.routed_query(query, listed, keys, block, active)
+        problems += differ_all(f"turn {turn}", (got.q, got.weights), (want.q, want.weights))
+    order = torch.randperm(len(positions), generator=generator(1)).to(DEVICE)
+    problems.append(differ("shuffled", routing.head_mass(query.rows(order), listed, keys, block), mass[order]))
+    apart = query.rows(torch.arange(0, len(positions), sized(97, 11), device=DEVICE))
+    problems.append(differ("few of them", routing.head_mass(apart, listed, keys, block), mass[:: sized(97, 11)]))
+    for many in (0, 2**30):  # segments in one program, and each in its own
+        monkeypatch.setattr(routing, "MANY_QUERIES", many)
+        problems.append(differ(f"many are {many}", routing.head_mass(query, listed, keys, block), mass))
     fail_on(problems)
 
 

@@ -60,6 +60,9 @@ def good():
         "partial_means": {"values": k, "scales": k_scales, "block_size": BLOCK, "positions": longs(-1, 69)},
         "head_mass": {"query": query, "means": [ops.pool_keys(k, k_scales, BLOCK)], "keys": keys, "block_size": BLOCK},
         "route_heads": {"mass": randn(2, HEADS).abs(), "active_heads": 2},
+        "routed_query": {
+            "query": query, "means": [ops.pool_keys(k, k_scales, BLOCK)], "keys": keys, "block_size": BLOCK, "active_heads": 2
+        },
         "sparse_attend": {"q": randn(2, 4, 8), "k": randn(6, 2, 8), "v": randn(6, 2, 5), "slots": slots, "scale": 0.3},
         "sparse_attend_mla": {"q": randn(2, 4, 576), "latents": randn(6, 576), "slots": slots, "scale": 0.05, "value_dim": 512},
         "sparse_attend_mla_fp8": {"q": randn(2, 4, 576).bfloat16(), "cache_data": LatentCache(2, 3).data, "slots": slots, "scale": 0.05},
@@ -139,6 +142,9 @@ def empty():
         ("head_mass", (two, [(no_keys, torch.ones(0))], bare, 8), torch.zeros(2, HEADS)),
         ("head_mass", (blind, [(no_keys, torch.ones(0))], held, 8), torch.zeros(2, HEADS)),
         ("route_heads", (torch.zeros(0, 4), 2), torch.zeros(0, 2).long()),
+        ("routed_query", (nothing, [(no_keys, torch.ones(0))], held, 8, 1), nothing.q[:, :1]),
+        ("routed_query", (two, [(no_keys, torch.ones(0))], bare, 8, HEADS), two.q),
+        ("routed_query", (blind, [(no_keys, torch.ones(0))], held, 8, HEADS), blind.q),
         ("sparse_attend", (torch.zeros(0, 4, 8), torch.zeros(6, 2, 8), torch.zeros(6, 2, 8), slots[:0], 1.0), torch.zeros(0, 4, 8)),
         ("sparse_attend", (torch.zeros(2, 4, 8), torch.zeros(0, 2, 8), torch.zeros(0, 2, 8), slots, 1.0), torch.zeros(2, 4, 8)),
         ("sparse_attend_mla", (half, torch.zeros(0, 576).bfloat16(), slots, 1.0), empty_row),

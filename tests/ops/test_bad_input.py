@@ -88,12 +88,14 @@ def part(out, lse):
     return PartialAttention(out, lse)
 
 
+ROUTES = ("head_mass", "routed_query")
 # (function, argument, value): what the rules above do not make.
 MORE = [
-    *(("head_mass", "means", x) for x in (None, VALUES, [], MEANS * 2, [None], [(VALUES,)], [(VALUES, None)], [(None, SCALES)])),
-    *(("head_mass", "means", [x]) for x in ((VALUES.float(), SCALES), (VALUES, SCALES.double()), (VALUES, SCALES[:1]))),
-    *(("head_mass", "means", [x]) for x in ((VALUES[:, :8], SCALES), (VALUES[0], SCALES), (VALUES[:3], SCALES[:3]))),
-    *(("head_mass", "means", [x]) for x in ((meta(VALUES), SCALES), (VALUES, meta(SCALES)))),
+    *((name, "means", x) for name in ROUTES for x in (None, VALUES, [], MEANS * 2, [None])),
+    *((name, "means", x) for name in ROUTES for x in ([(VALUES,)], [(VALUES, None)], [(None, SCALES)])),
+    *((name, "means", [x]) for name in ROUTES for x in ((VALUES.float(), SCALES), (VALUES, SCALES.double()), (VALUES, SCALES[:1]))),
+    *((name, "means", [x]) for name in ROUTES for x in ((VALUES[:, :8], SCALES), (VALUES[0], SCALES), (VALUES[:3], SCALES[:3]))),
+    *((name, "means", [x]) for name in ROUTES for x in ((meta(VALUES), SCALES), (VALUES, meta(SCALES)))),
     *(("merge", "parts", x) for x in (None, [], PART, PART.out, [None], [PART.out], [PART, (PART.out, PART.lse)])),
     *(("merge", "parts", [PART, part(*x)]) for x in ((None, PART.lse), (PART.out, None), (PART.out.double(), PART.lse))),
     *(("merge", "parts", [PART, part(*x)]) for x in ((PART.out, PART.lse.half()), (PART.out[:1], PART.lse), (PART.out, PART.lse[0]))),

@@ -53,6 +53,7 @@ def calls():
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
         "route_heads": (torch.rand(2, 6), 2),
+        "routed_query": (query, means, keys, 16, 2),
         "sparse_attend": (torch.randn(2, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8), slots, 0.3),
         "sparse_attend_mla": (torch.randn(2, 4, 576), torch.randn(6, 576), slots, 0.05),
         "sparse_attend_mla_fp8": (torch.randn(2, 4, 576).bfloat16(), LatentCache(2, 3).data, slots, 0.05),
@@ -389,7 +390,7 @@ def on_meta(operation, given):
     if operation in ("paged_index_score", "score_select"):
         query = given[0]
         return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), *given[1:]
-    if operation == "head_mass":
+    if operation in ("head_mass", "routed_query"):
         return given[0], [tuple(x.to("meta") for x in given[1][0])], *given[2:]
     if operation == "merge":
         return ([given[0][0], PartialAttention(given[0][1].out, given[0][1].lse.to("meta"))],)

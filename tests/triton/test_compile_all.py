@@ -40,6 +40,7 @@ for rows, width in ((8, 8192), (8, 131072), (70, 16384)):
 means = pool_keys.pool_keys(values, scales, 128)
 pool_keys.partial_means(values, scales, 128, zeros)
 route_heads.head_mass(query, [means], keys, 128)
+route_heads.routed_query(query, [(values, scales)], keys, 1, 8)
 route_heads.route_heads(torch.zeros(8, 64), 8)
 slots = torch.zeros(8, 2048, dtype=torch.int32)
 sparse_attend.sparse_attend(torch.zeros(8, 32, 128, dtype=half), *[torch.zeros(4096, 8, 128, dtype=half)] * 2, slots, 0.1)

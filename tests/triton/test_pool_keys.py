@@ -186,6 +186,6 @@ def test_compiles_for_hopper(compile_for_hopper):
     found = compile_for_hopper(COMPILE)
     assert {kernel.name for kernel in found} == {"_pool_kernel", "_partial_kernel"}
     for kernel in found:
-        assert kernel.shared == 0
+        assert kernel.shared <= 128, "the largest magnitude of each warp"
         assert getattr(kernel, "stack", 0) == 0, "nothing spills"
         assert "div.full" not in kernel.ptx, "an approximate division would move a mean's rounding"

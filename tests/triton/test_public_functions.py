@@ -40,6 +40,7 @@ GIVEN = {
     "partial_means": (K, K_SCALES, 16, torch.tensor([3, 149])),
     "head_mass": (QUERY, [ops.pool_keys(K, K_SCALES, 16)], KEYS, 16),
     "route_heads": (torch.rand(2, 6), 2),
+    "routed_query": (QUERY, [ops.pool_keys(K, K_SCALES, 16)], KEYS, 16, 2),
     "sparse_attend": ATTENTION,
     "sparse_attend_mla": LATENTS,
     "sparse_attend_mla_fp8": (LATENTS[0], CACHE.data, SLOTS, 0.05),

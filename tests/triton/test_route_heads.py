@@ -9,6 +9,7 @@ from thresher.cache import pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import head_mass, pool_keys, quantize_fp8, route_heads
 from thresher.ops.route_heads import triton as kernels
+from thresher.ops.route_heads.reference import keep_heads
 from thresher.types import IndexKeys, IndexQuery
 
 BLOCK = 3
@@ -32,6 +33,7 @@ def small_tiles(monkeypatch):
     """Several tiles and segments in a short context."""
     monkeypatch.setattr(kernels, "SEGMENT", 32)
     monkeypatch.setattr(kernels, "BLOCKS", 16)
+    monkeypatch.setattr(kernels, "LOOK", 4)
 
 
 def case(heads: int, dim: int, lengths=(0, 200, 7), page_size=5, dtype=torch.float8_e4m3fn, seed=0):
@@ -66,6 +68,48 @@ def test_mass_and_heads(heads, dim, dtype):
     assert torch.equal(mass, got), "paged and listed means are the same"
     assert torch.equal(chosen, route_heads(mass, active))
     assert torch.equal(kernels.head_mass(query, means, keys, BLOCK), got)
+    assert same_query(kernels.routed_query(query, means, keys, BLOCK, active), keep_heads(query, chosen))
+
+
+def same_query(got: IndexQuery, want: IndexQuery) -> bool:
+    pairs = [(getattr(got, name), getattr(want, name)) for name in ("q", "weights", "positions", "requests")]
+    return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_segments_in_one_program_or_in_many(monkeypatch):
+    """Many queries leave their segments to one program each: the same bits, and the same heads."""
+    query, means, keys = case(6, 64)
+    mass = kernels.head_mass(query, means, keys, BLOCK)
+    routed = kernels.routed_query(query, means, keys, BLOCK, 2)
+    monkeypatch.setattr(kernels, "MANY_QUERIES", 0)
+    assert torch.equal(kernels.head_mass(query, means, keys, BLOCK), mass)
+    assert same_query(kernels.routed_query(query, means, keys, BLOCK, 2), routed)
+    # One tile of means, which has no loop, and no means at all.
+    monkeypatch.setattr(kernels, "BLOCKS", 128)
+    assert close(kernels.head_mass(query, means, keys, BLOCK), mass)
+    few = IndexKeys(keys.pages, keys.page_table, keys.lengths.clamp(max=2))
+    none = [(values[:0], scales[:0]) for values, scales in means]
+    assert close(kernels.head_mass(query, none, few, BLOCK), head_mass(query, none, few, BLOCK))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("block", [1, 3, 16, 64])
+def test_queries_behind_one_another_are_served_by_one_walk(block):
+    """Runs that cross blocks, break off, change request, stand still past the end, or go on at another request's position."""
+    torch.manual_seed(block)
+    data = [quantize_fp8(torch.randn(n, 64)) for n in (70, 40)]
+    keys, means = pack_keys(data, 16), [pool_keys(*each, block) for each in data]
+    positions = [*range(20, 52), *range(5, 9), 8, 7, *range(66, 75), -1, 0, 1, *range(9, 20), 12, 13, 13, 14, -1, 0]
+    requests = [0] * 32 + [1] * 4 + [1, 1] + [0] * 9 + [1, 1, 1] + [1] * 4 + [0] * 7 + [0, 1, 1, 1, 9, 0]
+    q, scales = quantize_fp8(torch.randn(len(positions), 4, 64))
+    query = IndexQuery(q, torch.randn(scales.shape) * scales, torch.tensor(positions), torch.tensor(requests))
+    whole = kernels.head_mass(query, means, keys, block)
+    known = query.rows(query.requests < 2)
+    assert close(whole[query.requests < 2], head_mass(known, means, keys, block))
+    assert (whole[query.requests == 9] == 0).all()
+    order = torch.randperm(len(positions))
+    assert torch.equal(kernels.head_mass(query.rows(order), means, keys, block), whole[order])
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -141,6 +185,7 @@ def test_strided_queries_and_zeros():
     mass, heads = kernels.routed_heads(nothing, means, keys, BLOCK, 3)
     assert (mass == 0).all()
     assert (heads == torch.arange(3)).all(), "ties go to the smaller head"
+    assert same_query(kernels.routed_query(strided, means, keys, BLOCK, 8), solid)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -170,16 +215,22 @@ COMPILE = """
 import torch
 from thresher.cache import pack_keys
 from thresher.ops.route_heads import triton as kernels
+from thresher.ops.route_heads.reference import keep_heads
 from thresher.types import IndexQuery
 
 zeros = torch.zeros(32, dtype=torch.int64)
 for dim in (64, 128):
     key = torch.zeros(100, dim, dtype=torch.float8_e4m3fn), torch.ones(100)
     keys = pack_keys([key])
+    many = [(key[0].repeat(8, 1), key[1].repeat(8))]
     for dtype, counts in ((torch.float8_e4m3fn, (8, 32, 64, 128)), (torch.bfloat16, (8, 64, 128))):
         for heads in counts:
             query = IndexQuery(torch.zeros(32, heads, dim).to(dtype), torch.zeros(32, heads), zeros, zeros)
             kernels.routed_heads(query, keys, keys, 1024, min(heads, 8))
+            kernels.routed_query(query, many, keys, 1024, min(heads, 8))
+            kernels.MANY_QUERIES = 0
+            kernels.routed_query(query, many, keys, 1024, min(heads, 8))
+            kernels.MANY_QUERIES = 264
             if heads == 64:
                 kernels.head_mass(query, [key], keys, 128)
 kernels.route_heads(torch.zeros(10, 128), 8)
@@ -190,9 +241,10 @@ kernels.route_heads(torch.zeros(10, 8, dtype=torch.float64), 8)
 
 def test_compiles_for_hopper(compile_for_hopper):
     found = compile_for_hopper(COMPILE)
-    assert {kernel.name for kernel in found} == {"_own_kernel", "_segment_kernel", "_finish_kernel", "_route_kernel"}
+    assert {kernel.name for kernel in found} == {"own_kernel", "segment_kernel", "finish_kernel", "route_kernel"}
     for kernel in found:
         assert kernel.shared <= 227 * 1024
         assert getattr(kernel, "stack", 0) == 0, "nothing spills"
-        assert ("wgmma.mma_async" in kernel.ptx) == (kernel.name == "_segment_kernel")
+        segments = kernel.name == "segment_kernel" or (kernel.name == "finish_kernel" and kernel.shared > 4096)
+        assert ("wgmma.mma_async" in kernel.ptx) == segments
         assert "div.full" not in kernel.ptx

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,38 @@ from thresher.errors import require
 from thresher.types import IndexKeys
 
 Pool = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class PackedMeans(tuple[tuple[Tensor, Tensor], ...]):
+    """The means of every request, ``(e4m3 [nb, D], fp32 [nb])`` each, which are also packed one after the other once asked for."""
+
+    _rows: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def most(self) -> int:
+        """Full blocks of the request that has most of them."""
+        return max((len(scales) for _, scales in self), default=0)
+
+    def rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All values e4m3 ``[N, D]``, scales fp32 ``[N]``, and each request's first row and number of rows, int64 ``[B]``."""
+        if self._rows is None:
+            counts = [len(scales) for _, scales in self]
+            starts = [sum(counts[:request]) for request in range(len(counts))]
+            if counts == [self.most] and counts[0]:
+                where = torch.arange(0, 2 * counts[0], counts[0], device=device)[:, None]  # no copy from the host, for CUDA graphs
+            else:
+                where = torch.tensor([starts, counts], dtype=torch.int64).to(device, non_blocking=True)
+            self._rows = (*join(self), where[0], where[1])
+        return self._rows
+
+
+def join(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values and scales of several requests or steps one after the other; what is alone is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    # torch has no float8 concatenation on every device.
+    values = torch.cat([values.view(torch.uint8) for values, _ in parts]).view(torch.float8_e4m3fn)
+    return values, torch.cat([scales for _, scales in parts])
 
 
 class BlockMeans:
@@ -31,6 +63,7 @@ class BlockMeans:
         self._pool = pool
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: IndexKeys | None = None
+        self._all: PackedMeans | None = None
 
     def update(self, keys: IndexKeys) -> None:
         """Pool the blocks of every request that were completed since the last call.
@@ -72,6 +105,16 @@ class BlockMeans:
             self._packed = pack_pages([self.of(request) for request in range(num_requests)])
         return self._packed
 
+    def all(self, num_requests: int) -> PackedMeans:
+        """The means of requests ``0 .. num_requests - 1``, packed at most once until one of them changes.
+
+        Raises:
+            ThresherError: ``update`` has not seen one of them.
+        """
+        if self._all is None or len(self._all) != num_requests:
+            self._all = PackedMeans(self.of(request) for request in range(num_requests))
+        return self._all
+
     def rollback(self, request: int, length: int) -> None:
         """Forget the means of blocks that reach past the first ``length`` tokens of ``request``; 0 when its row is given to another.
 
@@ -84,16 +127,12 @@ class BlockMeans:
             values, scales = self._means[request]
             if keep < scales.shape[0]:
                 self._means[request] = values[:keep], scales[:keep]
-                self._packed = None
+                self._packed = self._all = None
 
     def _num_blocks(self, request: int) -> int:
         return self._means[request][1].shape[0] if request in self._means else 0
 
     def _append(self, request: int, values: Tensor, scales: Tensor) -> None:
-        if request in self._means:
-            old_values, old_scales = self._means[request]
-            # torch has no float8 concatenation on every device.
-            values = torch.cat((old_values.view(torch.uint8), values.view(torch.uint8))).view(torch.float8_e4m3fn)
-            scales = torch.cat((old_scales, scales))
-        self._means[request] = values, scales
-        self._packed = None
+        held = [self._means[request]] if request in self._means else []
+        self._means[request] = join([*held, (values, scales)])
+        self._packed = self._all = None

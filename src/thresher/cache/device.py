@@ -69,8 +69,13 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def warps_of(head_dim: int) -> int:
+    """Warps of a program of ``ordered_sum``: a thread for each dim, as far as there are."""
+    return min(max(triton.next_power_of_2(head_dim) // 32, 1), 32)
+
+
 def keys_under_way(page_size: int, block_size: int) -> int:
-    """How many loads ``ordered_mean`` starts at once: as many as lie in one page from any start it can have, which needs one look-up."""
+    """How many loads ``ordered_sum`` starts at once: as many as lie in one page from any start it can have, which needs one look-up."""
     fits = (n for n in (32, 16, 8) if page_size % n == 0 and block_size % n == 0)
     return 4 if INTERPRET else next(fits, 8)
 
@@ -169,12 +174,13 @@ def find_rows(
 
 
 @triton.jit
-def ordered_mean(
+def _load_keys(
     values_ptr,
     scales_ptr,
     table_ptr,
     request,
     start,
+    base,
     count,
     table_width,
     num_pages,
@@ -186,43 +192,104 @@ def ordered_mean(
     SCALE_STRIDE: tl.constexpr,
     SCALE_START: tl.constexpr,
     UNROLL: tl.constexpr,
-    INTERPRET: tl.constexpr,
 ):
-    """Mean of the keys at positions ``start .. start + count - 1`` of a request, quantised: codes ``[1, D]`` and scale ``[1]``.
-
-    ``start`` is a multiple of the block size. The fp32 sum runs in position order from +0.0. A key's value times its scale is exact, so a
-    fused multiply-add has the same bits.
-    Keys that the table does not hold count as zeros; no key at all gives a zero mean.
-    """
+    """Values e4m3 ``[1, D]`` and scales of UNROLL keys from position ``start + base`` on, two tuples; zeros from ``count`` on."""
     d = tl.arange(0, BLOCK_D)[None, :]
-    total = tl.zeros([1, BLOCK_D], tl.float32)
     # A run of UNROLL keys that starts at a multiple of UNROLL lies in one page.
     ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or (PAGE_SIZE % UNROLL == 0 and BLOCK_SIZE % UNROLL == 0)
-    for base in range(0, count, UNROLL):
-        value_at, scale_at, found = find_rows(
-            table_ptr, request, start + base, base < count, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
-        )
-        for step in tl.static_range(UNROLL):
-            if not ONE_PAGE and step > 0:
-                value_at, scale_at, found = find_rows(
-                    table_ptr,
-                    request,
-                    start + base + step,
-                    base + step < count,
-                    table_width,
-                    num_pages,
-                    DIM,
-                    PAGE_SIZE,
-                    VALUE_STRIDE,
-                    SCALE_STRIDE,
-                    SCALE_START,
-                )
-            ok = as_mask(found & (base + step < count))
-            value = tl.load(values_ptr + value_at + d, mask=ok & (d < DIM), other=0.0).to(tl.float32)
-            total += value * tl.load(scales_ptr + scale_at, mask=ok, other=0.0)
-            if ONE_PAGE:
-                value_at += DIM
-                scale_at += 1
+    value_at, scale_at, found = find_rows(
+        table_ptr, request, start + base, base < count, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
+    )
+    values, scales = tl.tuple([]), tl.tuple([])
+    for step in tl.static_range(UNROLL):
+        if not ONE_PAGE and step > 0:
+            value_at, scale_at, found = find_rows(
+                table_ptr,
+                request,
+                start + base + step,
+                base + step < count,
+                table_width,
+                num_pages,
+                DIM,
+                PAGE_SIZE,
+                VALUE_STRIDE,
+                SCALE_STRIDE,
+                SCALE_START,
+            )
+        ok = as_mask(found & (base + step < count))
+        # Triton knows no star in a tuple.
+        values = values + (tl.load(values_ptr + value_at + d, mask=ok & (d < DIM), other=0.0),)  # noqa: RUF005
+        scales = scales + (tl.load(scales_ptr + scale_at, mask=ok, other=0.0),)  # noqa: RUF005
+        if ONE_PAGE:
+            value_at += DIM
+            scale_at += 1
+    return values, scales
+
+
+@triton.jit
+def _add_keys(total, values, scales, base, count, sums_ptr, first, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
+    """``total`` and UNROLL keys, one after the other. Where ``sums_ptr`` is not None the sums after ``first`` and later keys are stored."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    for step in tl.static_range(UNROLL):
+        total += values[step].to(tl.float32) * scales[step]
+        if sums_ptr is not None:
+            key = base + step
+            ok = as_mask((key >= first) & (key < count))
+            tl.store(sums_ptr + (key - first).to(tl.int64) * DIM + d, total, mask=ok & (d < DIM))
+    return total
+
+
+@triton.jit
+def ordered_sum(
+    values_ptr,
+    scales_ptr,
+    table_ptr,
+    request,
+    start,
+    count,
+    sums_ptr,
+    first,
+    table_width,
+    num_pages,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
+    SCALE_START: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Sum fp32 ``[1, D]`` of the keys at positions ``start .. start + count - 1`` of a request.
+
+    ``start`` is a multiple of the block size. The sum runs in position order from +0.0. A key's value times its scale is exact, so a fused
+    multiply-add has the same bits. Keys that the table does not hold count as zeros.
+    Where ``sums_ptr`` is not None, the sum that ends with key ``first + i`` is stored there as row i, for each i up to the last key.
+
+    While one run of UNROLL keys is added, the loads of the next are under way: a block is walked alone, with little else to wait for.
+    """
+    total = tl.zeros([1, BLOCK_D], tl.float32)
+    values, scales = _load_keys(
+        values_ptr, scales_ptr, table_ptr, request, start, 0, count, table_width, num_pages,
+        BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
+    )  # fmt: skip
+    # Two runs a turn, so that none has to move from register to register.
+    for base in range(0, count, 2 * UNROLL):
+        more_values, more_scales = _load_keys(
+            values_ptr, scales_ptr, table_ptr, request, start, base + UNROLL, count, table_width, num_pages,
+            BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
+        )  # fmt: skip
+        total = _add_keys(total, values, scales, base, count, sums_ptr, first, DIM, BLOCK_D, UNROLL)
+        values, scales = _load_keys(
+            values_ptr, scales_ptr, table_ptr, request, start, base + 2 * UNROLL, count, table_width, num_pages,
+            BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
+        )  # fmt: skip
+        total = _add_keys(total, more_values, more_scales, base + UNROLL, count, sums_ptr, first, DIM, BLOCK_D, UNROLL)
+    return total
+
+
+@triton.jit
+def mean_of(total, count, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):
+    """A sum ``[1, D]`` of ``count`` keys over their count, quantised: codes ``[1, D]`` and scale ``[1]``. No key gives a zero mean."""
     # "/" is an approximate division on a GPU.
-    mean = tl.div_rn(total, tl.zeros([1, BLOCK_D], tl.float32) + tl.maximum(count, 1).to(tl.float32))
-    return quantize_tile(mean, INTERPRET)
+    return quantize_tile(tl.div_rn(total, tl.zeros([1, BLOCK_D], tl.float32) + tl.maximum(count, 1).to(tl.float32)), INTERPRET)

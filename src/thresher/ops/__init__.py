@@ -9,7 +9,7 @@ from thresher.ops.merge import merge
 from thresher.ops.pool_keys import partial_means, pool_keys
 from thresher.ops.quantize import dequantize_fp8, quantize_fp8, quantize_queries, store_index_keys, store_latents
 from thresher.ops.rope import apply_rope
-from thresher.ops.route_heads import head_mass, route_heads
+from thresher.ops.route_heads import head_mass, route_heads, routed_query
 from thresher.ops.score_select import score_select
 from thresher.ops.select import select_blocks, select_topk, select_topk_in_blocks, select_topk_slots
 from thresher.ops.sparse_attend import sparse_attend, sparse_attend_mla, sparse_attend_mla_fp8
@@ -29,6 +29,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_queries",
     "route_heads",
+    "routed_query",
     "score_select",
     "select_blocks",
     "select_topk",

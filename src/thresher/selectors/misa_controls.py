@@ -9,9 +9,9 @@ import torch
 
 from thresher.errors import require
 from thresher.ops.route_heads import route_heads
+from thresher.ops.route_heads.reference import keep_heads
 from thresher.selectors.base import Selector, require_active_heads, require_int
 from thresher.selectors.hashing import hash_counters, hash_scores
-from thresher.selectors.rows import keep_heads
 from thresher.selectors.scan import scan_topk
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 

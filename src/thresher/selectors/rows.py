@@ -71,11 +71,3 @@ def pad_columns(x: Tensor, width: int, value: float) -> Tensor:
 def first_heads(query: IndexQuery, count: int) -> IndexQuery:
     """The query with only its first heads, which stands for one with any ``count`` of them where no value matters."""
     return replace(query, q=query.q[:, :count], weights=query.weights[:, :count])
-
-
-def keep_heads(query: IndexQuery, heads: Tensor) -> IndexQuery:
-    """The query with only the heads int64 ``[Q, h]`` of each row, in the given (ascending) order."""
-    rows = torch.arange(query.num_queries, device=heads.device)[:, None]
-    # fp8 tensors cannot be gathered on every device; their bytes can
-    q = query.q.view(torch.uint8)[rows, heads].view(query.q.dtype) if query.q.element_size() == 1 else query.q[rows, heads]
-    return IndexQuery(q, query.weights.gather(1, heads), query.positions, query.requests)

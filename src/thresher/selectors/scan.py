@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from thresher.cache.block_means import BlockMeans
+from thresher.cache.block_means import BlockMeans, PackedMeans
 from thresher.ops.pool_keys import pool_keys
-from thresher.ops.route_heads import head_mass, route_heads
+from thresher.ops.route_heads import routed_query
 from thresher.ops.score_select import one_pass, score_select
 from thresher.selectors.base import require_active_heads
-from thresher.selectors.rows import first_heads, in_chunks, keep_heads, scan_columns
+from thresher.selectors.rows import first_heads, in_chunks, scan_columns
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
     from thresher.cache.state import LayerState
-
-# Per request: e4m3 [full blocks, D] and fp32 [full blocks].
-Means = list[tuple[Tensor, Tensor]]
 
 
 def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
@@ -26,37 +21,35 @@ def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
     return in_chunks(query, scan_columns(query, keys, topk), lambda rows, _: score_select(rows, keys, topk))
 
 
-def routed_topk(query: IndexQuery, keys: IndexKeys, means: Means, block_size: int, active_heads: int, topk: int) -> Selection:
+def routed_topk(query: IndexQuery, keys: IndexKeys, means: PackedMeans, block_size: int, active_heads: int, topk: int) -> Selection:
     """``scan_topk`` over each query's ``active_heads`` heads of largest mass over the block means (MISA, arXiv 2605.07363)."""
     require_active_heads(active_heads, query.num_heads)
 
     def select_rows(rows: IndexQuery, _: slice) -> Selection:
-        heads = route_heads(head_mass(rows, means, keys, block_size), active_heads)
-        return score_select(keep_heads(rows, heads), keys, topk)
+        return score_select(routed_query(rows, means, keys, block_size, active_heads), keys, topk)
 
     return in_chunks(query, routed_columns(query, keys, means, block_size, active_heads, topk), select_rows)
 
 
-def routed_columns(query: IndexQuery, keys: IndexKeys, means: Means, block_size: int, active_heads: int, topk: int) -> int:
+def routed_columns(query: IndexQuery, keys: IndexKeys, means: PackedMeans, block_size: int, active_heads: int, topk: int) -> int:
     """Elements alive for each query in ``routed_topk``: what the routing holds, or a row of scores where the scan has a matrix of them."""
     scanned = 0 if one_pass(first_heads(query, active_heads), keys, topk) else most_tokens(keys, means, block_size)
     return max(scanned, (most_blocks(means) + 1) * query.num_heads)
 
 
-def most_blocks(means: Means) -> int:
+def most_blocks(means: PackedMeans) -> int:
     """Full blocks of the request that has most of them, known without a look at the device."""
-    return max((len(scales) for _, scales in means), default=0)
+    return means.most
 
 
-def most_tokens(keys: IndexKeys, means: Means, block_size: int) -> int:
+def most_tokens(keys: IndexKeys, means: PackedMeans, block_size: int) -> int:
     """No request is longer than this: full blocks, and one that is not."""
     return min((most_blocks(means) + 1) * block_size, keys.page_table.shape[1] * keys.page_size)
 
 
-def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> Means:
+def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> PackedMeans:
     """Means of every request's full blocks: the state's, grown by what was appended, or afresh without a state."""
-    means = _updated(keys, block_size, state)
-    return [means.of(request) for request in range(keys.num_requests)]
+    return _updated(keys, block_size, state).all(keys.num_requests)
 
 
 def mean_keys(keys: IndexKeys, block_size: int, state: LayerState | None) -> IndexKeys:

@@ -1,7 +1,7 @@
-"""Block means on a GPU: one warp walks one block in position order, so the bits are those of the reference.
+"""Block means on a GPU: one program walks one block in position order, so the bits are those of the reference.
 
-The walk is a chain of dependent fp32 additions, D of them side by side; the loads of ``UNROLL`` keys are under way at once. One warp a
-block, since a warp holds a key's 128 bytes as four bytes a thread.
+The walk is a chain of dependent fp32 additions, D of them side by side, a thread each: that leaves registers for the loads of two runs of
+``UNROLL`` keys, and what a walk waits for is loads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, on_device, ordered_mean, paged_rows
+from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, mean_of, on_device, ordered_sum, paged_rows, warps_of
 from thresher.errors import require
 from thresher.types import IndexKeys
 
@@ -50,7 +50,8 @@ def _pool_kernel(
     request = tl.program_id(1)
     old = tl.maximum(tl.load(old_ptr + request), 0)
     block = old // BLOCK_SIZE + tl.program_id(0)
-    if block < tl.load(new_ptr + request) // BLOCK_SIZE:
+    new = tl.load(new_ptr + request)
+    if block < new // BLOCK_SIZE:
         if OUT_PAGE_SIZE == 0:  # flat: row after row, out_width of them a request
             value_at, scale_at = (request.to(tl.int64) * out_width + block) * DIM, request.to(tl.int64) * out_width + block
             ok = block < out_width
@@ -61,25 +62,11 @@ def _pool_kernel(
             ok = ok & (page >= 0) & (page < out_pages)
             row = block - column * OUT_PAGE_SIZE
             value_at, scale_at = page * OUT_VALUE_STRIDE + row * DIM, page * OUT_SCALE_STRIDE + OUT_SCALE_START + row
-        codes, scales = ordered_mean(
-            values_ptr,
-            scales_ptr,
-            table_ptr,
-            request,
-            block * BLOCK_SIZE,
-            BLOCK_SIZE,
-            table_width,
-            num_pages,
-            BLOCK_SIZE,
-            DIM,
-            BLOCK_D,
-            PAGE_SIZE,
-            VALUE_STRIDE,
-            SCALE_STRIDE,
-            SCALE_START,
-            UNROLL,
-            INTERPRET,
-        )
+        total = ordered_sum(
+            values_ptr, scales_ptr, table_ptr, request, block * BLOCK_SIZE, BLOCK_SIZE, None, 0, table_width, num_pages,
+            BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
+        )  # fmt: skip
+        codes, scales = mean_of(total, new * 0 + BLOCK_SIZE, BLOCK_D, INTERPRET)
         d = tl.arange(0, BLOCK_D)[None, :]
         ok = as_mask(ok)
         tl.store(out_values_ptr + value_at + d, codes, mask=ok & (d < DIM))
@@ -117,25 +104,12 @@ def _partial_kernel(
     last = tl.minimum(tl.load(positions_ptr + query), tl.load(lengths_ptr + request) - 1)
     last = tl.where(known, tl.maximum(last, -1), -1)
     start = last // BLOCK_SIZE * BLOCK_SIZE
-    codes, scales = ordered_mean(
-        values_ptr,
-        scales_ptr,
-        table_ptr,
-        request,
-        start,
-        tl.where(last < 0, 0, last - start + 1).to(tl.int32),
-        table_width,
-        num_pages,
-        BLOCK_SIZE,
-        DIM,
-        BLOCK_D,
-        PAGE_SIZE,
-        VALUE_STRIDE,
-        SCALE_STRIDE,
-        SCALE_START,
-        UNROLL,
-        INTERPRET,
-    )
+    count = tl.where(last < 0, 0, last - start + 1).to(tl.int32)
+    total = ordered_sum(
+        values_ptr, scales_ptr, table_ptr, request, start, count, None, 0, table_width, num_pages,
+        BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
+    )  # fmt: skip
+    codes, scales = mean_of(total, count, BLOCK_D, INTERPRET)
     d = tl.arange(0, BLOCK_D)[None, :]
     tl.store(out_values_ptr + query * DIM + d, codes, mask=d < DIM)
     tl.store(out_scales_ptr + query + tl.arange(0, 1), scales)
@@ -231,7 +205,7 @@ def _pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int
             OUT_SCALE_START=out.scale_start,
             UNROLL=keys_under_way(rows.page_size, block_size),
             INTERPRET=INTERPRET,
-            num_warps=1,
+            num_warps=warps_of(dim),
         )
 
 
@@ -262,6 +236,6 @@ def _partial(rows: Rows, lengths: Tensor, requests: Tensor, positions: Tensor, b
                 SCALE_START=rows.scale_start,
                 UNROLL=keys_under_way(rows.page_size, block_size),
                 INTERPRET=INTERPRET,
-                num_warps=1,
+                num_warps=warps_of(dim),
             )
     return values.view(torch.float8_e4m3fn), scales

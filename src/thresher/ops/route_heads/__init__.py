@@ -19,7 +19,7 @@ from thresher.checks import E4M3, FP32, WIDE, check_count, check_list, check_ten
 from thresher.errors import require
 from thresher.ops.arguments import check_paged
 from thresher.ops.dispatch import checks_values, choose, device_of
-from thresher.ops.route_heads.reference import head_mass_reference, route_reference
+from thresher.ops.route_heads.reference import head_mass_reference, route_reference, routed_query_reference
 from thresher.types import IndexKeys, IndexQuery
 
 
@@ -72,6 +72,36 @@ def route_heads(mass: Tensor, active_heads: int, impl: str = "auto") -> Tensor:
     check_count("active_heads", active_heads, 1, heads, "pick at most the heads there are")
     kernel = choose("route_heads", impl, mass.device, lambda _: None if heads <= 1024 else f"it takes at most 1024 heads, not {heads}")
     return route_reference(mass, active_heads) if kernel is None else kernel(mass, active_heads)
+
+
+def routed_query(
+    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int, active_heads: int, impl: str = "auto"
+) -> IndexQuery:
+    """The query with each row's ``active_heads`` heads of largest ``head_mass``: those that ``route_heads`` picks, ascending.
+
+    Args:
+        query, means, keys, block_size: as for ``head_mass``.
+        active_heads: how many to keep, 1..H.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        An IndexQuery with q ``[Q, active_heads, D]`` of the query's dtype and weights fp32 ``[Q, active_heads]``; positions and requests
+        are the query's own.
+
+    Raises:
+        ThresherError: what ``head_mass`` refuses, active_heads outside 1..H, or an impl that cannot run.
+
+    Source: MISA (arXiv 2605.07363).
+    """
+    device = check_paged(query, keys)
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    check_count("active_heads", active_heads, 1, query.num_heads, "pick at most the heads there are")
+    _check_means(query, means, keys, block_size)
+    kernel = choose("routed_query", impl, device, lambda module: module.unsupported(query.q.dtype, query.num_heads, keys.head_dim))
+    if kernel is None:
+        return routed_query_reference(query, means, keys, block_size, active_heads)
+    routed: IndexQuery = kernel(query, means, keys, block_size, active_heads)
+    return routed
 
 
 def _check_means(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int) -> None:

@@ -67,6 +67,21 @@ def _terms(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor) -> Tensor:
     return alone.view(num, heads, -1).abs_()
 
 
+def routed_query_reference(
+    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int, active_heads: int
+) -> IndexQuery:
+    """The query with the heads of largest mass alone."""
+    return keep_heads(query, route_reference(head_mass_reference(query, means, keys, block_size), active_heads))
+
+
+def keep_heads(query: IndexQuery, heads: Tensor) -> IndexQuery:
+    """The query with only the heads int64 ``[Q, h]`` of each row, in the given (ascending) order."""
+    rows = torch.arange(query.num_queries, device=heads.device)[:, None]
+    # fp8 tensors cannot be gathered on every device; their bytes can
+    q = query.q.view(torch.uint8)[rows, heads].view(query.q.dtype) if query.q.element_size() == 1 else query.q[rows, heads]
+    return IndexQuery(q, query.weights.gather(1, heads), query.positions, query.requests)
+
+
 def route_reference(mass: Tensor, active_heads: int) -> Tensor:
     """int64 ``[Q, active_heads]``, ascending; a stable sort keeps the smaller head first among equals."""
     ranked = (mass + 0.0).masked_fill(mass.isnan(), -torch.inf)

@@ -153,8 +153,8 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
-    """Whether these kernels are faster than the two steps, as far as was measured: 1024 queries of up to 32 heads over 128k keys (1.03 times
-    as fast at 32 heads, 1.9 at 16 and at 8; with 64 heads slower, docs/lab-log.md). Where that begins is a guess."""
+    """Whether these kernels are faster than the two steps, as far as was measured (docs/lab-log.md): 1024 queries over 128k keys take 0.97
+    of the time at 32 heads, half at 16 and at 8, and more at 64. Where that begins is a guess."""
     return num_heads <= QUADS and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
 
 
