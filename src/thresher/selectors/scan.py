@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from thresher.cache.block_means import BlockMeans, PackedMeans
-from thresher.ops.pool_keys import pool_keys
+from thresher.ops.pool_keys import pool_keys, pool_pages
 from thresher.ops.route_heads import routed_query
 from thresher.ops.score_select import one_pass, score_select
 from thresher.selectors.base import require_active_heads
@@ -49,6 +49,7 @@ def most_tokens(keys: IndexKeys, means: PackedMeans, block_size: int) -> int:
 
 def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> PackedMeans:
     """Means of every request's full blocks: the state's, grown by what was appended, or afresh without a state."""
-    means = BlockMeans(block_size, pool_keys) if state is None else state.block_means(block_size, pool_keys)
+    pools = (block_size, pool_keys, pool_pages)
+    means = BlockMeans(*pools) if state is None else state.block_means(*pools)
     means.update(keys)
     return means.all(keys.num_requests)
