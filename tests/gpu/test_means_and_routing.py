@@ -89,6 +89,10 @@ def test_means_from_and_to_pages(block, page_size):
                 problems += differ_all(f"request {request}, {form}", *pairs)
             untouched = bool((values[full:] == 0xFF).all()) and bool(scales[full:].isnan().all())
             problems.append(None if untouched else f"request {request}, {form}: wrote blocks that are not complete")
+    starts, ends = [length // block // 3 for length in lengths], [length // block for length in lengths]
+    for request, got in enumerate(pooling.pool_pages(keys, starts, ends, block)):
+        want = pool_keys(*cpu(*data[request]), block, impl="reference")
+        problems += differ_all(f"request {request}, a run of blocks", cpu(*got), (part[starts[request] :] for part in want))
     requests, positions = torch.tensor([0, 2, 0, 1, 0, 7, -1]), torch.tensor([0, lengths[2] - 1, lengths[0] // 2, 5, 2**40, 3, 3])
     got = pooling.paged_partial_means(keys, requests.to(DEVICE), positions.to(DEVICE), block)
     for i, (request, position) in enumerate(zip(requests.tolist(), positions.tolist(), strict=True)):

@@ -57,6 +57,7 @@ def good():
         },
         "score_select": {"query": query, "keys": keys, "topk": 2, "with_scores": False},
         "pool_keys": {"values": k, "scales": k_scales, "block_size": BLOCK},
+        "pool_pages": {"keys": keys, "starts": [1], "ends": [3], "block_size": BLOCK},
         "partial_means": {"values": k, "scales": k_scales, "block_size": BLOCK, "positions": longs(-1, 69)},
         "head_mass": {"query": query, "means": [ops.pool_keys(k, k_scales, BLOCK)], "keys": keys, "block_size": BLOCK},
         "route_heads": {"mass": randn(2, HEADS).abs(), "active_heads": 2},
@@ -136,6 +137,8 @@ def empty():
         ("score_select", (blind, held, 4), minus),
         ("pool_keys", (no_keys, torch.ones(0), 4), torch.zeros(0, DIM)),
         ("pool_keys", (k, torch.ones(5), 8), torch.zeros(0, DIM)),
+        ("pool_pages", (held, [0], [0], 4), torch.zeros(0, DIM)),
+        ("pool_pages", (bare, [0], [0], 4), torch.zeros(0, DIM)),
         ("partial_means", (k, torch.ones(5), 4, longs()), torch.zeros(0, DIM)),
         ("partial_means", (no_keys, torch.ones(0), 4, longs(-1, -1)), torch.zeros(2, DIM)),
         ("head_mass", (nothing, [(no_keys, torch.ones(0))], held, 8), torch.zeros(0, HEADS)),
@@ -175,5 +178,5 @@ def first_tensor(result, given):
     if result is None:
         return given[0]
     if isinstance(result, tuple):
-        return result[0].float()
+        return first_tensor(result[0], given).float()
     return result if isinstance(result, torch.Tensor) else next(iter(vars(result).values()))

@@ -18,7 +18,7 @@ from thresher import ops
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import dispatch
-from thresher.types import IndexQuery, PartialAttention
+from thresher.types import IndexKeys, IndexQuery, PartialAttention
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,7 @@ def calls():
         "select_blocks": (torch.randn(2, 5), 3, query, keys, 16),
         "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
+        "pool_pages": (keys, [1], [4], 16),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
         "route_heads": (torch.rand(2, 6), 2),
@@ -352,7 +353,7 @@ def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
     """Checks of values and widths from values would synchronise; shapes are checked all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys.modules["thresher.ops.index_score"], "can_read", lambda device: False)
-    for name in ("arguments", "select", "route_heads", "merge"):
+    for name in ("arguments", "pool_keys", "select", "route_heads", "merge"):
         monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "checks_values", lambda device: False)
     for operation, (function, given) in CALLS.items():
         seen = kernel(operation, unsupported=able)
@@ -390,6 +391,8 @@ def on_meta(operation, given):
     if operation in ("paged_index_score", "score_select"):
         query = given[0]
         return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), *given[1:]
+    if operation == "pool_pages":
+        return IndexKeys(given[0].pages.to("meta"), given[0].page_table, given[0].lengths), *given[1:]
     if operation in ("head_mass", "routed_query"):
         return given[0], [tuple(x.to("meta") for x in given[1][0])], *given[2:]
     if operation == "merge":

@@ -27,9 +27,9 @@ def test_queries_stay_together_where_no_matrix_is_held(monkeypatch, selector):
     query, keys = world.query(pairs), world.view()
     asked, scanned = set(), []
 
-    def counted(rows, *given):
+    def counted(rows, *given, **options):
         scanned.append(rows.num_queries)
-        return score_select(rows, *given)
+        return score_select(rows, *given, **options)
 
     def able(rows, _, topk):
         asked.add((rows.num_heads, topk))

@@ -158,6 +158,18 @@ def test_partial_means_from_pages(block, page_size):
         assert same((got[0][i : i + 1], got[1][i : i + 1]), want), (request, position)
 
 
+@pytest.mark.parametrize(("block", "page_size"), [(4, 8), (7, 5)])
+def test_runs_of_blocks_of_every_request(block, page_size):
+    data = [keys(n, 64, seed=n) for n in (21, 0, 40)]
+    paged = pack_keys(data, page_size)
+    full = [len(scales) // block for _, scales in data]
+    for starts, ends in (([0, 0, 0], full), ([1, 0, 3], full), ([1, 0, 2], [2, 0, 4]), (full, full)):
+        got = kernels.pool_pages(paged, starts, ends, block)
+        for pair, request, start, end in zip(got, data, starts, ends, strict=True):
+            want = pool_keys(*request, block)
+            assert same(pair, (want[0][start:end], want[1][start:end]))
+
+
 def test_what_is_not_supported_is_said():
     assert kernels.unsupported(128) is None
     assert "head_dim" in kernels.unsupported(4096)

@@ -12,6 +12,7 @@ from thresher.errors import require
 from thresher.types import IndexKeys
 
 Pool = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+PoolPages = Callable[[IndexKeys, Sequence[int], Sequence[int], int], Sequence[tuple[Tensor, Tensor]]]
 
 
 class PackedMeans(tuple[tuple[Tensor, Tensor], ...]):
@@ -55,12 +56,14 @@ class BlockMeans:
         block_size: tokens in a block.
         pool: ``pool(values[N, D], scales[N], block_size) -> (e4m3 [N // block_size, D], fp32 [N // block_size])``,
             the pooling operation (``thresher.ops.pool_keys.pool_keys``).
+        pool_pages: ``pool_pages(keys, starts, ends, block_size)``, the same for all requests at once and without a copy of the keys
+            (``thresher.ops.pool_keys.pool_pages``); None pools with ``pool``, request after request.
     """
 
-    def __init__(self, block_size: int, pool: Pool) -> None:
+    def __init__(self, block_size: int, pool: Pool, pool_pages: PoolPages | None = None) -> None:
         require(block_size >= 1, "block_size must be at least 1", block_size, "pass tokens in a block")
         self.block_size = block_size
-        self._pool = pool
+        self._pool, self._pool_pages = pool, pool_pages
         self._means: dict[int, tuple[Tensor, Tensor]] = {}
         self._packed: IndexKeys | None = None
         self._all: PackedMeans | None = None
@@ -71,16 +74,24 @@ class BlockMeans:
         Raises:
             ThresherError: a request holds fewer full blocks than were pooled (it was cut without ``rollback``).
         """
+        starts, ends = [], []
         for request, length in enumerate(keys.lengths.tolist()):
             done, full = self._num_blocks(request), length // self.block_size
             do = f"call rollback({request}, length) when the cache is cut"
             require(done <= full, f"request {request} must hold the {done} blocks already pooled", f"{full} full blocks", do)
-            if full == done and request in self._means:
-                continue
-            values, scales = read_keys(keys, request, done * self.block_size, full * self.block_size)
-            if full > done:
-                values, scales = self._pool(values, scales, self.block_size)
-            self._append(request, values, scales)
+            starts.append(done)
+            ends.append(full)
+        grown = [r for r in range(len(ends)) if ends[r] > starts[r] or r not in self._means]
+        if grown and self._pool_pages is not None:
+            means = self._pool_pages(keys, starts, ends, self.block_size)
+            for request in grown:
+                self._append(request, *means[request])
+        else:
+            for request in grown:
+                values, scales = read_keys(keys, request, starts[request] * self.block_size, ends[request] * self.block_size)
+                if ends[request] > starts[request]:
+                    values, scales = self._pool(values, scales, self.block_size)
+                self._append(request, values, scales)
 
     def of(self, request: int) -> tuple[Tensor, Tensor]:
         """The means of one request: float8_e4m3fn ``[nb, D]`` and fp32 ``[nb]``, nb its full blocks; never written later.

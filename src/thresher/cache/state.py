@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from thresher.cache.block_means import BlockMeans, Pool
+from thresher.cache.block_means import BlockMeans, Pool, PoolPages
 from thresher.types import Selection
 
 
@@ -21,14 +21,14 @@ class LayerState:
     selections: dict[int, Selection] = field(default_factory=dict)
     _means: dict[int, BlockMeans] = field(default_factory=dict, init=False, repr=False)
 
-    def block_means(self, block_size: int, pool: Pool) -> BlockMeans:
-        """The cached means of blocks of ``block_size`` tokens, made on first use with ``pool`` and kept.
+    def block_means(self, block_size: int, pool: Pool, pool_pages: PoolPages | None = None) -> BlockMeans:
+        """The cached means of blocks of ``block_size`` tokens, made on first use with ``pool`` and ``pool_pages`` and kept.
 
         Raises:
             ThresherError: ``block_size`` is under 1.
         """
         if block_size not in self._means:
-            self._means[block_size] = BlockMeans(block_size, pool)
+            self._means[block_size] = BlockMeans(block_size, pool, pool_pages)
         return self._means[block_size]
 
     def rollback(self, request: int, length: int) -> None:

@@ -59,7 +59,7 @@ class MISARerank(Selector):
         count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
-            proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count).indices
+            proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count, with_scores=False).indices
             return select_topk(gathered_index_score(rows, keys, proposed), self.topk, positions=proposed)
 
         return in_chunks(query, max(routed_columns(query, keys, means, self.block_size, self.active_heads, count), count), select_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from thresher.cache.block_means import BlockMeans, PackedMeans
-from thresher.ops.pool_keys import pool_keys
+from thresher.ops.pool_keys import pool_keys, pool_pages
 from thresher.ops.route_heads import routed_query
 from thresher.ops.score_select import one_pass, score_select
 from thresher.selectors.base import require_active_heads
@@ -21,12 +21,14 @@ def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
     return in_chunks(query, scan_columns(query, keys, topk), lambda rows, _: score_select(rows, keys, topk))
 
 
-def routed_topk(query: IndexQuery, keys: IndexKeys, means: PackedMeans, block_size: int, active_heads: int, topk: int) -> Selection:
+def routed_topk(
+    query: IndexQuery, keys: IndexKeys, means: PackedMeans, block_size: int, active_heads: int, topk: int, with_scores: bool = True
+) -> Selection:
     """``scan_topk`` over each query's ``active_heads`` heads of largest mass over the block means (MISA, arXiv 2605.07363)."""
     require_active_heads(active_heads, query.num_heads)
 
     def select_rows(rows: IndexQuery, _: slice) -> Selection:
-        return score_select(routed_query(rows, means, keys, block_size, active_heads), keys, topk)
+        return score_select(routed_query(rows, means, keys, block_size, active_heads), keys, topk, with_scores=with_scores)
 
     return in_chunks(query, routed_columns(query, keys, means, block_size, active_heads, topk), select_rows)
 
@@ -58,6 +60,7 @@ def mean_keys(keys: IndexKeys, block_size: int, state: LayerState | None) -> Ind
 
 
 def _updated(keys: IndexKeys, block_size: int, state: LayerState | None) -> BlockMeans:
-    means = BlockMeans(block_size, pool_keys) if state is None else state.block_means(block_size, pool_keys)
+    pools = (block_size, pool_keys, pool_pages)
+    means = BlockMeans(*pools) if state is None else state.block_means(*pools)
     means.update(keys)
     return means

@@ -11,14 +11,17 @@ means = quantize_fp8(total / B)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from thresher.checks import E4M3, FP32, INT64, check_count, check_tensor
+from thresher.checks import E4M3, FP32, INT64, check_count, check_kind, check_list, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_values
-from thresher.ops.dispatch import choose, device_of
-from thresher.ops.pool_keys.reference import partial_means_reference, pool_reference
+from thresher.ops.dispatch import checks_values, choose, device_of
+from thresher.ops.pool_keys.reference import partial_means_reference, pool_pages_reference, pool_reference
+from thresher.types import IndexKeys
 
 
 def pool_keys(values: Tensor, scales: Tensor, block_size: int, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -42,6 +45,49 @@ def pool_keys(values: Tensor, scales: Tensor, block_size: int, impl: str = "auto
     device = _check(values, scales, block_size)
     kernel = choose("pool_keys", impl, device, lambda module: module.unsupported(values.shape[1]))
     return pool_reference(values, scales, block_size) if kernel is None else kernel(values, scales, block_size)
+
+
+def pool_pages(
+    keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], block_size: int, impl: str = "auto"
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """``pool_keys`` of a run of blocks of every request, read where the cache has them.
+
+    Args:
+        keys: the paged index keys.
+        starts: per request, the first block.
+        ends: per request, one past the last block, at least its start; at most the full blocks it holds. (That is checked where values are,
+            see ``ops.dispatch.checks_values``; means of blocks that are not full hold anything otherwise.)
+        block_size: tokens a block, at least 1.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        per request, e4m3 ``[ends[r] - starts[r], D]`` and fp32 ``[ends[r] - starts[r]]``, with the bits of ``pool_keys``.
+
+    Raises:
+        ThresherError: keys that are none or strided, bounds that do not fit, or an impl that cannot run.
+
+    Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
+    """
+    check_kind("keys", keys, IndexKeys, "take IndexKeyCache.view or pack_keys")
+    device = device_of(pages=keys.pages, page_table=keys.page_table, lengths=keys.lengths)
+    require(keys.pages.is_contiguous(), "pages must be contiguous", f"strides {keys.pages.stride()}", "pass IndexKeyCache.pages")
+    check_values(("lengths", keys.lengths, 0, keys.page_table.shape[1] * keys.page_size, "pass the tokens that page_table holds"))
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    for name, value in (("starts", starts), ("ends", ends)):
+        check_list(name, value, "block numbers", "pass one per request")
+        require(len(value) == keys.num_requests, f"{name} must hold one per request, {keys.num_requests}", len(value), "pass one each")
+    for request, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        check_count(f"starts[{request}]", start, 0)
+        check_count(f"ends[{request}]", end, start, do="pass one past the last block")
+    if keys.num_requests and checks_values(device):
+        full = [length // block_size for length in keys.lengths.tolist()]
+        wrong = next((r for r, end in enumerate(ends) if end > full[r]), 0)
+        require(ends[wrong] <= full[wrong], f"ends[{wrong}] must be at most its full blocks, {full[wrong]}", ends[wrong], "append first")
+    kernel = choose("pool_pages", impl, device, lambda module: module.unsupported(keys.head_dim))
+    if kernel is None:
+        return pool_pages_reference(keys, starts, ends, block_size)
+    means: tuple[tuple[Tensor, Tensor], ...] = kernel(keys, starts, ends, block_size)
+    return means
 
 
 def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from thresher.cache.index_keys import load_keys
 from thresher.ops.quantize import dequantize_fp8, quantize_fp8
+from thresher.types import IndexKeys
 
 
 @torch.no_grad()
@@ -18,6 +22,14 @@ def pool_reference(values: Tensor, scales: Tensor, block_size: int) -> tuple[Ten
     for key in keys.unbind(1):
         total.add_(key)
     return quantize_fp8(_over(total, torch.full((num_blocks,), block_size, device=values.device)))
+
+
+def pool_pages_reference(
+    keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], block_size: int
+) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Each request's keys copied out of their pages, then pooled."""
+    bounds = enumerate(zip(starts, ends, strict=True))
+    return tuple(pool_reference(*load_keys(keys, r, start * block_size, end * block_size), block_size) for r, (start, end) in bounds)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ The walk is a chain of dependent fp32 additions, D of them side by side, a threa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -129,6 +131,17 @@ def pool_keys(values: Tensor, scales: Tensor, block_size: int) -> tuple[Tensor, 
     new = torch.full_like(zero, len(values))
     _pool(flat_rows(values, scales, zero), zero, new, block_size, num_blocks, flat_rows(*out, zero), num_blocks, dim)
     return out
+
+
+def pool_pages(keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], block_size: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Means of a run of blocks of every request, in one launch: see ``thresher.ops.pool_keys.pool_pages``."""
+    device, most = keys.pages.device, max(ends, default=0)
+    values = torch.empty(len(ends), most, keys.head_dim, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.empty(len(ends), most, dtype=torch.float32, device=device)
+    old = (torch.tensor(starts) * block_size).to(device, non_blocking=True) if any(starts) else torch.zeros_like(keys.lengths)
+    appended = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
+    pool_paged_keys(keys, old, block_size, appended * block_size, (values, scales))
+    return tuple((values[r, start:end], scales[r, start:end]) for r, (start, end) in enumerate(zip(starts, ends, strict=True)))
 
 
 def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor) -> tuple[Tensor, Tensor]:
