@@ -322,8 +322,8 @@ def empty_caches() -> Run:
 CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
-        ragged, ragged_bf16, paged_64, paged_61, many, gathered, in_blocks, choose_blocks, select_short, select_long, select_many, score_and_select,
-        score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
+        ragged, ragged_bf16, paged_64, paged_61, many, gathered, in_blocks, choose_blocks, select_short, select_long, select_many,
+        score_and_select, score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 

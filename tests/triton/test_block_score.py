@@ -1,4 +1,4 @@
-"""Scores of blocks in the interpreter: the bits of the gathered form at the same positions, whatever the sizes of blocks, pages and tiles."""
+"""Scores of blocks in the interpreter: the gathered form's bits at the same positions, whatever the sizes of blocks, pages and tiles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from thresher.ops import block_index_score, gathered_index_score
+from thresher.ops import block_index_score
 from thresher.types import IndexKeys, IndexQuery
 
 from .test_index_score import INF, bits, interpreted, poisoned, world
