@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thresher.cache import BlockMeans, IndexKeyCache, LayerState, PageTable
+from thresher.cache import BlockMeans, IndexKeyCache, LayerState, PageTable, load_keys
 from thresher.cache.fp8 import quantize_fp8
 from thresher.errors import ThresherError
 from thresher.types import Selection
@@ -76,6 +76,35 @@ def test_only_new_blocks_are_pooled():
         paged.append(0, torch.randn(count, DIM))
         means.update(paged.keys())
     assert seen == [8, 4]
+
+
+def test_packed_means_are_kept_until_a_mean_comes_or_goes():
+    paged, means = Paged(), BlockMeans(2, pool)
+    paged.append(0, torch.randn(5, DIM))
+    means.update(paged.keys())
+    packed = means.packed(2)
+    assert packed.lengths.tolist() == [2, 0]
+    paged.append(0, torch.randn(0, DIM))
+    means.update(paged.keys())
+    means.rollback(0, 5)
+    assert means.packed(2) is packed
+    assert means.packed(1).lengths.tolist() == [2]
+    paged.append(1, torch.randn(140, DIM))
+    means.update(paged.keys())
+    grown = means.packed(2)
+    assert grown.lengths.tolist() == [2, 70]
+    means.rollback(1, 9)
+    for now, counts in ((grown, (2, 70)), (means.packed(2), (2, 4))):
+        assert now.lengths.tolist() == list(counts)
+        for request, count in enumerate(counts):
+            values, scales = load_keys(now, request)
+            want = pool(*quantize_fp8(paged.held[request][: 2 * count]), 2)
+            assert torch.equal(values.view(torch.uint8), want[0].view(torch.uint8))
+            assert torch.equal(scales, want[1])
+    with pytest.raises(ThresherError, match="must come before"):
+        means.packed(3)
+    with pytest.raises(ThresherError, match="num_requests"):
+        means.packed(0)
 
 
 def test_a_cut_without_rollback_is_noticed():

@@ -176,6 +176,38 @@ def test_gathered(heads, dim):
     fail_on(problems)
 
 
+@pytest.mark.parametrize("page_size", sized([64, 128, 61], [64, 61]))
+@pytest.mark.parametrize("block_size", sized([128, 64, 192, 40, 1], [64, 40]))
+@pytest.mark.parametrize(("heads", "dim"), sized([(1, 64), (8, 128), (32, 128), (64, 128), (128, 128)], [(5, 64)]))
+def test_blocks(heads, dim, block_size, page_size):
+    """Many queries, and one alone; blocks in any order among numbers from anywhere, and a hole in the page table."""
+    q, weights, k, scales, full = world(heads, dim)
+    keys = paged([(k, scales)], page_size)
+    table = keys.page_table.clone()
+    table[0, 1] = -1
+    keys = replace(keys, page_table=table)
+    num, gen = min(NUM, 200), generator(block_size)
+    positions = torch.randint(-1, KEYS + 9, (num,), generator=gen)
+    positions[4] = KEYS - 2
+    query = query_of(q[:num], weights[:num], positions, [0] * num)
+    blocks = torch.randint(-1, KEYS // block_size + 2, (num, 1300 // block_size + len(GARBAGE)), generator=gen, dtype=torch.int32)
+    blocks[:, : len(GARBAGE)] = GARBAGE
+    blocks[num // 2] = -1
+    blocks[num // 3, blocks.shape[1] // 2 :] = -1
+    blocks = blocks.to(DEVICE)
+    width = blocks.shape[1] * block_size
+    got = kernels.block_index_score(query, keys, blocks, block_size, out=poisoned(num, width))
+    tokens = (blocks.long()[:, :, None] * block_size + torch.arange(block_size, device=DEVICE)).flatten(1)
+    there = (tokens >= 0) & (tokens < KEYS) & (tokens <= query.positions[:, None]) & (tokens // page_size != 1)
+    want = full[:num].gather(1, tokens.clamp(0, KEYS - 1)).masked_fill(~there, -INF)
+    problems = [differ("blocks", got, want)]
+    problems.append(differ("gathered", got, kernels.gathered_index_score(query, keys, tokens)))
+    one = slice(4, 5)
+    alone = kernels.block_index_score(query.rows(one), keys, blocks[one], block_size, out=poisoned(1, width))
+    problems.append(differ("a query alone", alone, want[one]))
+    fail_on(problems)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize(("heads", "dim"), sized([(8, 64), (32, 128), (64, 128)], [(5, 64), (64, 64)]))
 def test_shards(heads, dim, ranks):
