@@ -64,9 +64,7 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     return ragged_scores(q, weights, k, k_scales, starts.tolist(), ends.tolist())
 
 
-def paged_index_score(
-    query: IndexQuery, keys: IndexKeys, impl: str = "auto", filled: bool = True, width: int | None = None
-) -> Tensor:
+def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto", filled: bool = True, width: int | None = None) -> Tensor:
     """Scores over a paged cache: query i sees the keys at ``0..positions[i]`` of its request, as far as those are held. No gradient.
 
     Args:
