@@ -110,13 +110,14 @@ def test_the_state_of_the_source():
 def test_the_table_keeps_the_newest_of_each_and_marks_uncommitted_ones():
     newer = make(time_us={"p20": 30.0, "p50": 32.4, "p80": 40.0}, ratio=2.0, date="2026-01-03", dirty=True)
     other = make(case="mla-decode-32-h128", op="sparse_attend_mla", selector=None, floor_us=None, **ALONE)
-    lines = table([make(), newer, other]).splitlines()
+    said, _, *lines = table([make(), newer, other]).splitlines()
+    assert said == "In every row: inputs normal, impl triton, GPU NVIDIA H200."
     assert len(lines) == 4
-    assert lines[2] == (
-        "| decode-1x1m-h64 | select | dsa | normal | triton | 32.4* | deep_gemm+vllm | 64.8 | 2.00 | 32.4 | NVIDIA H200 | 2026-01-03 |"
-    )
+    assert lines[2] == "| decode-1x1m-h64 | select | dsa | 32.4* | deep_gemm+vllm | 64.8 | 2.00 | 32.4 | 2026-01-03 |"
     assert "| 50.0 | - | - | - | - |" in lines[3]
-    assert len(table([make(), make(settings={"topk": 512, "timing": "graph"})]).splitlines()) == 4, "other settings are another row"
+    more = table([make(), make(settings={"topk": 512, "timing": "graph"}), make(gpu="NVIDIA H100")]).splitlines()
+    assert len(more) == 7, "other settings are another row, and so is another GPU"
+    assert more[4].count("|") == more[2].count("|") == 9
 
 
 def test_a_page_is_updated_between_its_marks(tmp_path):

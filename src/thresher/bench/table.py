@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from thresher.bench.cases import parse_case
 from thresher.bench.record import Record, read
 from thresher.errors import require
 
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
 END = "<!-- end of performance -->"
 COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date")
-
+SHARED = ("selector", "inputs", "impl", "GPU", "date")
 # Settings that do not make it another figure.
 HOW = ("copies", "repeats", "peer_kernel", "ceilings")
 
@@ -24,11 +25,16 @@ def load(folder: Path) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A Markdown table: the newest record of everything that was timed, medians. A record of an uncommitted tree is marked with *."""
+    """A Markdown table: the newest record of everything that was timed, medians. A record of an uncommitted tree is marked with *.
+
+    What is the same in every row stands in a line above it.
+    """
     newest = {_key(record): record for record in records}
-    rows = [_cells(record) for _, record in sorted(newest.items(), key=lambda item: item[0])]
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    rows = [_cells(record) for _, record in sorted(newest.items(), key=lambda item: (_place(item[1]), item[0]))]
+    same = [at for at, name in enumerate(COLUMNS) if name in SHARED and len({row[at] for row in rows}) == 1]
+    said = ", ".join(f"{COLUMNS[at]} {rows[0][at]}" for at in same if rows[0][at] != "-")
+    lines = [[cell for at, cell in enumerate(row) if at not in same] for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
+    return (f"In every row: {said}.\n\n" if said else "") + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def updated(text: str, records: Sequence[Record]) -> str:
@@ -43,6 +49,11 @@ def updated(text: str, records: Sequence[Record]) -> str:
     require(marks == (1, 1) and text.index(BEGIN) < text.index(END), f"the page must hold {BEGIN} and {END} once", marks, "add them")
     head, _, rest = text.partition(BEGIN)
     return f"{head}{BEGIN}\n{table(records)}{END}{rest.partition(END)[2]}"
+
+
+def _place(record: Record) -> tuple[str, str, str, int, int, int]:
+    case = parse_case(record.case)
+    return record.gpu, record.op, case.kind, -case.heads, case.rows, max(case.lengths(record.seed))
 
 
 def _key(record: Record) -> tuple[str, ...]:
