@@ -122,6 +122,23 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
         assert not with_scores or torch.equal(beside[row], want.scores[row]), name
 
 
+def test_scores_of_a_sample_too_poor_for_a_level_are_kept():
+    """All but a few of a row's sample are NaN, those few are its best, and what lies between the sample's tiles fits into the lists."""
+    plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16, True)
+    scores, ends = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0)), torch.tensor([1500, 1500])
+    sampled = torch.arange(1500) // 64 % 2 == 0
+    scores[0, sampled] = math.nan
+    scores[0, 5:25] = 9.0
+    levels, level_keys, found, counts = find_levels(scores, ends, plan)
+    assert (levels[0], counts[0].sum()) == (-math.inf, 20)
+    collect(scores, ends, levels, level_keys, found, counts, plan)
+    indices, lengths, _, redo = settle(found, counts, ends, levels, 64, True)
+    want = select_topk(scores, 64, impl="reference")
+    assert redo.tolist() == [0, 0]
+    assert torch.equal(indices, want.indices)
+    assert torch.equal(lengths, want.lengths)
+
+
 @pytest.mark.parametrize("stride", [0, 3])
 def test_rows_are_prepared(stride):
     """Ends, levels and the sample's pages, out of positions and requests that need not be there, and of any table's strides."""

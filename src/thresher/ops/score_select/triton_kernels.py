@@ -69,7 +69,7 @@ def _keep(
     """Enter what passes of a row's sample into its lists, whose counts are 0, from the tiles that collecting then leaves out.
 
     ``ROWS`` rows collect together. Of those that have one request, the tiles are left out that all see to their end, none if any of these
-    rows is so short that it has no level.
+    rows is so short that it needs no level.
     """
     near = row // ROWS * ROWS + tl.arange(0, ROWS)
     same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
@@ -117,10 +117,10 @@ def level_kernel(
             upto = tl.cumsum(tied, axis=0)
             last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
             level_key = (last + 1) * stride - 1
-        if KEPT:
-            key = column // 64 * (stride * 64) + column % 64
-            passes = (score > level) | ((score == level) & (key <= level_key))
-            _keep(row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row, LISTS, ROOM, ROWS)
+    if KEPT:  # with a level or without: collecting leaves the tiles out either way
+        key = column // 64 * (stride * 64) + column % 64
+        passes = (score > level) | ((score == level) & (key <= level_key))
+        _keep(row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row, LISTS, ROOM, ROWS)
     tl.store(levels + row, level)
     tl.store(level_keys + row, level_key)
 
