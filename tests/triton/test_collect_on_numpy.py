@@ -18,6 +18,7 @@ tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
 lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
 quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
+gluon = importlib.import_module("thresher.ops.index_score.gluon")
 order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
 D, PAGE, RUNS = 64, 64, 3
@@ -169,7 +170,7 @@ def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray) -> None
 
 def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """The same of the kernel for more heads, with its four consumers."""
-    stages = fused.QUAD_STAGES
+    stages = gluon.QUAD_STAGES
     found = np.full((world.num, RUNS * 64 * room), -7)
     counts = np.full((world.num, RUNS * 64), -7, np.int32)
     if kept:
@@ -234,7 +235,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
 
     def load(q, weights, first, *rest):
         turn["first"] = int(first)
-        return array(of_columns(world.weights))
+        return array(np.broadcast_to(of_columns(world.weights), (64, 128)))
 
     def scales_of(slots, layout):
         page, there = fetched[turn["count"] - 1]
@@ -243,7 +244,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
         return array(scale, np.float32)
 
     instead = {
-        "load_chunk": load, "warpgroup_mma": lambda slots, *rest, **options: array(of_columns(world.dots[fetched[turn["count"] - 1][0]])),
+        "load_queries": load, "warpgroup_mma": lambda slots, *rest, **options: array(of_columns(world.dots[fetched[turn["count"] - 1][0]])),
         "warpgroup_mma_wait": lambda left, given: given[0], "mbarrier": mbarrier, "scales_of": scales_of, "_across_four": across_four,
         "lanes": lambda zero: None,
     }  # fmt: skip

@@ -14,12 +14,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from thresher.cache.device import on_device, unit_rows
 from thresher.ops.index_score.gluon_kernels import prefill_kernel
 from thresher.ops.index_score.gluon_quad_kernels import prefill_quads_kernel
+from thresher.ops.index_score.triton import QUADS
 from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
 STAGES = 6
 BLOCKS = {"BLOCK": 16, "ROWS": 8, "HEADS": 32, "HB": 16}  # how 512 columns of up to 32 heads are dealt out (``gluon_tiles.py``)
-QUADS = 32  # heads; more are scored by groups of four warps with a chunk each (``gluon_quads.py``)
 QUAD_STAGES = 4
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 

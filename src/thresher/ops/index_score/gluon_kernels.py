@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from thresher.ops.index_score.gluon_tiles import (
     COLUMNS,
@@ -22,6 +22,7 @@ from thresher.ops.index_score.gluon_tiles import (
     load_queries,
     load_scales,
     multiply,
+    ring,
     sight,
     whole_sums,
 )
@@ -36,11 +37,12 @@ def share(units):
 
 
 @gluon.jit
-def _producer(
-    k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row, buffers, full, empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+def fetch_tiles(
+    k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
+    buffers, scale_buffers, full, empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Fetch every tile that a consumer will ask for, in the same order."""
+    """Fetch every tile that a consumer will ask for, in the same order; if ``SCALED`` its scales too."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = (width + KEYS - 1) // KEYS
     unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
@@ -61,8 +63,10 @@ def _producer(
                 # Asked for one tile ahead, so that nothing waits for the answer.
                 page_ahead, _ = find_page(table, gl.minimum(tile + 1, stop - 1), num_pages, PAGE)
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(slot), KEYS * D)
+                mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4 if SCALED else KEYS * D)
                 offset = tile * KEYS % PAGE if PAGE > 0 else tile * KEYS
+                if SCALED:
+                    tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + offset], full.index(slot), scale_buffers.index(slot))
                 tma.async_copy_global_to_shared(k_desc, [page, offset, 0], full.index(slot), buffers.index(slot))
                 page = page_ahead
                 turn += 1
@@ -173,12 +177,7 @@ def prefill_kernel(
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [4, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    fence_async_shared()
+    full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_consumer, (
@@ -191,9 +190,9 @@ def prefill_kernel(
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
                 1, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB,
             )),
-            (_producer, (
-                k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
-                buffers, full, empty, BLOCK, STAGES, D, PAGE,
+            (fetch_tiles, (
+                k_desc, k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
+                buffers, buffers, full, empty, BLOCK, STAGES, D, PAGE, False,
             )),
         ],
         [4, 1],

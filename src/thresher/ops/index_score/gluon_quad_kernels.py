@@ -5,47 +5,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from thresher.ops.index_score.gluon_kernels import fill, share
-from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_chunk, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, sight
-
-
-@gluon.jit
-def _producer(
-    k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
-    buffers, scale_buffers, full, empty, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-):  # fmt: skip
-    """Fetch every tile that a consumer will ask for, in the same order."""
-    row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
-    turn = 0
-    while unit < last:
-        first, t0 = unit // tiles * BLOCK, unit % tiles
-        t1 = gl.minimum(tiles, t0 + last - unit)
-        start, end, owner = sight(first + row, low, high, owners, lengths, num_queries, num_keys, num_requests, PAGE > 0)
-        current = gl.min(owner, 0)
-        while current < NO_REQUEST:
-            begin, stop = live(start, end, owner == current, t0, t1)
-            table = page_table + current.to(gl.int64) * table_row
-            page = begin * 0
-            if begin < stop:
-                page, _ = find_page(table, begin, num_pages, PAGE)
-            for tile in range(begin, stop):
-                slot = turn & (STAGES - 1)
-                # Asked for one tile ahead, so that nothing waits for the answer.
-                page_ahead, _ = find_page(table, gl.minimum(tile + 1, stop - 1), num_pages, PAGE)
-                mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
-                offset = tile * KEYS % PAGE if PAGE > 0 else tile * KEYS
-                tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + offset], full.index(slot), scale_buffers.index(slot))
-                tma.async_copy_global_to_shared(k_desc, [page, offset, 0], full.index(slot), buffers.index(slot))
-                page = page_ahead
-                turn += 1
-            current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        unit += t1 - t0
+from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill, share
+from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
 
 
 @gluon.jit
@@ -68,8 +32,7 @@ def _consumer(
         block, t0 = unit // tiles * BLOCK, unit % tiles
         t1 = gl.minimum(tiles, t0 + last - unit)
         first = block + WHICH * QUERIES
-        w = load_chunk(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), D, ACC)
-        w = gl.expand_dims(w, 0) + zero
+        w = load_queries(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), zero, D, ACC)
         mat = q_buffers.index(WHICH).permute((1, 0))
 
         # The block's rows decide which tiles there are, this chunk's which are stored, and in which layouts those are asked.
@@ -127,12 +90,7 @@ def prefill_quads_kernel(
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=GROUPS)
-    fence_async_shared()
+    full, empty = ring(STAGES, GROUPS)
     gl.warp_specialize(
         [
             (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
@@ -143,8 +101,8 @@ def prefill_quads_kernel(
                 width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, PAGE)),
             (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, PAGE)),
-            (_producer, (k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width,
-                table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE)),
+            (fetch_tiles, (k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width,
+                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, True)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

@@ -9,14 +9,13 @@ the first in even blocks. It adds each class up in ascending order and its two c
 1 apart. That is the order of ``triton.py``: the same bits.
 """
 
-
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NAN_ALL
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NAN_ALL, along, load_chunk
 
 GROUPS = gl.constexpr(4)
 QUERIES = gl.constexpr(2)  # of a chunk
@@ -30,21 +29,18 @@ def row_and_head(column):
 
 
 @gluon.jit
-def load_chunk(
-    q, weights, first, num_queries, num_heads, q_row, q_head, w_row, buffer, D: gl.constexpr, ACC: gl.constexpr
+def load_queries(
+    q, weights, first, num_queries, num_heads, q_row, q_head, w_row, buffer, zero, D: gl.constexpr, ACC: gl.constexpr
 ):  # fmt: skip
-    """The queries from ``first`` on into ``buffer``; returns their weights ``[128]``."""
+    """The chunk of the queries from ``first`` on into ``buffer``; returns its weights ``[64, 128]``."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)))
-    used = (first + row < num_queries) & (head < num_heads)
-    at = (first + row).to(gl.int64) * q_row + head * q_head
-    dim = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
-    buffer.store(gl.load(q + at[:, None] + dim[None, :], mask=used[:, None], other=0.0))
     row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)))
-    used = (first + row < num_queries) & (head < num_heads)
-    w = gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0)
+    load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)))
+    w = load_chunk(
+        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer, D, LOAD
+    )
     fence_async_shared()
-    return w
+    return zero + w
 
 
 @gluon.jit
@@ -106,17 +102,6 @@ def sums_of_heads(dots, weights, lane, zero):
 
 
 @gluon.jit
-def _along(size: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """0, 1, 2 ... along one of four dims, 1 wide in the others."""
-    L2: gl.constexpr = gl.SliceLayout(3 if DIM < 3 else 2, LAYOUT)
-    L1: gl.constexpr = gl.SliceLayout(2 if DIM < 2 else 1, L2)
-    L0: gl.constexpr = gl.SliceLayout(1 if DIM < 1 else 0, L1)
-    x = gl.expand_dims(gl.arange(0, size, layout=L0), 1 if DIM < 1 else 0)
-    x = gl.expand_dims(x, 2 if DIM < 2 else 1)
-    return gl.expand_dims(x, 3 if DIM < 3 else 2)
-
-
-@gluon.jit
 def lanes(zero):
     """The thread's number modulo 4, int32 ``[4, 8, 4]``; ``zero [64, 128]`` is in the layout of products."""
     low, _high = gl.split(gl.permute(gl.sum(gl.reshape(zero, [4, 2, 8, 16, 4, 2]), 3), (0, 2, 3, 4, 1)))
@@ -135,4 +120,4 @@ def scales_of(buffer, LAYOUT: gl.constexpr):
 @gluon.jit
 def places(LAYOUT: gl.constexpr):
     """``(key, query)``: where in a tile and which of a chunk's queries the sums over heads are."""
-    return _along(4, 0, LAYOUT) * 16 + _along(8, 1, LAYOUT) + _along(2, 2, LAYOUT) * 8, _along(QUERIES, 3, LAYOUT)
+    return along(4, 0, 4, LAYOUT) * 16 + along(8, 1, 4, LAYOUT) + along(2, 2, 4, LAYOUT) * 8, along(QUERIES, 3, 4, LAYOUT)

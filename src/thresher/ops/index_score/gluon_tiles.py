@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
 
 NAN_ALL = gl.constexpr(triton.language.PropagateNan.ALL)
 NO_REQUEST = gl.constexpr(2**31 - 1)
@@ -49,6 +49,30 @@ def whole_sums(sums, SUB: gl.constexpr):
     a, b = gl.split(gl.permute(gl.reshape(a + b, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
     a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
     return a + b
+
+
+@gluon.jit
+def ring(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """The barriers of a ring of tiles in shared memory: a slot is full when its bytes are there, and empty when all consumers say so."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=CONSUMERS)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def along(size: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr):
+    """0, 1, 2 ... along one of ``RANK`` dims, 1 wide in the others."""
+    if RANK == 1:
+        x = gl.arange(0, size, layout=LAYOUT)
+    elif DIM < RANK - 1:
+        x = gl.expand_dims(along(size, DIM, RANK - 1, gl.SliceLayout(RANK - 1, LAYOUT)), RANK - 1)
+    else:
+        x = gl.expand_dims(along(size, DIM - 1, RANK - 1, gl.SliceLayout(0, LAYOUT)), 0)
+    return x
 
 
 @gluon.jit

@@ -34,6 +34,7 @@ KEYS = 64
 QUERIES = {8: 16, 16: 8, 32: 8, 64: 4, 128: 2}  # most queries a tile, by padded heads; half of it for bf16
 MIN_COLUMNS = 16
 GATHERED_KEYS = 128  # the gathered form has one tile a program
+QUADS = 32  # heads; on Hopper more are multiplied by groups of four warps with a chunk each (``gluon_quads.py``)
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
 MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form

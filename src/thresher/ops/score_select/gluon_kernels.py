@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
 from thresher.ops.index_score.gluon_tiles import (
     COLUMNS,
@@ -24,12 +24,13 @@ from thresher.ops.index_score.gluon_tiles import (
     live,
     load_queries,
     multiply,
+    ring,
     sight,
     whole_sums,
 )
 from thresher.ops.score_select.gluon_lists import (
-    append_careful,
-    append_quick,
+    append_two,
+    first_of_run,
     halves,
     look_ahead,
     read_rows,
@@ -42,8 +43,7 @@ PLACES = gl.constexpr(32)  # lists of a run: a thread has two keys of a tile
 @gluon.jit
 def _turns(begin, stop, run, runs, TILES: gl.constexpr):
     """The first turn of the run that has tiles from ``begin`` on, and the turn after all those with tiles before ``stop``."""
-    first = begin // TILES
-    return first + (run + runs - first % runs) % runs, (stop + TILES - 1) // TILES
+    return first_of_run(begin // TILES, run, runs), (stop + TILES - 1) // TILES
 
 
 @gluon.jit
@@ -185,24 +185,15 @@ def _consumer(
                     s0, s1 = halves(whole_sums(sums, SUB), SUB)
                     s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
                     # Here and not below, so that it is done while the other tile is multiplied.
-                    if quick:
-                        at = append_quick(s0, bar, key, at, lists)
-                        at = append_quick(s1, bar, key + 8, at, lists)
-                    else:
-                        at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
-                        at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
+                    at = append_two(s0, s1, quick, bar, key, seen, level, tie_end, at, lists, list_start, ROOM)
                     seen = gl.where(now_valid1, mine, 0)
                     key += KEYS
                 dots = warpgroup_mma_wait(0, [acc1])
                 mbarrier.arrive(empty.index(slot))
                 s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
                 s0, s1 = gl.fma(s0, now_b0, nothing), gl.fma(s1, now_b1, nothing)
-                if quick:
-                    at = append_quick(s0, bar, key, at, lists)
-                    at = append_quick(s1, bar, key + 8, at, lists)
-                else:
-                    at = append_careful(s0, key, seen, level, tie_end, at, lists, list_start, ROOM)
-                    at = append_careful(s1, key + 8, seen, level, tie_end, at, lists, list_start, ROOM)
+                at = append_two(s0, s1, quick, bar, key, seen, level, tie_end, at, lists, list_start, ROOM)
+                if not quick:
                     overfull = at - list_start > ROOM * 8
                     bar, edge = look_ahead(turn + runs, runs, mine, level, tie_end, overfull, TILES * KEYS)
                 count += 1
@@ -221,12 +212,7 @@ def collect_kernel(
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
-    fence_async_shared()
+    full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_consumer, (

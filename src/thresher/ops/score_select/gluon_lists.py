@@ -6,10 +6,16 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from thresher.ops.index_score.gluon_tiles import sight
+from thresher.ops.index_score.gluon_tiles import along, sight
 
 QUICK = gl.constexpr(15)  # turns in a row, at most, that do not look at whether a list is full
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
+
+
+@gluon.jit
+def first_of_run(begin, run, runs):
+    """The first number from ``begin`` on that belongs to the run: run r of R has every R-th from r on."""
+    return begin + (run + runs - begin % runs) % runs
 
 
 @gluon.jit
@@ -19,24 +25,10 @@ def halves(x, SUB: gl.constexpr):
 
 
 @gluon.jit
-def _along(size: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """0, 1, 2 ... along one of five dims, 1 wide in the others."""
-    L3: gl.constexpr = gl.SliceLayout(4 if DIM < 4 else 3, LAYOUT)
-    L2: gl.constexpr = gl.SliceLayout(3 if DIM < 3 else 2, L3)
-    L1: gl.constexpr = gl.SliceLayout(2 if DIM < 2 else 1, L2)
-    L0: gl.constexpr = gl.SliceLayout(1 if DIM < 1 else 0, L1)
-    x = gl.arange(0, size, layout=L0)
-    x = gl.expand_dims(x, 1 if DIM < 1 else 0)
-    x = gl.expand_dims(x, 2 if DIM < 2 else 1)
-    x = gl.expand_dims(x, 3 if DIM < 3 else 2)
-    return gl.expand_dims(x, 4 if DIM < 4 else 3)
-
-
-@gluon.jit
 def rows_and_places(SUB: gl.constexpr, PLACE: gl.constexpr):
     """Of ``[4, 8, SUB, 2, 4]`` which of a consumer's rows, which key of a tile, the first of two 8 apart, and which of a run's lists."""
-    warp, lane = _along(4, 0, PLACE), _along(8, 1, PLACE)
-    row = _along(SUB, 2, PLACE) * 8 + _along(2, 3, PLACE) * 4 + _along(4, 4, PLACE)
+    warp, lane = along(4, 0, 5, PLACE), along(8, 1, 5, PLACE)
+    row = along(SUB, 2, 5, PLACE) * 8 + along(2, 3, 5, PLACE) * 4 + along(4, 4, 5, PLACE)
     return row, warp * 16 + lane, warp * 8 + lane
 
 
@@ -85,6 +77,18 @@ def append_careful(score, key, end, level, tie_end, at, lists, list_start, ROOM:
     pair = (score.to(gl.int32, bitcast=True).to(gl.int64) << 32) | key.to(gl.int64)
     gl.store(lists + (at >> 3), pair, mask=keep & (at - list_start < ROOM * 8))
     return at + keep.to(gl.int32) * 8
+
+
+@gluon.jit
+def append_two(s0, s1, quick, bar, key, end, level, tie_end, at, lists, list_start, ROOM: gl.constexpr):
+    """Append a thread's scores of two keys 8 apart, by the bar alone if ``quick``."""
+    if quick:
+        at = append_quick(s0, bar, key, at, lists)
+        at = append_quick(s1, bar, key + 8, at, lists)
+    else:
+        at = append_careful(s0, key, end, level, tie_end, at, lists, list_start, ROOM)
+        at = append_careful(s1, key + 8, end, level, tie_end, at, lists, list_start, ROOM)
+    return at
 
 
 @gluon.jit

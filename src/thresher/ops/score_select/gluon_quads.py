@@ -9,16 +9,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_chunk, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, sight
-
-
-@gluon.jit
-def _first_of_run(begin, run, runs):
-    """The first tile from ``begin`` on that belongs to the run."""
-    return begin + (run + runs - begin % runs) % runs
+from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
+from thresher.ops.score_select.gluon_lists import first_of_run
 
 
 @gluon.jit
@@ -44,7 +39,7 @@ def _producer(
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             begin, stop = live(start, end, owner == current, 0, tiles)
-            begin = _first_of_run(begin, unit % runs, runs)
+            begin = first_of_run(begin, unit % runs, runs)
             table = page_table + current.to(gl.int64) * table_row
             page, valid = begin * 0, begin < begin
             if begin < stop:
@@ -109,8 +104,7 @@ def _consumer(
     for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
         block, run = unit // runs * BLOCK, unit % runs
         first = block + WHICH * QUERIES
-        w = load_chunk(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), D, ACC)
-        w = gl.expand_dims(w, 0) + zero
+        w = load_queries(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), zero, D, ACC)
         mat = q_buffers.index(WHICH).permute((1, 0))
         row = block + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
         start, end, owner = sight(row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
@@ -128,11 +122,11 @@ def _consumer(
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             begin, stop = live(start, end, owner == current, 0, tiles)
-            begin = _first_of_run(begin, run, runs)
+            begin = first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
             middle = begin
             if KEPT:
-                middle = _first_of_run(gl.maximum(gl.minimum(_sampled(end, owner == current, whole), stop), begin), run, runs)
+                middle = first_of_run(gl.maximum(gl.minimum(_sampled(end, owner == current, whole), stop), begin), run, runs)
                 for tile in range(begin, middle, runs):
                     if tile & stride - 1 != 0:
                         at = _score_tile(
@@ -159,12 +153,7 @@ def collect_quads_kernel(
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=GROUPS)
-    fence_async_shared()
+    full, empty = ring(STAGES, GROUPS)
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,

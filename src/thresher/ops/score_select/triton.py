@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
-from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, padded_heads, paged_arguments, paged_index_score
+from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel, settle_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel
@@ -34,8 +34,6 @@ MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 4096
 ROWS = 1024  # at a time: enough for all multiprocessors, and 220 MB for rows of 1M keys
 STAGES = 8  # tiles under way
-QUADS = 32  # heads; more are collected by groups of four warps with a chunk each (``gluon_quads.py``)
-QUAD_STAGES = 4
 MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
@@ -265,7 +263,7 @@ def collect(
     query: IndexQuery, keys: IndexKeys, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor, plan: Plan, programs: int
 ) -> None:
     """Launch the kernel that collects so many heads."""
-    from thresher.ops.index_score.gluon import paged_keys, scale_tiles
+    from thresher.ops.index_score.gluon import QUAD_STAGES, paged_keys, scale_tiles
     from thresher.ops.score_select.gluon_kernels import collect_kernel
     from thresher.ops.score_select.gluon_quads import collect_quads_kernel
 
