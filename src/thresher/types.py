@@ -98,6 +98,11 @@ class IndexKeys:
     def num_requests(self) -> int:
         return self.page_table.shape[0]
 
+    @property
+    def room(self) -> int:
+        """Tokens of a request that the page table has room for, known without a look at the device."""
+        return self.page_table.shape[1] * self.page_size
+
 
 @dataclass(frozen=True)
 class Selection:

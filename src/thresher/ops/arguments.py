@@ -56,7 +56,7 @@ def check_paged(query: IndexQuery, keys: IndexKeys) -> torch.device:
         lengths=keys.lengths,
     )
     require(keys.pages.is_contiguous(), "pages must be contiguous", f"strides {keys.pages.stride()}", "pass IndexKeyCache.pages")
-    room = keys.page_table.shape[1] * keys.page_size
+    room = keys.room
     check_values(
         ("requests", query.requests, 0, keys.num_requests - 1, "name a row of page_table"),
         ("lengths", keys.lengths, 0, room, "pass the tokens that page_table holds"),

@@ -61,7 +61,7 @@ class HISA(Selector):
             scores = block_index_score(rows, keys, blocks, self.block_size)
             return select_topk_in_blocks(scores, self.topk, blocks, self.block_size)
 
-        return in_chunks(query, max(self.num_blocks * self.block_size, _room(means)), select_rows)
+        return in_chunks(query, max(self.num_blocks * self.block_size, means.room), select_rows)
 
     def choose_blocks(self, query: IndexQuery, keys: IndexKeys, means: IndexKeys) -> Tensor:
         """int32 ``[Q, m]``, ``m <= num_blocks``: the blocks to look into, ascending, -1 padded at the end.
@@ -73,7 +73,7 @@ class HISA(Selector):
         """
         # A query sees the mean of its own block too, once that is full; it is not looked at.
         of_blocks = replace(query, positions=query.positions // self.block_size)
-        score_QM = paged_index_score(of_blocks, means, filled=False, width=_room(means))
+        score_QM = paged_index_score(of_blocks, means, filled=False, width=means.room)
         return select_blocks(score_QM, self.num_blocks, query, keys, self.block_size)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
@@ -87,8 +87,3 @@ class HISA(Selector):
     def keys_scored(self, length: int) -> int:
         """Block means and tokens scored for one query over ``length`` keys."""
         return -(-length // self.block_size) + min(length, self.num_blocks * self.block_size)
-
-
-def _room(keys: IndexKeys) -> int:
-    """What the page table has room for: as many columns as scores need, known without a look at the device."""
-    return keys.page_table.shape[1] * keys.page_size

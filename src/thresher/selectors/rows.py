@@ -20,7 +20,7 @@ GPU_ELEMENTS = 2**26
 def longest(keys: IndexKeys) -> int:
     """The largest length of any request, 0 when there are none; what the page table has room for while a CUDA graph is recorded."""
     if not can_read(keys.lengths.device):
-        return keys.page_table.shape[1] * keys.page_size
+        return keys.room
     return int(keys.lengths.max()) if keys.num_requests else 0
 
 
@@ -31,7 +31,7 @@ def scan_columns(query: IndexQuery, keys: IndexKeys, topk: int) -> int:
     """
     if one_pass(query, keys, topk) is not None:
         return 0
-    room = keys.page_table.shape[1] * keys.page_size
+    room = keys.room
     return room if query.num_queries * room <= _budget(query) else longest(keys)
 
 

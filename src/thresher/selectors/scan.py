@@ -46,7 +46,7 @@ def most_blocks(means: PackedMeans) -> int:
 
 def most_tokens(keys: IndexKeys, means: PackedMeans, block_size: int) -> int:
     """No request is longer than this: full blocks, and one that is not."""
-    return min((most_blocks(means) + 1) * block_size, keys.page_table.shape[1] * keys.page_size)
+    return min((most_blocks(means) + 1) * block_size, keys.room)
 
 
 def up_to_date_means(keys: IndexKeys, block_size: int, state: LayerState | None) -> PackedMeans:

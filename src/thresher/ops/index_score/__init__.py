@@ -86,10 +86,10 @@ def paged_index_score(query: IndexQuery, keys: IndexKeys, impl: str = "auto", fi
     device = check_paged(query, keys)
     check_kind("filled", filled, bool, "pass True or False")
     if width is None:
-        width = None if can_read(device) else _room(keys)
+        width = None if can_read(device) else keys.room
     else:
         check_count("width", width, 0, do="pass the columns to return")
-    columns = _room(keys) if width is None else width
+    columns = keys.room if width is None else width
     kernel = choose("paged_index_score", impl, device, lambda module: _unsupported(module, query, columns))
     return paged_scores(query, keys, width) if kernel is None else kernel(query, keys, width=width, filled=filled)
 
@@ -141,10 +141,6 @@ def block_index_score(query: IndexQuery, keys: IndexKeys, blocks: Tensor, block_
     device_of(query=query.q, blocks=blocks)
     kernel = choose("block_index_score", impl, device, lambda module: _unsupported(module, query, blocks.shape[1] * block_size))
     return block_scores(query, keys, blocks, block_size) if kernel is None else kernel(query, keys, blocks, block_size)
-
-
-def _room(keys: IndexKeys) -> int:
-    return keys.page_table.shape[1] * keys.page_size
 
 
 def _unsupported(module: ModuleType, query: IndexQuery, width: int) -> str | None:

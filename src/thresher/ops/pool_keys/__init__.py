@@ -71,7 +71,7 @@ def pool_pages(
     check_kind("keys", keys, IndexKeys, "take IndexKeyCache.view or pack_keys")
     device = device_of(pages=keys.pages, page_table=keys.page_table, lengths=keys.lengths)
     require(keys.pages.is_contiguous(), "pages must be contiguous", f"strides {keys.pages.stride()}", "pass IndexKeyCache.pages")
-    check_values(("lengths", keys.lengths, 0, keys.page_table.shape[1] * keys.page_size, "pass the tokens that page_table holds"))
+    check_values(("lengths", keys.lengths, 0, keys.room, "pass the tokens that page_table holds"))
     check_count("block_size", block_size, 1, do="pass tokens per block")
     for name, value in (("starts", starts), ("ends", ends)):
         check_list(name, value, "block numbers", "pass one per request")

@@ -104,7 +104,7 @@ def route_heads(mass: Tensor, active_heads: int) -> Tensor:
 def _mean_rows(means: Means, device: torch.device) -> tuple[Rows, Tensor, int]:
     """Where the means lie, how many there are of each request (int64 ``[B]``), and a bound on that."""
     if isinstance(means, IndexKeys):
-        return paged_rows(means), means.lengths.contiguous(), means.page_table.shape[1] * means.page_size
+        return paged_rows(means), means.lengths.contiguous(), means.room
     packed = means if isinstance(means, PackedMeans) else PackedMeans(means)
     values, scales, starts, counts = packed.rows(device)
     return flat_rows(values, scales, starts), counts, packed.most

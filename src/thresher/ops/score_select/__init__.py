@@ -58,7 +58,7 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
 
     def why_not(module: ModuleType) -> str | None:
         why: str | None = module.unsupported(query, keys, topk)
-        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.page_table.shape[1] * keys.page_size):
+        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.room):
             why = "the two steps are faster"
         return why
 

@@ -144,7 +144,7 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
         return "needs a page and a request"
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
-    room_tokens = keys.page_table.shape[1] * TILE
+    room_tokens = keys.room
     if triton.cdiv(keys.page_table.shape[1], sample_stride(room_tokens, topk)) * TILE > MAX_SAMPLE:
         return f"needs a larger topk than {topk} for a page table with room for {room_tokens} keys"
     return None
@@ -177,7 +177,7 @@ def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Select
     num, topk = selection.indices.shape
     if not num:
         return
-    room_tokens = keys.page_table.shape[1] * keys.page_size
+    room_tokens = keys.room
     programs = scratch_rows(_multiprocessors(query.q.device), room_tokens)
     scratch = torch.empty(programs, room_tokens, device=query.q.device)
     tensors, sizes, strides = paged_arguments(query, keys)
@@ -202,7 +202,7 @@ def _multiprocessors(device: torch.device) -> int:
 def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> tuple[Selection, Tensor]:
     """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
     num, device = query.num_queries, query.q.device
-    room_tokens = keys.page_table.shape[1] * TILE
+    room_tokens = keys.room
     programs = _multiprocessors(device)
     plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
     ends = torch.empty(num, dtype=torch.int64, device=device)
@@ -242,7 +242,7 @@ def find_levels(
     with on_device(query.q):
         prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
             query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
-            num, keys.num_requests, keys.page_table.shape[1] * TILE, stride, sampled, *keys.page_table.stride(),
+            num, keys.num_requests, keys.room, stride, sampled, *keys.page_table.stride(),
             TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0,
         )  # fmt: skip
     if not stride:

@@ -184,7 +184,7 @@ def select_blocks(scores: Tensor, num_blocks: int, query: IndexQuery, keys: Inde
     with on_device(scores):
         blocks_kernel[(num,)](
             scores, query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous(), blocks,
-            width, kept, max(kept - 2, 0), scores.stride(0), keys.num_requests, keys.page_table.shape[1] * keys.page_size,
+            width, kept, max(kept - 2, 0), scores.stride(0), keys.num_requests, keys.room,
             BLOCK_SIZE=block_size, BLOCK=block, num_warps=min(max(block // 512, 4), 16),
         )  # fmt: skip
     return blocks
