@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device, quantize_tile, round_like, round_to_bf16
+from thresher.cache.device import INTERPRET, on_device, quantize_tile, round_like, round_to_bf16, unit_rows
 from thresher.cache.latents import FP8_BYTES, GROUP, LATENT_DIM, ROPE_DIM
 from thresher.errors import require
 
@@ -252,7 +252,7 @@ def store_index_keys(pages: Tensor, slots: Tensor, x: Tensor, positions: Tensor,
     require(pages.is_contiguous(), "pages must be contiguous", f"strides {pages.stride()}", "pass IndexKeyCache.pages")
     (num, dim), page_size = x.shape, pages.shape[1]
     require(pages.shape[3] == dim + 4, f"pages must hold keys of {dim} dims", tuple(pages.shape), "use the cache of this indexer")
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = unit_rows(x)
     rows = max(1, TILE // dim)
     # A few tokens: spread them over more programs rather than idle most of one.
     rows = min(rows, triton.next_power_of_2(triton.cdiv(max(num, 1), 132)))
@@ -296,7 +296,7 @@ def quantize_queries(
     """
     num, heads, dim = x.shape
     x = x if x.stride(2) == 1 else x.contiguous()
-    weights = weights if weights.stride(1) == 1 else weights.contiguous()
+    weights = unit_rows(weights)
     values = torch.empty(num, heads, dim, dtype=torch.uint8, device=x.device)
     folded = torch.empty(num, heads, dtype=torch.float32, device=x.device)
     rows = min(max(1, TILE // dim), triton.next_power_of_2(heads))
@@ -343,8 +343,8 @@ def store_latents(
     """
     ok = data.is_contiguous() and data.shape[-1] == FP8_BYTES
     require(ok, f"data must be contiguous [pages, page_size, 1, {FP8_BYTES}]", tuple(data.shape), "pass LatentCache(fp8=True).data")
-    latent = latent if latent.stride(1) == 1 else latent.contiguous()
-    rope = rope if rope.stride(1) == 1 else rope.contiguous()
+    latent = unit_rows(latent)
+    rope = unit_rows(rope)
     num, rotary = len(slots), 0 if positions is None else ROPE_DIM
     flat = data.view(-1)
     if not num or not flat.numel():

@@ -6,10 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thresher.ops.select.triton_search import key_number, number_key, search
+from thresher.ops.select.triton_search import LOWEST, key_number, number_key, search
 
 _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
-_LOWEST = tl.constexpr(-0x7F800000)  # the key of the lowest number
 
 
 @triton.jit
@@ -107,8 +106,8 @@ def level_kernel(
     num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
     if (tl.load(ends + row) > whole) & (num >= want):
         top = number_key(tl.max(score, axis=0))
-        guess = tl.maximum(top - (5 << 20), _LOWEST)  # five eighths of an octave down: the best are seldom far apart
-        level = _search(score, want + num * 0, slack, num * 0 + _LOWEST, top, num, guess)
+        guess = tl.maximum(top - (5 << 20), LOWEST)  # five eighths of an octave down: the best are seldom far apart
+        level = _search(score, want + num * 0, slack, num * 0 + LOWEST, top, num, guess)
         level_key = level_key * 0 + _SIGN
         if tl.sum((score >= level).to(tl.int32), axis=0) > want + slack:
             # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
@@ -161,7 +160,7 @@ def _find_cut(found, counts, level, length, num, end, LISTS: tl.constexpr, ROOM:
     at, there, held = _places(counts, 0, LISTS, ROOM, ALL, DEEP)
     score = (tl.load(found + at, mask=there, other=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     score = tl.where(held, score, float("-inf"))
-    low = tl.where(level == float("-inf"), _LOWEST, number_key(level))
+    low = tl.where(level == float("-inf"), LOWEST, number_key(level))
     flat = tl.reshape(score, [ALL * DEEP], can_reorder=True)
     top = number_key(tl.max(flat, axis=0))
     # Two fifths of what lies above the level lie above this in usual distributions. It saves two steps of nine.

@@ -26,7 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device
+from thresher.cache.device import INTERPRET, on_device, unit_rows
 from thresher.errors import require
 from thresher.ops.select import triton_kernels as kernels
 from thresher.ops.select import triton_split as split
@@ -174,7 +174,7 @@ def select_topk_in_blocks(
 
 def select_blocks(scores: Tensor, num_blocks: int, query: IndexQuery, keys: IndexKeys, block_size: int) -> Tensor:
     """``thresher.ops.select_blocks`` for checked arguments, at most ``MAX_BLOCKS`` scores a row. No value is read on the host."""
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    scores = unit_rows(scores)
     num, width = scores.shape
     kept = min(num_blocks, width + 1)
     blocks = torch.empty(num, kept, dtype=torch.int32, device=scores.device)
@@ -200,8 +200,8 @@ def _run(
     span: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``span``: columns that an entry of ``positions`` stands for."""
-    scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    positions = positions if positions is None or positions.stride(1) == 1 else positions.contiguous()
+    scores = unit_rows(scores)
+    positions = None if positions is None else unit_rows(positions)
     num, width = scores.shape
     device = scores.device
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)

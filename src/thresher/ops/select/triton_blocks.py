@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 
 from thresher.cache.device import as_mask
-from thresher.ops.select.triton_search import load_row, threshold, write
+from thresher.ops.select.triton_search import LOWEST, load_row, threshold, write
 
-_LOWEST = tl.constexpr(-0x7F800000)
 _PADDED = tl.constexpr(128)  # entries looked at together for what is not from the scores
 
 
@@ -31,7 +30,7 @@ def blocks_kernel(
     column = tl.arange(0, BLOCK)
     score = load_row(scores + row * score_stride, positions, column, tl.minimum(own, width), width, 0, True)
     score = tl.where(column > 0, score, float("-inf"))  # block 0 is given, not chosen
-    cut, ties, chosen = threshold(score, free, _LOWEST)
+    cut, ties, chosen = threshold(score, free, LOWEST)
     first = (own > 0).to(tl.int32)
     write(
         row, column, score, cut, ties, first, first * 0, positions, positions, requests, blocks, scores, kept, 0, 0, 1, 0, False, False

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from thresher.ops.select.triton_search import (
+    LOWEST,
     append,
     count_bits,
     finish,
@@ -23,8 +24,6 @@ from thresher.ops.select.triton_search import (
     write_row,
 )  # fmt: skip
 
-_LOWEST = tl.constexpr(-0x7F800000)
-
 
 @triton.jit
 def one_program(
@@ -40,7 +39,7 @@ def one_program(
         positions += row * position_stride
     columns = tl.arange(0, BLOCK)
     score = load_row(scores, positions, columns, row_end(ends, row, width, HAS_ENDS), width, SPAN, HAS_ENDS)
-    cut, ties, length = threshold(score, topk, _LOWEST)
+    cut, ties, length = threshold(score, topk, LOWEST)
     write(
         row, columns, score, cut, ties, length * 0, length * 0, positions, page_table, requests, indices, beside,
         topk, num_requests, max_pages, page_size, SPAN, SLOTS, WITH_SCORES,
@@ -57,7 +56,7 @@ def _select_listed(
     """Select from a list of at most SIZE entries, in the order of columns, that holds the answer."""
     entry = tl.arange(0, SIZE)
     score = listed_scores(found, entry, count, "")
-    low = tl.where(level == float("-inf"), _LOWEST, number_key(level) + 1)
+    low = tl.where(level == float("-inf"), LOWEST, number_key(level) + 1)
     cut, ties, length = threshold(score, topk, low)
     above = count * 0
     tied = count * 0

@@ -18,7 +18,7 @@ _NONE = tl.constexpr(-(2**31))  # -inf, or a position of -1
 _NAN = tl.constexpr(-(2**31) + 1)
 _INF = tl.constexpr(0x7F800000)
 _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
-_LOWEST = tl.constexpr(-0x7F800000)  # the key of the lowest number
+LOWEST = tl.constexpr(-0x7F800000)  # the key of the lowest number
 _TURNS = tl.constexpr(12)  # steps that interpolate before bisection ends a search
 
 
@@ -121,7 +121,7 @@ def sample_cut(
         want = tl.minimum((aim * seen + end - 1) // end, seen) + num * 0
         full = num >= want
         top = tl.max(score, axis=0)
-        low = num * 0 + _LOWEST
+        low = num * 0 + LOWEST
         key = search(score, want, want // 16, low, tl.where(full, number_key(top), low - 1), num)
         level = tl.where(full, key_number(key), float("-inf"))
     return level

@@ -7,6 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thresher.ops.select.triton_search import (
+    LOWEST,
     append,
     count_bits,
     count_chosen,
@@ -24,8 +25,6 @@ from thresher.ops.select.triton_search import (
     ties_of,
     write_row,
 )  # fmt: skip
-
-_LOWEST = tl.constexpr(-0x7F800000)
 
 
 @triton.jit
@@ -59,7 +58,7 @@ def _select_shared(
     """
     entry = tl.arange(0, SIZE)
     score = listed_scores(found, entry, count, ".cg")
-    low = tl.where(level == float("-inf"), _LOWEST, number_key(level) + 1)
+    low = tl.where(level == float("-inf"), LOWEST, number_key(level) + 1)
     cut, ties, length = threshold(score, topk, low)
     chosen = count_chosen(score, cut)
     upto = tl.cumsum(chosen, axis=0)
