@@ -15,6 +15,7 @@ from thresher.ops.select.triton_search import (
     listed,
     listed_scores,
     load_chunk,
+    load_row,
     lowest_bit,
     number_key,
     pack,
@@ -23,6 +24,7 @@ from thresher.ops.select.triton_search import (
     sample_cut,
     threshold,
     ties_of,
+    write,
     write_row,
 )  # fmt: skip
 
@@ -123,6 +125,23 @@ def _write_marked(
 
 
 @triton.jit
+def _select_chunk(
+    row, scores, positions, page_table, requests, indices, lengths, beside,
+    end, width, topk, num_requests, max_pages, page_size,
+    CHUNK: tl.constexpr, SPAN: tl.constexpr, HAS_ENDS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr,
+):  # fmt: skip
+    """Select from a row that ends in its first chunk: all of it would be in the list."""
+    columns = tl.arange(0, CHUNK)
+    score = load_row(scores, positions, columns, end, width, SPAN, HAS_ENDS)
+    cut, ties, length = threshold(score, topk, LOWEST)
+    write(
+        row, columns, score, cut, ties, length * 0, length * 0, positions, page_table, requests, indices, beside,
+        topk, num_requests, max_pages, page_size, SPAN, SLOTS, WITH_SCORES,
+    )  # fmt: skip
+    finish(row, length, lengths, indices, beside, topk, CHUNK, WITH_SCORES)
+
+
+@triton.jit
 def collect(
     scores, positions, ends, page_table, requests, indices, lengths, beside,
     levels, counters, tickets, base_table, count_table, tie_table, found, marks, tie_marks,
@@ -133,7 +152,8 @@ def collect(
     """Append what stands above the level in one chunk of a row to the row's list; the row's last program selects.
 
     The chunks of a row append in any order and note where; counts are right even where ROOM runs out. Ties with the level are counted, and
-    marks of both are left behind: what a plateau of ties is written from. Chunks past a row's end have no part in it.
+    marks of both are left behind: what a plateau of ties is written from. Chunks past a row's end have no part in it, and a row of one
+    chunk has no list.
     ``found`` int32 ``[Q, 2, ROOM]``: score bits, columns. ``marks``, ``tie_marks`` int32 ``[Q, num_chunks * CHUNK / 32]``.
     """
     program = tl.program_id(0)
@@ -141,11 +161,19 @@ def collect(
     index = program % num_chunks
     first = index * CHUNK
     end = row_end(ends, row, width, HAS_ENDS)
-    live = tl.maximum((end + CHUNK - 1) // CHUNK, 1)
+    live = (end + CHUNK - 1) // CHUNK
+    scores += row * score_stride
+    if SPAN:
+        positions += row * position_stride
+    if HAS_ENDS:
+        if end <= CHUNK:
+            if index == 0:
+                _select_chunk(
+                    row, scores, positions, page_table, requests, indices, lengths, beside,
+                    end, width, topk, num_requests, max_pages, page_size, CHUNK, SPAN, HAS_ENDS, SLOTS, WITH_SCORES,
+                )  # fmt: skip
+            return
     if index < live:
-        scores += row * score_stride
-        if SPAN:
-            positions += row * position_stride
         found += row * (2 * ROOM)
         num_words = live * (CHUNK // 32)
         in_row = row * num_chunks
