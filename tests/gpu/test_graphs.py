@@ -1,4 +1,4 @@
-"""Decode in a CUDA graph: a replay has the eager bits, also when lengths have changed since it was recorded.
+"""CUDA graphs: a replay has the eager bits, also when lengths have changed since it was recorded.
 
 In the interpreter a replay is one more call.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from thresher import ops
 from thresher.cache import IndexKeyCache, pack_keys
 from thresher.ops.dispatch import using
-from thresher.selectors import DSA
+from thresher.selectors import DSA, HISA, MISA, MISARerank
+from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery
 
 from .compare import differ_all, fail_on
@@ -152,3 +154,53 @@ def test_append_pool_and_route():
         cache.pages.copy_(world.keys.pages)
     means = [make_means(), make_means()]
     check(world, lambda: step_with(means[0], caches[0]), lambda: step_with(means[1], caches[1]))
+
+
+WITH_MEANS = [HISA(16, 6, 32), MISA(4, 16, 32), MISARerank(4, 16, 64, 32)]
+
+
+@pytest.mark.parametrize("selector", WITH_MEANS, ids=lambda selector: type(selector).__name__)
+def test_selectors_without_a_state(selector: Selector):
+    """Their means are made in the graph."""
+    world = World()
+
+    def step() -> list[Tensor]:
+        with using("triton"):
+            picked = selector.select(world.query, world.keys)
+            return [picked.indices, picked.lengths, picked.scores]
+
+    check(world, step, step)
+
+
+def test_a_launch_waits_for_copies_and_for_other_streams():
+    """Score kernels may start while the launch ahead still runs: what that writes, a copy or another stream's kernel too, is there."""
+    world = World()
+    query = IndexQuery(*(torch.zeros_like(x) for x in (world.query.q, world.query.weights, world.query.positions, world.query.requests)))
+    ballast = torch.zeros(sized(2**27, 16), device=DEVICE)
+    side = None if INTERPRET else torch.cuda.Stream()
+
+    def slow_copy(to: Tensor, what: Tensor) -> None:
+        ballast.add_(1.0)
+        to.copy_(what)
+
+    def score_copied() -> Tensor:
+        query.positions.copy_(world.query.positions)
+        query.requests.copy_(world.query.requests)
+        query.weights.copy_(world.query.weights)
+        slow_copy(query.q.view(torch.uint8), world.query.q.view(torch.uint8))
+        first = score.paged_index_score(query, world.keys, width=world.room)
+        query.weights.zero_()
+        if side is None:
+            slow_copy(query.weights, world.query.weights)
+        else:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                slow_copy(query.weights, world.query.weights)
+            torch.cuda.current_stream().wait_stream(side)
+        query.q.view(torch.uint8).zero_()
+        slow_copy(query.q.view(torch.uint8), world.query.q.view(torch.uint8))
+        return torch.stack((first, score.paged_index_score(query, world.keys, width=world.room)))
+
+    check(world, lambda: [score_copied()], lambda: [score_copied()])
+    want = score.paged_index_score(world.query, world.keys, width=world.room)
+    fail_on(differ_all("after slow copies", [score_copied()], [torch.stack((want, want))]))

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from thresher.bench.check import BITS, rows_to_cpu, score_bound, selections_agree
-from thresher.cache import pack_keys
 from thresher.eval.demo import run_demo
 from thresher.eval.needle import DEPTHS, LENGTHS, build_needle
 from thresher.eval.recall import recall_rows
@@ -26,7 +25,7 @@ from thresher.models.smollm2 import load_model, load_tokenizer
 from thresher.ops import dispatch
 from thresher.ops.route_heads import head_mass, route_heads
 from thresher.selectors import DSA, HISA
-from thresher.selectors.scan import up_to_date_means
+from thresher.selectors.scan import mean_keys, up_to_date_means
 from thresher.types import Selection
 
 pytestmark = [
@@ -102,9 +101,9 @@ def first_stage(selector, query, keys):
     """``[Q, n]``: what decides before any token is scored, HISA's blocks or MISA's heads; a near-tie there may move many tokens."""
     if isinstance(selector, DSA):
         return torch.empty(query.num_queries, 0, device=query.q.device)
-    means = up_to_date_means(keys, selector.block_size, None)
     if isinstance(selector, HISA):
-        return selector.choose_blocks(query, keys, pack_keys(means))
+        return selector.choose_blocks(query, keys, mean_keys(keys, selector.block_size, None))
+    means = up_to_date_means(keys, selector.block_size, None)
     return route_heads(head_mass(query, means, keys, selector.block_size), selector.active_heads)
 
 

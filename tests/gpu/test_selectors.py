@@ -10,12 +10,11 @@ import torch
 from thresher.bench.cases import Case
 from thresher.bench.check import BITS, score_bound, selections_agree
 from thresher.bench.inputs import CRUEL, make_inputs
-from thresher.cache import pack_keys
 from thresher.ops import head_mass, route_heads
 from thresher.ops.dispatch import using
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.selectors.base import Selector
-from thresher.selectors.scan import up_to_date_means
+from thresher.selectors.scan import mean_keys, up_to_date_means
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .compare import fail_on
@@ -34,9 +33,9 @@ def first_stage(selector: Selector, query: IndexQuery, keys: IndexKeys) -> torch
     """What a selector decides before it ranks tokens, int64 ``[Q, n]``: heads or blocks."""
     if isinstance(selector, DSA):
         return None
-    means = up_to_date_means(keys, selector.block_size, None)
     if isinstance(selector, HISA):
-        return selector.choose_blocks(query, keys, pack_keys(means))
+        return selector.choose_blocks(query, keys, mean_keys(keys, selector.block_size, None))
+    means = up_to_date_means(keys, selector.block_size, None)
     return route_heads(head_mass(query, means, keys, selector.block_size), selector.active_heads)
 
 

@@ -96,6 +96,8 @@ MORE = [
     *((name, "means", [x]) for name in ROUTES for x in ((VALUES.float(), SCALES), (VALUES, SCALES.double()), (VALUES, SCALES[:1]))),
     *((name, "means", [x]) for name in ROUTES for x in ((VALUES[:, :8], SCALES), (VALUES[0], SCALES), (VALUES[:3], SCALES[:3]))),
     *((name, "means", [x]) for name in ROUTES for x in ((meta(VALUES), SCALES), (VALUES, meta(SCALES)))),
+    *((name, "means", x) for name in ROUTES for x in (pack_keys(MEANS * 2), pack_keys([(VALUES[:, :8], SCALES)]))),
+    *((name, "means", pack_keys([(VALUES[:3], SCALES[:3])])) for name in ROUTES),
     *(("pool_pages", name, x) for name in ("starts", "ends") for x in (None, 1, [], [1, 1], [None], ["1"], [-1], [1.0], [True])),
     *(("pool_pages", "ends", [x]) for x in (0, 18, 10**6)),
     *(("merge", "parts", x) for x in (None, [], PART, PART.out, [None], [PART.out], [PART, (PART.out, PART.lse)])),

@@ -51,6 +51,7 @@ def calls():
         "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
         "pool_pages": (keys, [1], [4], 16),
+        "pool_blocks": (keys, 16),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
         "route_heads": (torch.rand(2, 6), 2),
@@ -391,7 +392,7 @@ def on_meta(operation, given):
     if operation in ("paged_index_score", "score_select"):
         query = given[0]
         return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), *given[1:]
-    if operation == "pool_pages":
+    if operation in ("pool_pages", "pool_blocks"):
         return IndexKeys(given[0].pages.to("meta"), given[0].page_table, given[0].lengths), *given[1:]
     if operation in ("head_mass", "routed_query"):
         return given[0], [tuple(x.to("meta") for x in given[1][0])], *given[2:]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from thresher.cache import load_keys, pack_keys
 from thresher.errors import ThresherError
-from thresher.ops import dequantize_fp8, partial_means, pool_keys, quantize_fp8
+from thresher.ops import dequantize_fp8, partial_means, pool_blocks, pool_keys, quantize_fp8
 
 
 def keys(num: int, dim: int = 8, seed: int = 0):
@@ -106,3 +107,16 @@ def test_refuses():
     broken.view(torch.uint8)[3, 3] = 0x7F
     with pytest.raises(ThresherError, match="must be finite"):
         pool_keys(broken, scales, 5)
+
+
+def test_all_blocks_in_pages():
+    """Requests of many lengths, one with more blocks than a page holds; past the full blocks there are zeros."""
+    pairs = [keys(n) for n in (500, 0, 3, 41)]
+    means = pool_blocks(pack_keys(pairs, 8), 4)
+    assert means.lengths.tolist() == [125, 0, 0, 10]
+    assert (means.page_size, means.room) == (64, 128)
+    for request, pair in enumerate(pairs):
+        assert same(load_keys(means, request), pool_keys(*pair, 4))
+    assert not means.pages[3:6].any()
+    no_room = pool_blocks(pack_keys([keys(0)], 8), 64)
+    assert (no_room.lengths.tolist(), no_room.room) == ([0], 64)

@@ -9,7 +9,7 @@ import torch
 
 from thresher.cache.index_keys import pack_keys
 from thresher.errors import ThresherError
-from thresher.ops import dequantize_fp8, head_mass, partial_means, pool_keys, quantize_fp8, route_heads
+from thresher.ops import dequantize_fp8, head_mass, partial_means, pool_blocks, pool_keys, quantize_fp8, route_heads, routed_query
 from thresher.types import IndexQuery
 
 
@@ -31,6 +31,7 @@ def test_matches_the_formula(block):
     query, pairs, keys = world(positions, requests, [20, 45])
     got = head_mass(query, pooled(pairs, block), keys, block)
     assert got.dtype == torch.float32
+    assert torch.equal(head_mass(query, pool_blocks(keys, block), keys, block), got), "means in pages are the same"
     for i, (position, request) in enumerate(zip(positions, requests, strict=True)):
         last = min(position, len(pairs[request][0]) - 1)
         if last < 0:
@@ -74,6 +75,13 @@ def test_requests_without_keys_or_queries():
     assert (got[0] > 0).any()
     none = query.rows(torch.zeros(0).long())
     assert head_mass(none, pooled(pairs, 4), keys, 4).shape == (0, 6)
+
+
+def test_routes_by_means_in_pages():
+    query, pairs, keys = world([19, 44, 30, -1], [0, 1, 1, 1], [20, 45])
+    got, want = (routed_query(query, means, keys, 8, 2) for means in (pool_blocks(keys, 8), pooled(pairs, 8)))
+    assert torch.equal(got.q.view(torch.uint8), want.q.view(torch.uint8))
+    assert torch.equal(got.weights, want.weights)
 
 
 def test_refuses_missing_means():

@@ -59,6 +59,7 @@ def test_prefill_compiles(compile_for_hopper, heads, kernel, spills, dim):
     for kernel in found:
         assert "wgmma.mma_async" in kernel.ptx
         assert "cp.async.bulk.tensor" in kernel.ptx
+        assert "griddepcontrol.wait" in kernel.ptx
         assert kernel.shared <= SHARED_LIMIT
         assert getattr(kernel, "hot_spills", 0) <= spills
 
@@ -89,6 +90,7 @@ def test_collect_compiles(compile_for_hopper, dim):
     for kernel in found:
         assert "wgmma.mma_async" in kernel.ptx
         assert "cp.async.bulk.tensor" in kernel.ptx
+        assert "griddepcontrol.wait" in kernel.ptx
         assert kernel.shared <= SHARED_LIMIT
         # Scalars, outside of what a common turn executes: where a tile is looked at closely, or a wait goes on.
         assert getattr(kernel, "hot_spills", 0) <= 45

@@ -8,7 +8,7 @@ import torch
 from thresher.cache import IndexKeyCache, PageTable, pack_keys
 from thresher.cache.index_keys import planes
 from thresher.errors import ThresherError
-from thresher.ops import partial_means, pool_keys, quantize_fp8
+from thresher.ops import partial_means, pool_blocks, pool_keys, quantize_fp8
 from thresher.ops.pool_keys import triton as kernels
 from thresher.types import IndexKeys
 
@@ -168,6 +168,15 @@ def test_runs_of_blocks_of_every_request(block, page_size):
         for pair, request, start, end in zip(got, data, starts, ends, strict=True):
             want = pool_keys(*request, block)
             assert same(pair, (want[0][start:end], want[1][start:end]))
+
+
+@pytest.mark.parametrize(("block", "page_size"), [(4, 8), (7, 5), (4, 64)])
+def test_all_blocks_in_pages(block, page_size):
+    paged = pack_keys([keys(n, 64, seed=n) for n in (300, 0, 3, 41)], page_size)
+    got, want = kernels.pool_blocks(paged, block), pool_blocks(paged, block, impl="reference")
+    assert torch.equal(got.pages, want.pages)
+    assert torch.equal(got.page_table, want.page_table)
+    assert torch.equal(got.lengths, want.lengths)
 
 
 def test_what_is_not_supported_is_said():

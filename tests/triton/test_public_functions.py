@@ -38,6 +38,7 @@ GIVEN = {
     "select_topk_slots": (torch.randn(2, 40), 30, torch.tensor([[5, -1, 0], [2, 9, -1]], dtype=torch.int32), torch.tensor([1, 0]), 16),
     "pool_keys": (K, K_SCALES, 16),
     "pool_pages": (KEYS, [2], [9], 16),
+    "pool_blocks": (KEYS, 16),
     "partial_means": (K, K_SCALES, 16, torch.tensor([3, 149])),
     "head_mass": (QUERY, [ops.pool_keys(K, K_SCALES, 16)], KEYS, 16),
     "route_heads": (torch.rand(2, 6), 2),

@@ -88,9 +88,9 @@ def settle(found, counts, ends, levels, topk, with_scores):
     indices, beside = torch.full((num, topk), -9, dtype=torch.int32), torch.full((num, topk), math.nan)
     lengths, redo = torch.full((num,), -9), torch.full((num,), -9, dtype=torch.int32)
     words, programs = 80, 3  # fewer programs than rows, and more than one turn for a mask
-    table = torch.full((programs, words), -1)
+    bits = torch.full((programs, words), -1, dtype=torch.int32)
     parts.settle_kernel[(programs,)](
-        found, counts, ends, levels, table, table.view(torch.int32), indices, lengths, beside, redo, topk, num, words, found.stride(0),
+        found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num, words, found.stride(0),
         LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WIDE=4, WORDS=32,
         TILE=64, WITH_SCORES=with_scores,
     )  # fmt: skip
@@ -195,6 +195,16 @@ def test_the_plan():
         assert kernels.make_plan(num, heads, 8192, topk, 132).stride == 0, "short rows are collected whole"
 
 
+def test_lists_of_the_rows_at_a_time_are_bounded():
+    for heads in (1, 8, 16, 32, 64):
+        for room in (4096, 2**17, 2**20):
+            for topk in (64, 2048, 4096, 8192):
+                rows = kernels.rows_at_once(heads, room, topk, 132)
+                assert rows * kernels.make_plan(rows, heads, room, topk, 132).row * 8 <= 235e6
+                assert rows == 1024 or topk * room > 2**31
+    assert kernels.rows_at_once(8, 2**17, 8192, 132) == 1024
+
+
 def test_units_keep_the_multiprocessors_busy():
     for blocks in (1, 7, 32, 64, 100, 128, 140, 200, 1000):
         units = blocks * kernels.share_out(blocks, 16, 132)
@@ -252,8 +262,8 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
         return kernels.unsupported(replace(query, **changes), held, topk)
 
     assert why() is None
-    assert why(4096) is None
-    assert why(4097) == "topk is at most 4096, not 4097"
+    assert why(8192) is None
+    assert why(8193) == "topk is at most 8192, not 8193"
     assert "float8_e4m3fn" in why(q=query.q.float())
     assert "32" in why(q=query.q[:, :, :32])
     assert why(held=world(1, 1, 128, [70], 128)[1]) == "needs pages of 64 keys, not 128"

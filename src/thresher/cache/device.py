@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from thresher.types import IndexKeys
 
@@ -59,6 +60,13 @@ def runs_gluon(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == (9, 0) and triton.__version__.startswith(GLUON)
 
 
+def overlapped(tensor: Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that begins with ``wait_for_inputs``: from Hopper on it may be put on its way while the launch ahead
+    still runs (programmatic dependent launch)."""
+    overlap = not INTERPRET and (not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0))
+    return {"OVERLAP": overlap, "launch_pdl": overlap}
+
+
 def unit_rows(tensor: Tensor) -> Tensor:
     """The tensor with a last dim of stride 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -78,6 +86,14 @@ def keys_under_way(page_size: int, block_size: int) -> int:
     """How many loads ``ordered_sum`` starts at once: as many as lie in one page from any start it can have, which needs one look-up."""
     fits = (n for n in (32, 16, 8) if page_size % n == 0 and block_size % n == 0)
     return 4 if INTERPRET else next(fits, 8)
+
+
+@triton.jit
+def wait_for_inputs(OVERLAP: tl.constexpr):
+    """What launches ahead of this one wrote can be read, and the next may be put on its way. Comes before the first load or store."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from thresher.cache.device import on_device, unit_rows
+from thresher.cache.device import on_device, overlapped, unit_rows
 from thresher.ops.index_score.gluon_kernels import prefill_kernel
 from thresher.ops.index_score.gluon_quad_kernels import prefill_quads_kernel
 from thresher.ops.index_score.triton import QUADS
@@ -73,12 +73,12 @@ def _run(
         if heads > QUADS:
             prefill_quads_kernel[programs](
                 desc, s_desc, q, weights, low, high, owners, lengths, table, out, *sizes_and_strides, table_row, out.stride(0),
-                STAGES=QUAD_STAGES, D=dim, PAGE=page, **OPTIONS,
+                STAGES=QUAD_STAGES, D=dim, PAGE=page, **OPTIONS, **overlapped(q),
             )  # fmt: skip
         else:
             prefill_kernel[programs](
                 desc, q, weights, scales, low, high, owners, lengths, table, out, *sizes_and_strides, page_words, table_row, out.stride(0),
-                STAGES=STAGES, D=dim, PAGE=page, **BLOCKS, **OPTIONS,
+                STAGES=STAGES, D=dim, PAGE=page, **BLOCKS, **OPTIONS, **overlapped(q),
             )  # fmt: skip
     return out
 

@@ -24,16 +24,23 @@ from thresher.ops.index_score.gluon_tiles import (
     multiply,
     ring,
     sight,
+    wait_for_inputs,
     whole_sums,
 )
 
 
+SWITCH = gl.constexpr(3)  # tiles that could be scored while a program goes over to another block
+
+
 @gluon.jit
-def share(units):
-    """This program's run of the units: ``first, last``."""
-    each, more = units // gl.num_programs(0), units % gl.num_programs(0)
-    first = gl.program_id(0) * each + gl.minimum(gl.program_id(0), more)
-    return first, first + each + gl.where(gl.program_id(0) < more, 1, 0)
+def share(blocks, tiles):
+    """This program's run of the units (block, tile): ``first, last``. Runs are even, or whole blocks where those are hardly longer."""
+    program, programs, units = gl.program_id(0), gl.num_programs(0), blocks * tiles
+    each, more = units // programs, units % programs
+    whole = (blocks + programs - 1) // programs * tiles
+    even = whole > each + SWITCH
+    first = gl.where(even, program * each + gl.minimum(program, more), gl.minimum(program * whole, units))
+    return first, gl.minimum(first + gl.where(even, each + gl.where(program < more, 1, 0), whole), units)
 
 
 @gluon.jit
@@ -45,7 +52,7 @@ def fetch_tiles(
     """Fetch every tile that a consumer will ask for, in the same order; if ``SCALED`` its scales too."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
     turn = 0
     while unit < last:
         first, t0 = unit // tiles * BLOCK, unit % tiles
@@ -99,7 +106,7 @@ def _consumer(
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, TOTAL))
     query = gl.arange(0, ROWS, layout=gl.SliceLayout(0, TOTAL))
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
     turn = 0
     while unit < last:
         block, t0 = unit // tiles * BLOCK, unit % tiles
@@ -172,11 +179,12 @@ def prefill_kernel(
     k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
     num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
     BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HEADS: gl.constexpr, HB: gl.constexpr,
+    HEADS: gl.constexpr, HB: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [4, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
+    wait_for_inputs(OVERLAP)  # the other warps start after this
     full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [

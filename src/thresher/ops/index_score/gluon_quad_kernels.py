@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill, share
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight, wait_for_inputs
 
 
 @gluon.jit
@@ -26,7 +26,7 @@ def _consumer(
     PLACE: gl.constexpr = sums_of_heads(zero, zero, lane, zero).type.layout
     place, query = places(PLACE)
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK * tiles)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
     turn = 0
     while unit < last:
         block, t0 = unit // tiles * BLOCK, unit % tiles
@@ -85,11 +85,12 @@ def _consumer(
 def prefill_quads_kernel(
     k_desc, s_desc, q, weights, low, high, owners, lengths, page_table, out,
     num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, table_row, out_row,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
+    wait_for_inputs(OVERLAP)  # the other warps start after this
     full, empty = ring(STAGES, GROUPS)
     gl.warp_specialize(
         [

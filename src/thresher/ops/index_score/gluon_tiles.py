@@ -11,6 +11,7 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 NAN_ALL = gl.constexpr(triton.language.PropagateNan.ALL)
 NO_REQUEST = gl.constexpr(2**31 - 1)
@@ -49,6 +50,14 @@ def whole_sums(sums, SUB: gl.constexpr):
     a, b = gl.split(gl.permute(gl.reshape(a + b, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
     a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
     return a + b
+
+
+@gluon.jit
+def wait_for_inputs(OVERLAP: gl.constexpr):
+    """``cache.device.wait_for_inputs``."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @gluon.jit

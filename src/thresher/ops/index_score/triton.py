@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device, runs_gluon, unit_rows
+from thresher.cache.device import INTERPRET, on_device, overlapped, runs_gluon, unit_rows
 from thresher.errors import require
 from thresher.ops.index_score.triton_kernels import block_kernel, gathered_kernel, paged_kernel, ragged_kernel
 from thresher.types import IndexKeys, IndexQuery
@@ -97,7 +97,7 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
         ragged_kernel[triton.cdiv(num, rows), triton.cdiv(num_keys, tiles * KEYS)](
             q, weights, k, k_scales.contiguous(), starts.contiguous(), ends.contiguous(), out, num, heads, num_keys, tiles,
             q.stride(0), q.stride(1), weights.stride(0), k.stride(0), out.stride(0),
-            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS,
+            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **overlapped(q),
         )  # fmt: skip
     return out
 
@@ -138,7 +138,7 @@ def paged_index_score(
         paged_kernel[(programs,)](
             *tensors, out, num, *sizes, width, *strides, out.stride(0), GROUPS=max(triton.next_power_of_2(groups), 16) if even else 0,
             STEP=step, PAGE=keys.page_size, FILLED=filled, HEADS=padded, D=dim, BN=KEYS, BQ=tile, INTERPRET=INTERPRET,
-            **OPTIONS, **few_registers(tile * padded),
+            **OPTIONS, **overlapped(query.q), **few_registers(tile * padded),
         )  # fmt: skip
     return out
 
@@ -162,6 +162,7 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
         gathered_kernel[(num * triton.cdiv(width, GATHERED_KEYS),)](
             *tensors, positions, out, *sizes, width, *strides, positions.stride(0), out.stride(0),
             PAGE=keys.page_size, HEADS=padded, D=dim, BN=GATHERED_KEYS, BQ=max(1, MIN_COLUMNS // padded), INTERPRET=INTERPRET, **OPTIONS,
+            **overlapped(query.q),
         )  # fmt: skip
     return out
 
@@ -188,7 +189,7 @@ def block_index_score(query: IndexQuery, keys: IndexKeys, blocks: Tensor, block_
         block_kernel[(num * chunks,)](
             *tensors, blocks, out, num, *sizes, blocks.shape[1], chunks, tiles, *strides, blocks.stride(0), out.stride(0),
             BLOCK_SIZE=block_size, BLOCKS=triton.next_power_of_2(tiles * KEYS // block_size + 2), PAGE=keys.page_size,
-            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **few_registers(rows * padded),
+            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **overlapped(query.q), **few_registers(rows * padded),
         )  # fmt: skip
     return out
 

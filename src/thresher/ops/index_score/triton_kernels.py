@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thresher.cache.device import as_mask
+from thresher.cache.device import as_mask, wait_for_inputs
 
 STAGES = tl.constexpr(5)  # named at the loop, so that the scales are prefetched too and not the product's operands alone
 NO_REQUEST = tl.constexpr(2**31 - 1)
@@ -70,9 +70,10 @@ def _live(low, high, first, last, BN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "tiles"])
 def ragged_kernel(
     q, weights, k, k_scales, starts, ends, out, num_queries, num_heads, num_keys, tiles, q_row, q_head, w_row, k_row, out_row,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of BQ rows, chunks of ``tiles`` tiles of keys)."""
+    wait_for_inputs(OVERLAP)
     first_row = tl.program_id(0) * BQ
     num_rows = tl.minimum(num_queries - first_row, BQ)
     row = tl.arange(0, BQ)
@@ -200,13 +201,14 @@ def paged_kernel(
     q, weights, values, scales, page_table, lengths, positions, requests, out,
     num_queries, num_heads, num_requests, num_pages, max_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
     GROUPS: tl.constexpr, STEP: tl.constexpr, PAGE: tl.constexpr, FILLED: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Programs share out the tiles that groups of STEP rows see, each an equal run of them, whatever the lengths; then the rest to fill,
     where that is asked for.
 
     GROUPS: a power of two that holds all groups; 0 where they are too many to look at, and every group counts as many tiles.
     """
+    wait_for_inputs(OVERLAP)
     if GROUPS > 0:
         room = max_pages.to(tl.int64) * PAGE
         high = _group_ends(num_queries, num_requests, lengths, positions, requests, room, width, GROUPS, STEP)
@@ -257,8 +259,10 @@ def gathered_kernel(
     q, weights, values, scales, page_table, lengths, positions, requests, wanted, out,
     num_heads, num_requests, num_pages, max_pages, width, q_row, q_head, w_row, page_words, table_row, wanted_row, out_row,
     PAGE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: queries times tiles of BN candidates, those of a query together. It is row 0 of its tile; others, if any, are zeros."""
+    wait_for_inputs(OVERLAP)
     tiles = tl.cdiv(width, BN)
     row = tl.program_id(0) // tiles
     request = tl.load(requests + row)
@@ -293,7 +297,7 @@ def block_kernel(
     num_queries, num_heads, num_requests, num_pages, max_pages, num_blocks, chunks, tiles,
     q_row, q_head, w_row, page_words, table_row, block_row, out_row,
     BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, PAGE: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program p scores chunk ``p % chunks`` of query ``p // chunks``: ``tiles`` tiles of BN columns.
 
@@ -304,6 +308,7 @@ def block_kernel(
 
     BLOCKS: a power of two that holds the blocks which meet a chunk.
     """
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0) // chunks
     first = tl.program_id(0) % chunks * tiles * BN
     last = tl.minimum(first + tiles * BN, num_blocks * BLOCK_SIZE)

@@ -20,7 +20,7 @@ from thresher.checks import E4M3, FP32, INT64, check_count, check_kind, check_li
 from thresher.errors import require
 from thresher.ops.arguments import check_values
 from thresher.ops.dispatch import checks_values, choose, device_of
-from thresher.ops.pool_keys.reference import partial_means_reference, pool_pages_reference, pool_reference
+from thresher.ops.pool_keys.reference import partial_means_reference, pool_blocks_reference, pool_pages_reference, pool_reference
 from thresher.types import IndexKeys
 
 
@@ -68,11 +68,7 @@ def pool_pages(
 
     Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
     """
-    check_kind("keys", keys, IndexKeys, "take IndexKeyCache.view or pack_keys")
-    device = device_of(pages=keys.pages, page_table=keys.page_table, lengths=keys.lengths)
-    require(keys.pages.is_contiguous(), "pages must be contiguous", f"strides {keys.pages.stride()}", "pass IndexKeyCache.pages")
-    check_values(("lengths", keys.lengths, 0, keys.room, "pass the tokens that page_table holds"))
-    check_count("block_size", block_size, 1, do="pass tokens per block")
+    device = _check_pages(keys, block_size)
     for name, value in (("starts", starts), ("ends", ends)):
         check_list(name, value, "block numbers", "pass one per request")
         require(len(value) == keys.num_requests, f"{name} must hold one per request, {keys.num_requests}", len(value), "pass one each")
@@ -87,6 +83,29 @@ def pool_pages(
     if kernel is None:
         return pool_pages_reference(keys, starts, ends, block_size)
     means: tuple[tuple[Tensor, Tensor], ...] = kernel(keys, starts, ends, block_size)
+    return means
+
+
+def pool_blocks(keys: IndexKeys, block_size: int, impl: str = "auto") -> IndexKeys:
+    """``pool_keys`` of all full blocks of every request, packed anew; no length is read on the host, so a CUDA graph can hold it.
+
+    Args:
+        keys: the paged index keys.
+        block_size: tokens a block, at least 1.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Returns:
+        keys whose positions are block numbers, in pages of 64: room for as many blocks as the page table has room for, zeros past the
+        full ones, which ``lengths`` counts.
+
+    Raises:
+        ThresherError: keys that are none or strided, or an impl that cannot run.
+
+    Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
+    """
+    device = _check_pages(keys, block_size)
+    kernel = choose("pool_blocks", impl, device, lambda module: module.unsupported(keys.head_dim))
+    means: IndexKeys = pool_blocks_reference(keys, block_size) if kernel is None else kernel(keys, block_size)
     return means
 
 
@@ -115,6 +134,15 @@ def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Te
         means: tuple[Tensor, Tensor] = kernel(values, scales, block_size, positions)
         return means
     return partial_means_reference(values, scales, block_size, positions)
+
+
+def _check_pages(keys: IndexKeys, block_size: int) -> torch.device:
+    check_kind("keys", keys, IndexKeys, "take IndexKeyCache.view or pack_keys")
+    device = device_of(pages=keys.pages, page_table=keys.page_table, lengths=keys.lengths)
+    require(keys.pages.is_contiguous(), "pages must be contiguous", f"strides {keys.pages.stride()}", "pass IndexKeyCache.pages")
+    check_values(("lengths", keys.lengths, 0, keys.room, "pass the tokens that page_table holds"))
+    check_count("block_size", block_size, 1, do="pass tokens per block")
+    return device
 
 
 def _check(values: Tensor, scales: Tensor, block_size: int) -> torch.device:

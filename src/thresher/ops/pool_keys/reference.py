@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thresher.cache.index_keys import load_keys
+from thresher.cache.index_keys import load_keys, store_keys
 from thresher.ops.quantize import dequantize_fp8, quantize_fp8
 from thresher.types import IndexKeys
+
+MEANS_PAGE = 64  # blocks
 
 
 @torch.no_grad()
@@ -30,6 +32,26 @@ def pool_pages_reference(
     """Each request's keys copied out of their pages, then pooled."""
     bounds = enumerate(zip(starts, ends, strict=True))
     return tuple(pool_reference(*load_keys(keys, r, start * block_size, end * block_size), block_size) for r, (start, end) in bounds)
+
+
+@torch.no_grad()
+def pool_blocks_reference(keys: IndexKeys, block_size: int) -> IndexKeys:
+    """One request after the other into ``room_for_means``."""
+    means = room_for_means(keys, block_size)
+    for request, num in enumerate(means.lengths.tolist()):
+        first = request * means.room
+        slots = torch.arange(first, first + num, device=means.pages.device)
+        store_keys(means.pages, slots, *pool_reference(*load_keys(keys, request), block_size))
+    return means
+
+
+def room_for_means(keys: IndexKeys, block_size: int) -> IndexKeys:
+    """Pages of zeros, request after request, for the means of as many blocks as the page table of ``keys`` has room for."""
+    num, width = keys.num_requests, max(1, -(-(keys.room // block_size) // MEANS_PAGE))
+    device = keys.pages.device
+    pages = torch.zeros(num * width, MEANS_PAGE, 1, keys.head_dim + 4, dtype=torch.uint8, device=device)
+    table = torch.arange(num * width, dtype=torch.int32, device=device).view(num, width)
+    return IndexKeys(pages, table, keys.lengths // block_size)
 
 
 @torch.no_grad()

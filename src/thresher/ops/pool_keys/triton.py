@@ -15,6 +15,7 @@ from torch import Tensor
 
 from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, mean_of, on_device, ordered_sum, paged_rows, warps_of
 from thresher.errors import require
+from thresher.ops.pool_keys.reference import room_for_means
 from thresher.types import IndexKeys
 
 MAX_DIM = 1024
@@ -142,6 +143,13 @@ def pool_pages(keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], bloc
     appended = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
     pool_paged_keys(keys, old, block_size, appended * block_size, (values, scales))
     return tuple((values[r, start:end], scales[r, start:end]) for r, (start, end) in enumerate(zip(starts, ends, strict=True)))
+
+
+def pool_blocks(keys: IndexKeys, block_size: int) -> IndexKeys:
+    """Means of all full blocks of every request, in one launch: see ``thresher.ops.pool_keys.pool_blocks``."""
+    means = room_for_means(keys, block_size)
+    pool_paged_keys(keys, torch.zeros_like(keys.lengths), block_size, keys.room, means)
+    return means
 
 
 def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,10 @@ from thresher.ops.dispatch import checks_values, choose, device_of
 from thresher.ops.route_heads.reference import head_mass_reference, route_reference, routed_query_reference
 from thresher.types import IndexKeys, IndexQuery
 
+Means = Sequence[tuple[Tensor, Tensor]] | IndexKeys
 
-def head_mass(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int, impl: str = "auto") -> Tensor:
+
+def head_mass(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, impl: str = "auto") -> Tensor:
     """``E[t, j] = 1/M sum_b |w[t,j] relu(q[t,j] . kbar[b])|`` over the M blocks that query t sees. Causal.
 
     The blocks wholly at or before the query count as they are; its own block, where the query stands inside it, counts once by the mean of
@@ -31,7 +33,8 @@ def head_mass(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: I
 
     Args:
         query: the queries of any mix of requests.
-        means: per request, e4m3 ``[nb, D]`` and fp32 ``[nb]``: the full blocks, as from ``pool_keys``. Blocks past a query are ignored.
+        means: per request, e4m3 ``[nb, D]`` and fp32 ``[nb]``: the full blocks, as from ``pool_keys``; or all of them in pages, as from
+            ``pool_blocks``. Blocks past a query are ignored.
         keys: the paged index keys (for the query's own block).
         block_size: tokens a block.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
@@ -75,7 +78,7 @@ def route_heads(mass: Tensor, active_heads: int, impl: str = "auto") -> Tensor:
 
 
 def routed_query(
-    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int, active_heads: int, impl: str = "auto"
+    query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, active_heads: int, impl: str = "auto"
 ) -> IndexQuery:
     """The query with each row's ``active_heads`` heads of largest ``head_mass``: those that ``route_heads`` picks, ascending.
 
@@ -104,7 +107,10 @@ def routed_query(
     return routed
 
 
-def _check_means(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int) -> None:
+def _check_means(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int) -> None:
+    if isinstance(means, IndexKeys):
+        _check_mean_pages(query, means, keys, block_size)
+        return
     check_list("means", means, "(values, scales) pairs", "pool every request")
     require(len(means) == keys.num_requests, f"means must hold one pair per request, {keys.num_requests}", len(means), "pool every request")
     tensors = {"query": query.q}
@@ -117,8 +123,22 @@ def _check_means(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys
     device = device_of(**tensors)
     if not query.num_queries or not checks_values(device):
         return
+    _check_counts(query, torch.tensor([len(values) for values, _ in means], device=device), keys, block_size)
+
+
+def _check_mean_pages(query: IndexQuery, means: IndexKeys, keys: IndexKeys, block_size: int) -> None:
+    got = f"{means.num_requests} requests, head_dim {means.head_dim}"
+    ok = (means.num_requests, means.head_dim) == (keys.num_requests, keys.head_dim)
+    must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}"
+    require(ok and means.pages.is_contiguous(), must, got, "pass what pool_blocks returns")
+    device = device_of(query=query.q, means=means.pages, page_table=means.page_table, lengths=means.lengths)
+    if query.num_queries and checks_values(device):
+        _check_counts(query, means.lengths, keys, block_size)
+
+
+def _check_counts(query: IndexQuery, counts: Tensor, keys: IndexKeys, block_size: int) -> None:
     needed = torch.minimum(query.positions + 1, keys.lengths[query.requests]) // block_size
-    held = torch.tensor([len(values) for values, _ in means], device=device)[query.requests]
+    held = counts[query.requests]
     if bool((held < needed).any()):
         worst = int((needed - held).argmax())
         must = f"means of request {int(query.requests[worst])} must cover its {int(needed[worst])} full blocks"

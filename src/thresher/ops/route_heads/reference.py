@@ -14,7 +14,9 @@ from thresher.types import IndexKeys, IndexQuery
 
 
 @torch.no_grad()
-def head_mass_reference(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int) -> Tensor:
+def head_mass_reference(
+    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]] | IndexKeys, keys: IndexKeys, block_size: int
+) -> Tensor:
     """fp32 ``[Q, H]``, one request at a time."""
     mass = torch.zeros(query.num_queries, query.num_heads, device=query.q.device)
     lengths = keys.lengths.tolist()
@@ -24,7 +26,7 @@ def head_mass_reference(query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]
             continue
         rows = mine.nonzero()[:, 0]
         last = query.positions[rows].clamp(max=lengths[request] - 1)
-        values, scales = means[request]
+        values, scales = load_keys(means, request) if isinstance(means, IndexKeys) else means[request]
         needed = (int(last.max()) + 1) // block_size
         start = int(last.min()) // block_size * block_size
         # A block that the query completes is a full one; -1 leaves its partial mean out.
@@ -68,7 +70,7 @@ def _terms(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor) -> Tensor:
 
 
 def routed_query_reference(
-    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]], keys: IndexKeys, block_size: int, active_heads: int
+    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]] | IndexKeys, keys: IndexKeys, block_size: int, active_heads: int
 ) -> IndexQuery:
     """The query with the heads of largest mass alone."""
     return keep_heads(query, route_reference(head_mass_reference(query, means, keys, block_size), active_heads))

@@ -26,6 +26,7 @@ from thresher.ops.index_score.gluon_tiles import (
     multiply,
     ring,
     sight,
+    wait_for_inputs,
     whole_sums,
 )
 from thresher.ops.score_select.gluon_lists import (
@@ -206,12 +207,13 @@ def collect_kernel(
     k_desc, q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
     num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
+    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
+    wait_for_inputs(OVERLAP)  # the other warps start after this
     full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [

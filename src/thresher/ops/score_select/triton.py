@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
+from thresher.cache.device import GLUON, INTERPRET, on_device, overlapped, runs_gluon, unit_rows
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel, settle_kernel
@@ -31,24 +31,24 @@ TILE = 64  # keys; a page holds one
 SAMPLE = 4096  # keys looked at for the level, at least
 MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a thread
 MIN_HITS = 32  # of the topk best, on average in the sample
-MAX_TOPK = 4096
-ROWS = 1024  # at a time: enough for all multiprocessors, and 220 MB for rows of 1M keys
+MAX_TOPK = 8192
+ROWS = 1024  # at a time, at most: enough for all multiprocessors
+LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take 93 MB at topk 2048, and 172 at 4096
 STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
-WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time
+WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time: 32 KB of shared memory
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 PADDING = 1024  # places of the result that are filled up at a time
 SEARCHED = 1024  # scores that a warp searches, 32 a thread: few warps wait less for each other
-REGISTERS = 128  # a thread, with room for them; so
+REGISTERS = 128  # a thread, with room for them, and for 16 entries that are placed together; so
 SETTLE_WARPS = 16  # of ``settle_kernel`` fit on a multiprocessor
-STEP = 256  # entries that a warp of it looks at together after that, 8 a thread
-# Bytes, at most, of all its programs' tables, 8 for 32 keys. 1024 rows of 1M keys take 93 MB of lists (172 at topk 4096) and, one after the
-# other, 67 of the sample's scores and these 64; pages, levels and counts are less than 5: 165 MB, or 241, beside input and output.
-TABLES = 64 * 2**20
+# Bytes, at most, of all its programs' masks, 4 for 32 keys. 1024 rows of 1M keys take their lists and, one after the other, 67 MB of the
+# sample's scores and these 32; pages, levels and counts are less than 5: 165 MB beside input and output, 241 at topk 4096.
+MASKS = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,14 @@ def sample_stride(room_tokens: int, topk: int) -> int:
     return 2 ** (max(1, min(room_tokens // SAMPLE, topk // MIN_HITS)).bit_length() - 1)
 
 
+def rows_at_once(heads: int, room_tokens: int, topk: int, programs: int) -> int:
+    """The most rows, a power of two, whose lists keep to ``LISTS_BYTES``."""
+    rows = ROWS
+    while rows > 64 and rows * make_plan(rows, heads, room_tokens, topk, programs).row * 8 > LISTS_BYTES:
+        rows //= 2
+    return rows
+
+
 def depth(room: int) -> int:
     """Entries of a list that ``settle_kernel`` looks at as a rule, or twice as many: a power of two that few lists exceed."""
     whole = triton.next_power_of_2(room)
@@ -159,8 +167,9 @@ def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     parts = []
-    for start in range(0, max(query.num_queries, 1), ROWS):
-        rows = query.rows(slice(start, start + ROWS))
+    step = rows_at_once(query.num_heads, keys.room, topk, _multiprocessors(query.q.device))
+    for start in range(0, max(query.num_queries, 1), step):
+        rows = query.rows(slice(start, start + step))
         selection, redo = first_try(rows, keys, topk, with_scores)
         do_again(rows, keys, redo, selection)
         keep(redo)
@@ -187,6 +196,7 @@ def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Select
             *tensors, redo, scratch, selection.indices, selection.lengths, scratch if beside is None else beside,
             num, *sizes, room_tokens, topk, *strides, TILE=REDO_TILE, WITH_SCORES=beside is not None, PAGE=keys.page_size,
             HEADS=heads, D=keys.head_dim, BN=KEYS, BQ=max(1, MIN_COLUMNS // heads), INTERPRET=INTERPRET, **OPTIONS,
+            **overlapped(query.q),
         )  # fmt: skip
 
 
@@ -218,15 +228,17 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
         find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
-            lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 64) * 2
-            warps = min(max(lists * deep // SEARCHED, 4), 16)
-            settlers = min(num, programs * (SETTLE_WARPS // warps), max(TABLES // (8 * words), 1))
-            table = torch.empty(settlers, words, dtype=torch.int64, device=device)
+            lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 128) * 4
+            warps = min(max(lists * deep // SEARCHED, 4), 32)
+            settlers = min(num, programs * max(SETTLE_WARPS // warps, 1), max(MASKS // (4 * words), 1))
+            registers = min(REGISTERS, 2048 // warps)
+            bits = torch.empty(settlers, words, dtype=torch.int32, device=device)
             scores = beside if beside is not None else levels
             settle_kernel[(settlers,)](
-                found, counts, ends, levels, table, table.view(torch.int32), indices, lengths, scores, redo, topk, num, words,
-                found.stride(0), LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WIDE=max(STEP * warps // lists, 1), WORDS=WORDS,
-                TILE=PADDING, WITH_SCORES=with_scores, num_warps=warps, maxnreg=REGISTERS,
+                found, counts, ends, levels, bits, indices, lengths, scores, redo, topk, num, words, found.stride(0),
+                LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WIDE=max(4 * registers * warps // lists, 1),
+                WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WITH_SCORES=with_scores, num_warps=warps, maxnreg=registers,
+                **overlapped(query.q),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
@@ -243,7 +255,7 @@ def find_levels(
         prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
             query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
             num, keys.num_requests, keys.room, stride, sampled, *keys.page_table.stride(),
-            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0,
+            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0, **overlapped(query.q),
         )  # fmt: skip
     if not stride:
         return
@@ -255,7 +267,7 @@ def find_levels(
         level_kernel[(num,)](
             sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
             sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-            ROWS=rows_together(query.num_heads), num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps),
+            ROWS=rows_together(query.num_heads), num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps), **overlapped(query.q),
         )  # fmt: skip
 
 
@@ -276,11 +288,11 @@ def collect(
         collect_quads_kernel[(programs,)](
             desc, scale_tiles(scales, len(keys.pages), record // 4), q, weights, *rows, *sizes,
             plan.stride, plan.lists * plan.room, *strides, table.stride(0),
-            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
+            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS, **overlapped(q),
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
         desc, q, weights, scales, *rows, *sizes, found.stride(0), *strides, record // 4, table.stride(0),
-        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
+        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS, **overlapped(q),
     )  # fmt: skip

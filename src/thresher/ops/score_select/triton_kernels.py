@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thresher.cache.device import wait_for_inputs
 from thresher.ops.select.triton_search import LOWEST, key_number, number_key, search
 
 _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
@@ -15,13 +16,14 @@ _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 def prepare_kernel(
     positions, requests, lengths, page_table, ends, levels, level_keys, last_seen, table,
     num_rows, num_requests, room_tokens, stride, num_sampled, table_row, table_page,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """What the others ask of rows, and the sample's page table: every stride-th page, ``num_sampled`` for each request.
 
     ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass. ``last_seen``: the last of the sample's
     columns that a row sees, which are the tiles that it sees to their end.
     """
+    wait_for_inputs(OVERLAP)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < num_rows
     request = tl.load(requests + at, mask=here, other=-1)
@@ -87,13 +89,14 @@ def _keep(
 @triton.jit
 def level_kernel(
     sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, want, slack, whole, sample_row, found_row,
-    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
     Column c of the sample is the key ``c // 64 * stride * 64 + c % 64``. A row of up to ``whole`` keys gets -inf: all of it is collected.
     So does one whose sample has too few scores, which its lists will not hold. Where ``KEPT``, the sample's own pairs go to the lists.
     """
+    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     score = tl.load(sample + row * sample_row + column, mask=column < width, other=float("-inf"))
@@ -178,20 +181,23 @@ def _find_cut(found, counts, level, length, num, end, LISTS: tl.constexpr, ROOM:
 
 @triton.jit
 def settle_kernel(
-    found, counts, ends, levels, table, bits, indices, lengths, beside, redo, topk, num_rows, num_words, found_row,
-    LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
-    WORDS: tl.constexpr, TILE: tl.constexpr, WITH_SCORES: tl.constexpr,
+    found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num_rows, num_words, found_row,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr,
+    TILE: tl.constexpr, WITH_SCORES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
 
     Nothing is sorted: the keys taken become bits of a mask as long as the row, and a key's place is the number of bits before its own.
-    ``table`` int64 ``[programs, num_words]``, ``num_words`` even, is a program's own, for one row after the other: 32 bits of the mask and
-    above them how many lie before. ``bits`` is the same memory as int32. A search looks at ``DEEP`` entries of each list where none holds
-    more, which is the rule, and else at twice as many.
+    ``bits`` int32 ``[programs, num_words]`` is a program's own mask, for one row after the other. ``WORDS`` of it at a time are counted and
+    handed to all threads, each with what lies before it. A search looks at ``DEEP`` entries of each list where none holds more, which is
+    the rule, and else at twice as many; the rest at ``WIDE`` of each together.
     """
+    wait_for_inputs(OVERLAP)
     program = tl.program_id(0).to(tl.int64)
-    table += program * num_words
-    bits += program * num_words * 2
+    bits += program * num_words
+    for start in range(0, num_words, WORDS):
+        word = start + tl.arange(0, WORDS)
+        tl.store(bits + word, tl.zeros([WORDS], tl.int32), mask=word < num_words)
     for index in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = program * 0 + index
         pairs = found + row * found_row
@@ -207,10 +213,6 @@ def settle_kernel(
         tl.store(redo + row, wrong.to(tl.int32))
         tl.store(lengths + row, length.to(tl.int64))
         if length > 0:
-            words = (tl.minimum((end + 31) // 32, num_words) + 1) // 2 * 2  # twos are read and written at once
-            for start in range(0, words, WORDS):
-                word = start + tl.arange(0, WORDS)
-                tl.store(table + word, tl.zeros([WORDS], tl.int64), mask=word < words)
             level = tl.load(levels + row)
             cut = level
             last = length
@@ -218,36 +220,37 @@ def settle_kernel(
                 cut, last = _find_cut(pairs, own, level, length, num, end, LISTS, ROOM, ALL, DEEP)
             elif DEEP < ROOM:
                 cut, last = _find_cut(pairs, own, level, length, num, end, LISTS, ROOM, ALL, 2 * DEEP)
-            tl.debug_barrier()
+            tl.debug_barrier()  # the mask is all zeros
             for first in range(0, most, WIDE):
                 at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
                 key, take = _is_taken(tl.load(pairs + at, mask=there, other=0), held, cut, last)
-                bit = (key & 0) + 1 << (key & 31)
                 # Claimed as in ``_keep``.
-                word = tl.max_contiguous(tl.multiple_of(bits + key // 32 * 2, [1, 16]), [1, 2])
-                tl.atomic_or(word, bit, mask=take, sem="relaxed")
+                word = tl.max_contiguous(tl.multiple_of(bits + key // 32, [1, 16]), [1, 2])
+                tl.atomic_or(word, (key & 0) + 1 << (key & 31), mask=take, sem="relaxed")
             tl.debug_barrier()
+            words = tl.minimum((end + 31) // 32, num_words)
             before = length * 0
             for start in range(0, words, WORDS):
                 word = start + tl.arange(0, WORDS)
-                mask = tl.load(table + word, mask=word < words, other=0, cache_modifier=".cg")
-                bit = _num_bits(mask.to(tl.int32))
-                upto = tl.cumsum(bit, axis=0)
-                tl.store(table + word, mask | (before + upto - bit).to(tl.int64) << 32, mask=word < words)
-                before += tl.sum(bit, axis=0)
-            tl.debug_barrier()
-            for first in range(0, most, WIDE):
-                at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
-                pair = tl.load(pairs + at, mask=there, other=0)
-                key, take = _is_taken(pair, held, cut, last)
-                word = tl.load(tl.max_contiguous(tl.multiple_of(table + key // 32, [1, 16]), [1, 2]), mask=take, other=0)
-                bit = ((key & 0) + 1 << (key & 31)) - 1
-                to = row * topk + (word >> 32).to(tl.int32) + _num_bits(word.to(tl.int32) & bit)
-                tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 16]), [1, 2]), key, mask=take)
-                if WITH_SCORES:
-                    score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                    tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 16]), [1, 2]), score, mask=take)
-            tl.debug_barrier()  # before the next row's zeros
+                mask = tl.load(bits + word, mask=word < words, other=0, cache_modifier=".cg")
+                tl.store(bits + word, tl.zeros([WORDS], tl.int32), mask=word < words)  # for the next row
+                set_bits = _num_bits(mask)
+                upto = tl.cumsum(set_bits, axis=0)
+                packed = mask.to(tl.uint32, bitcast=True).to(tl.int64) | (before + upto - set_bits).to(tl.int64) << 32
+                before += tl.sum(set_bits, axis=0)
+                for first in range(0, most, WIDE):
+                    at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
+                    pair = tl.load(pairs + at, mask=there, other=0)
+                    key, take = _is_taken(pair, held, cut, last)
+                    inside = key // 32 - start
+                    take = take & (inside >= 0) & (inside < WORDS)
+                    its = tl.gather(packed, tl.reshape(tl.where(take, inside, 0), [ALL * WIDE]), axis=0)
+                    its = tl.reshape(its, [ALL, WIDE])
+                    to = row * topk + (its >> 32).to(tl.int32) + _num_bits(its.to(tl.int32) & (((key & 0) + 1 << (key & 31)) - 1))
+                    tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 16]), [1, 2]), key, mask=take)
+                    if WITH_SCORES:
+                        score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+                        tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 16]), [1, 2]), score, mask=take)
         for start in range(length, topk, TILE):
             place = start + tl.arange(0, TILE)
             tl.store(indices + row * topk + place, tl.full([TILE], -1, tl.int32), mask=place < topk)

@@ -165,13 +165,15 @@ def collect(
     scores += row * score_stride
     if SPAN:
         positions += row * position_stride
-    if HAS_ENDS:
+    if HAS_ENDS:  # noqa: SIM102 (the compiler's condition, and the program's)
         if end <= CHUNK:
             if index == 0:
                 _select_chunk(
                     row, scores, positions, page_table, requests, indices, lengths, beside,
                     end, width, topk, num_requests, max_pages, page_size, CHUNK, SPAN, HAS_ENDS, SLOTS, WITH_SCORES,
                 )  # fmt: skip
+                if OVERLAP:
+                    gdc_wait()  # or else, where all rows are short, this launch could end before the one ahead of it
             return
     if index < live:
         found += row * (2 * ROOM)
