@@ -33,7 +33,8 @@ from thresher.ops.select import triton_split as split
 from thresher.ops.select.triton_blocks import blocks_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-ONE_PROGRAM = 8192  # columns that one program holds: 32 a thread at 8 warps
+ONE_PROGRAM = 8192  # columns that one program holds, however few the rows
+MANY_IN_ONE = 16384  # columns that one program holds where rows are FEW_ROWS or more; at most 16384
 FEW_ROWS = 64  # fewer leave multiprocessors idle that one program each would take: programs share them
 MAX_BLOCKS = 16384  # that are chosen from, in one program at 16 warps
 MAX_WIDTH = 2**21
@@ -42,7 +43,10 @@ MAX_ROOM = 16384  # entries of a list, where a sample of 32768 allows it: more d
 SMALL = 4096  # entries of a list that a narrower search does for
 CHUNK = 8192  # columns a program of ``collect`` reads: 16 a thread at 16 warps
 TILE = 256  # columns, or entries of a list, that a warp writes at a time: 8 a thread
-SHORT_REGISTERS = 128  # a thread of ``one_program``, with room for its 32 scores
+HELD = 64  # scores that a thread of ``one_program`` holds: fewer warps do fewer times what each must do
+HELD_BESIDE = 32  # with positions, slots or scores beside, which take registers, too; and where two programs a multiprocessor are enough
+SHORT_REGISTERS = 128  # a thread of ``one_program``
+MULTIPROCESSORS = 132  # of an H100
 MAX_REGISTERS = 64  # a thread of the others: 32 warps fit on a multiprocessor
 
 
@@ -77,7 +81,7 @@ def make_plan(num_rows: int, width: int, topk: int) -> Plan | None:
     by which a search may end early. The smallest sample is taken that needs a list of no more than four times topk. A row that ends
     before its width has the same aim out of a denser sample.
     """
-    if width <= ONE_PROGRAM:
+    if width <= (ONE_PROGRAM if num_rows < FEW_ROWS else MANY_IN_ONE):
         return None
     for sample in (4096, 8192, 16384, 32768):
         hits = topk * sample / width
@@ -91,9 +95,10 @@ def make_plan(num_rows: int, width: int, topk: int) -> Plan | None:
     return Plan(sample, want * width // sample, room, min(SMALL, room), chunk, max(warps, room // 1024), split)
 
 
-def num_warps(block: int) -> int:
-    """Warps for a program that holds ``block`` scores: 16 or 32 a thread."""
-    return min(max(block // 512, 4), 8)
+def num_warps(block: int, num_rows: int, plain: bool) -> int:
+    """Warps for a program that holds ``block`` scores; ``plain`` where nothing but columns is read or written beside scores."""
+    held = HELD if plain and num_rows > 2 * MULTIPROCESSORS else HELD_BESIDE
+    return min(max(block // (32 * held), 4), 16)
 
 
 def unsupported(num_rows: int, width: int, topk: int) -> str | None:
@@ -220,10 +225,12 @@ def _run(
 
     plan = make_plan(num, width, topk)
     if plan is None:
-        block = max(triton.next_power_of_2(width), 128)
+        block = max(triton.next_power_of_2(width), 512)
+        warps = num_warps(block, num, positions is None and paged is None and not with_scores)
         kernels.one_program[(num,)](
-            *source, *out, width, topk, *strides, *table, BLOCK=block, **flags, num_warps=num_warps(block), maxnreg=SHORT_REGISTERS
-        )
+            *source, *out, width, topk, *strides, *table,
+            BLOCK=block, WARPS=warps, **flags, num_warps=warps, maxnreg=SHORT_REGISTERS,
+        )  # fmt: skip
         return indices, lengths, beside
 
     found = torch.empty(num, 2, plan.room, dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ from thresher.cache.device import as_mask
 
 _NONE = tl.constexpr(-(2**31))  # -inf, or a position of -1
 _NAN = tl.constexpr(-(2**31) + 1)
-_INF = tl.constexpr(0x7F800000)
+INF = tl.constexpr(0x7F800000)
 _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 LOWEST = tl.constexpr(-0x7F800000)  # the key of the lowest number
 _TURNS = tl.constexpr(12)  # steps that interpolate before bisection ends a search
@@ -28,8 +28,8 @@ def order(bits):
     size = bits & _SIGN
     key = tl.where(bits < 0, bits ^ _SIGN, bits)
     key = tl.where(size == 0, 0, key)
-    key = tl.where(size > _INF, _NAN, key)
-    return tl.where((size == _INF) & (bits < 0), _NONE, key)
+    key = tl.where(size > INF, _NAN, key)
+    return tl.where((size == INF) & (bits < 0), _NONE, key)
 
 
 @triton.jit
