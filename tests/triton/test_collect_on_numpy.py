@@ -69,6 +69,13 @@ class World:
         passes = ((score > level) | ((score == level) & (key <= self.level_keys[row]))) & (key <= self.positions[row])
         return {int(k): int(score[k].view(np.int32)) for k in key[passes]}
 
+    def of_columns(self, values: np.ndarray, shape: dict[str, int], first: int, chunk: int) -> np.ndarray:
+        """``[..., rows, heads]`` by the columns of a chunk of up to 32 heads, zeros where there is no row or head."""
+        row, head = plain(tiles.row_and_head, language([]))(np.arange(128), shape["HB"])
+        head = head + shape["HB"] * chunk * (shape["TILES"] == 1)
+        here = (first + row < self.num) & (head < self.heads)
+        return np.where(here, values[..., np.where(here, first + row, 0), np.where(here, head, 0)], np.float32(0))
+
 
 def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of both consumers of every unit, after one program."""
@@ -112,21 +119,14 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
         block, stages, D, PAGE, shape["TILES"],
     )  # fmt: skip
 
-    def of_columns(values, first, chunk):
-        """``[..., rows, heads]`` by a chunk's columns, zeros where there is no row or head."""
-        row, head = plain(tiles.row_and_head, gl)(np.arange(128), shape["HB"])
-        head = head + shape["HB"] * chunk * (not two)
-        here = (first + row < world.num) & (head < world.heads)
-        return np.where(here, values[..., np.where(here, first + row, 0), np.where(here, head, 0)], np.float32(0))
-
     def load(q, weights, first, *rest):
         turn["first"] = int(first)
-        return [array(np.broadcast_to(of_columns(world.weights, turn["first"], chunk), (64, 128))) for chunk in range(2)]
+        return [array(np.broadcast_to(world.of_columns(world.weights, shape, turn["first"], chunk), (64, 128))) for chunk in range(2)]
 
     def multiply(buffers, chunk, index, zero, slots_in_all, dim):
         slot, page = fetched[(turn["count"] - 1) * shape["TILES"] + int(index) % shape["TILES"]]
         assert slot == index
-        return array(of_columns(world.dots[page], turn["first"], chunk))
+        return array(world.of_columns(world.dots[page], shape, turn["first"], chunk))
 
     def append_quick(score, bar, key, at, into):
         passes = score >= bar

@@ -47,7 +47,7 @@ def find_levels(scores, ends, plan):
     counts = torch.full((len(ends), plan.lists), -9 if plan.kept else 0, dtype=torch.int32)
     parts.level_kernel[(len(ends),)](
         sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.want, plan.slack, 200,
-        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER, OVERLAP=False,
+        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER,
     )  # fmt: skip
     return levels, level_keys, found, counts
 
@@ -92,7 +92,7 @@ def settle(found, counts, ends, levels, topk, with_scores):
     parts.settle_kernel[(programs,)](
         found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num, words, found.stride(0),
         LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WIDE=4, WORDS=32,
-        TILE=64, WITH_SCORES=with_scores, OVERLAP=False,
+        TILE=64, WITH_SCORES=with_scores,
     )  # fmt: skip
     return indices, lengths, beside, redo
 
@@ -151,7 +151,7 @@ def test_rows_are_prepared(stride):
     levels, level_keys, pages = torch.zeros(200), torch.zeros(200, dtype=torch.int32), torch.full((2, sampled), -9, dtype=torch.int32)
     parts.prepare_kernel[(5,)](
         positions, requests, lengths, table, ends, levels, level_keys, last, pages, 200, 2, room, stride, sampled, *table.stride(),
-        TILE=kernels.TILE, BLOCK=64, SAMPLED=stride > 0, OVERLAP=False,
+        TILE=kernels.TILE, BLOCK=64, SAMPLED=stride > 0,
     )  # fmt: skip
     known = (requests >= 0) & (requests < 2)
     want = (torch.minimum(positions + 1, lengths.clamp(max=room)[requests.where(known, 0)])).where(known, 0)

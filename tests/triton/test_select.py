@@ -62,10 +62,12 @@ def cut_small(monkeypatch, request):
     return cut
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(params=["held", *PATHS])
 def path(monkeypatch, request):
-    """Every row too long for one program takes this path."""
+    """Every row of more than ONE_PROGRAM columns takes this path; "held": one of up to MANY_IN_ONE stays in one program."""
     monkeypatch.setattr(kernel, "FEW_ROWS", 10**6 if request.param == "split" else 0)
+    if request.param == "one_pass":
+        monkeypatch.setattr(kernel, "MANY_IN_ONE", kernel.ONE_PROGRAM)
 
 
 @pytest.mark.parametrize("topk", [1, 64, 299, 300, 301, 500])
@@ -77,6 +79,38 @@ def test_short_rows(topk):
 @pytest.mark.parametrize("width", [0, 1, 2, 127, 128, 129, 5000, kernel.ONE_PROGRAM])
 def test_widths(width):
     check(torch.randn(1, width, generator=generator(width)), 64)
+
+
+@pytest.mark.parametrize("topk", [1, 300, 1024, 1023, 2048])
+@pytest.mark.parametrize("held", [16, 32, 64, 128])
+def test_any_number_of_warps(monkeypatch, held, topk):
+    """From one group of four columns a thread, whose counts have a word for themselves, to several words of groups."""
+    monkeypatch.setattr(kernel, "HELD", held)
+    monkeypatch.setattr(kernel, "HELD_BESIDE", held)
+    for width in (500, 1024, 4000):
+        rows = torch.randn(3, width, generator=generator(held))
+        rows[1] = cruel(1, width, topk)[0]
+        rows[2] = rows[2].relu()
+        check(rows, topk)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-10, 1e10, 3e37])
+def test_scores_whose_spread_has_no_square(scale):
+    """The guess is no number, or nothing like the row: the search gets by without."""
+    rows = torch.randn(2, 3000, generator=generator(24)) * scale
+    rows[1] += 7 * scale
+    check(rows, 1000)
+
+
+def test_scores_far_from_normal():
+    rows = torch.randn(5, 3000, generator=generator(25))
+    rows[0] = torch.tan(1.57 * rows[0].erf())
+    rows[1] = torch.exp(8 * rows[1])
+    rows[2, 40:90] += 1e6
+    rows[3] = rows[3].sort().values
+    rows[4, :1500] -= 1e3
+    for topk in (1, 45, 60, 1499, 1500, 1501, 2999):
+        check(rows, topk)
 
 
 def test_no_rows():
@@ -349,7 +383,7 @@ def test_repeats_are_equal(path):
 
 
 def test_plans_fit_their_kernels():
-    for width in [kernel.ONE_PROGRAM + 1, 17000, 32768, 65536, 100_001, 131072, 10**6, 2**20, 2 * 10**6, kernel.MAX_WIDTH]:
+    for width in [kernel.MANY_IN_ONE + 1, 17000, 32768, 65536, 100_001, 131072, 10**6, 2**20, 2 * 10**6, kernel.MAX_WIDTH]:
         for topk in (1, 64, 512, 2048, 4096, kernel.MAX_TOPK):
             for num_rows in (1, 32, 133, 1024):
                 plan = kernel.make_plan(num_rows, width, topk)
@@ -362,6 +396,8 @@ def test_plans_fit_their_kernels():
                 assert plan.split == (num_rows < kernel.FEW_ROWS)
                 assert kernel.unsupported(num_rows, width, topk) is None
     assert kernel.make_plan(1, kernel.ONE_PROGRAM, 64) is None
+    assert kernel.make_plan(1, kernel.ONE_PROGRAM + 1, 64).split
+    assert kernel.make_plan(kernel.FEW_ROWS, kernel.MANY_IN_ONE, 64) is None
     assert "scores" in kernel.unsupported(1, kernel.MAX_WIDTH + 1, 64)
     assert "topk" in kernel.unsupported(1, 10**6, kernel.MAX_TOPK + 1)
     assert "chunks" in kernel.unsupported(2**31, 64, 1)
@@ -371,10 +407,12 @@ COMPILE = """
 import torch
 from thresher.ops.select import triton as kernel
 
-short = ((3, 300, 64), (64, 8192, 64), (4, 8191, 2048))
+short = ((3, 300, 64), (64, 8192, 64), (4, 8191, 2048), (1024, 4096, 2048), (1024, 8192, 2048), (1024, 16384, 2048), (1024, 16383, 2048))
 long = ((4, 131072, 64), (1, 131071, 2048), (200, 32768, 2048), (300, 32768, 2048), (1, 2**20, 2048), (1, 2**21, 8192))
 for rows, width, topk in short + long:
     kernel.select_topk(torch.empty(rows, width), topk)
+for rows, width, _ in short:
+    kernel.select_topk(torch.empty(rows, width), 2048, with_scores=False)
 for width in (8192, 65536):
     scores, requests = torch.empty(2, width), torch.empty(2, dtype=torch.int64)
     kernel.select_topk(scores, 2048, "logical", torch.empty(2, width, dtype=torch.int64))
@@ -390,7 +428,8 @@ def test_compiles_for_hopper(compile_for_hopper):
     assert {kernel.name for kernel in made} == {"one_program", "one_pass", "guess_level", "collect"}
     for one in made:
         assert one.shared <= 227 * 1024
-        assert ".ftz" not in one.ptx, "subnormal scores must keep their order"
+        # Triton has no other fast root; only where to look first comes from one.
+        assert ".ftz" not in one.ptx.replace("sqrt.approx.ftz", ""), "subnormal scores must keep their order"
         assert ".target sm_90" in one.ptx
         # A list past MAX_ROOM, for the 8192 best of 10**6 or more, is known to spill: one program a row searches it, at the end.
         known = one.name == "collect" and one.num_warps == 32
@@ -398,5 +437,7 @@ def test_compiles_for_hopper(compile_for_hopper):
     for name, most in (("one_pass", 32 // 4), ("collect", 16 // 4)):
         first = next(one for one in made if one.name == name)  # of an even width
         assert first.ptx.count("ld.global.v4.b32") >= most, "scores of a chunk come 16 bytes at a time"
+    held = [one.ptx.count("ld.global.v4.b32") for one in made if one.name == "one_program"]
+    assert held.count(kernel.HELD // 4) >= 2, "so do those of a row of 8192 or 16384"
     assert all(one.ptx.count("atom.") - one.ptx.count("atom.shared") == 2 for one in made if one.name == "collect")
     assert all("griddepcontrol.wait" in one.ptx for one in made if one.name == "collect")

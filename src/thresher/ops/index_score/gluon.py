@@ -11,15 +11,14 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from thresher.cache.device import on_device, overlapped, unit_rows
+from thresher.cache.device import on_device, unit_rows
 from thresher.ops.index_score.gluon_kernels import prefill_kernel
 from thresher.ops.index_score.gluon_quad_kernels import prefill_quads_kernel
-from thresher.ops.index_score.triton import QUADS
+from thresher.ops.index_score.triton import QUADS, layout
 from thresher.types import IndexKeys, IndexQuery
 
 FP8 = torch.float8_e4m3fn
-STAGES = 6
-BLOCKS = {"BLOCK": 16, "ROWS": 8, "HEADS": 32, "HB": 16}  # how 512 columns of up to 32 heads are dealt out (``gluon_tiles.py``)
+STAGES = 6  # tiles under way
 QUAD_STAGES = 4
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -73,12 +72,13 @@ def _run(
         if heads > QUADS:
             prefill_quads_kernel[programs](
                 desc, s_desc, q, weights, low, high, owners, lengths, table, out, *sizes_and_strides, table_row, out.stride(0),
-                STAGES=QUAD_STAGES, D=dim, PAGE=page, **OPTIONS, **overlapped(q),
+                STAGES=QUAD_STAGES, D=dim, PAGE=page, **OPTIONS,
             )  # fmt: skip
         else:
+            dealt = layout(heads)
             prefill_kernel[programs](
                 desc, q, weights, scales, low, high, owners, lengths, table, out, *sizes_and_strides, page_words, table_row, out.stride(0),
-                STAGES=STAGES, D=dim, PAGE=page, **BLOCKS, **OPTIONS, **overlapped(q),
+                STAGES=STAGES // dealt["TILES"], D=dim, PAGE=page, **dealt, **OPTIONS,
             )  # fmt: skip
     return out
 

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The Hopper kernel behind ``gluon.py`` for 17 to 32 heads, and how its warps share the work.
+"""The Hopper kernel behind ``gluon.py`` for up to 32 heads, and how its warps share the work.
 
 Persistent programs, one a multiprocessor, take equal runs of (block of queries, tile of 64 keys). In a program one warp fetches key tiles
 through the copy engine into a ring in shared memory, and two groups of four warps consume every tile, each for its own half of the
-block's queries: 256 (query, head) columns, in two chunks of 128, so that one chunk is multiplied while the other is summed up.
+block's queries. With 32 heads these are two chunks of 128 (query, head) columns; with fewer it is one, which takes two tiles a turn. So one
+product is made while the other is summed up.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ from thresher.ops.index_score.gluon_tiles import (
     KEYS,
     NO_REQUEST,
     chunk_sums,
-    find_page,
+    find_pages,
     live,
     load_queries,
     load_scales,
     multiply,
     ring,
     sight,
-    wait_for_inputs,
     whole_sums,
 )
-
 
 SWITCH = gl.constexpr(3)  # tiles that could be scored while a program goes over to another block
 
@@ -47,9 +46,9 @@ def share(blocks, tiles):
 def fetch_tiles(
     k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
     buffers, scale_buffers, full, empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, SCALED: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, SCALED: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Fetch every tile that a consumer will ask for, in the same order; if ``SCALED`` its scales too."""
+    """Fetch every tile that a consumer will ask for, in the same order, ``TILES`` at a time; if ``SCALED`` its scales too."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = (width + KEYS - 1) // KEYS
     unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
@@ -62,20 +61,24 @@ def fetch_tiles(
         while current < NO_REQUEST:
             begin, stop = live(start, end, owner == current, t0, t1)
             table = page_table + current.to(gl.int64) * table_row
-            page = begin * 0
+            page, page1 = begin * 0, begin * 0
             if begin < stop:
-                page, _ = find_page(table, begin, num_pages, PAGE)
-            for tile in range(begin, stop):
+                page, page1, _valid, _valid1 = find_pages(table, begin, stop, num_pages, PAGE, TILES)
+            for tile in range(begin, stop, TILES):
                 slot = turn % STAGES
-                # Asked for one tile ahead, so that nothing waits for the answer.
-                page_ahead, _ = find_page(table, gl.minimum(tile + 1, stop - 1), num_pages, PAGE)
+                # Asked for one turn ahead, so that nothing waits for the answer.
+                page_ahead, page1_ahead, _valid, _valid1 = find_pages(table, tile + TILES, stop, num_pages, PAGE, TILES)
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4 if SCALED else KEYS * D)
+                mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4 if SCALED else TILES * KEYS * D)
                 offset = tile * KEYS % PAGE if PAGE > 0 else tile * KEYS
                 if SCALED:
                     tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + offset], full.index(slot), scale_buffers.index(slot))
-                tma.async_copy_global_to_shared(k_desc, [page, offset, 0], full.index(slot), buffers.index(slot))
-                page = page_ahead
+                tma.async_copy_global_to_shared(k_desc, [page, offset, 0], full.index(slot), buffers.index(slot * TILES))
+                if TILES == 2:
+                    other = gl.minimum(tile + 1, stop - 1) * KEYS
+                    offset = other % PAGE if PAGE > 0 else other
+                    tma.async_copy_global_to_shared(k_desc, [page1, offset, 0], full.index(slot), buffers.index(slot * TILES + 1))
+                page, page1 = page_ahead, page1_ahead
                 turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         unit += t1 - t0
@@ -91,18 +94,45 @@ def fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
+def _scales(
+    scales, page0, page1, tile, stop, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr
+):  # fmt: skip
+    """The scales of ``TILES`` tiles, of the last one before ``stop`` where there are no more."""
+    first = load_scales(scales, page0, gl.minimum(tile, stop - 1), key, num_keys, page_words, D, PAGE)
+    second = first
+    if TILES == 2:
+        second = load_scales(scales, page1, gl.minimum(tile + 1, stop - 1), key, num_keys, page_words, D, PAGE)
+    return first, second
+
+
+@gluon.jit
+def _store(
+    score, tile, inner, seen, own_start, own_owner, current, key, at, block_out, width,
+):  # fmt: skip
+    """A tile's scores ``[64, ROWS]``; where not all of its rows see all of it (``inner``), what they do not see is -inf."""
+    n0 = tile * KEYS
+    if inner:
+        gl.store(block_out + n0 + at, score)
+    else:
+        column = n0 + key[:, None]
+        score = gl.where((column >= own_start[None, :]) & (column < seen[None, :]), score, float("-inf"))
+        gl.store(block_out + n0 + at, score, mask=(own_owner == current)[None, :] & (column < width))
+
+
+@gluon.jit
 def _consumer(
     q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
     q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
     HALF: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
-    PAGE: gl.constexpr, HEADS: gl.constexpr, HB: gl.constexpr,
+    PAGE: gl.constexpr, HEADS: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Score all tiles for half ``HALF`` of a block's queries, ``ROWS`` of them; ``q_buffers`` hold its two chunks."""
+    """Score all tiles for half ``HALF`` of a block's queries, ``ROWS`` of them; ``q_buffers`` hold its chunks."""
+    CHUNKS: gl.constexpr = 3 - TILES
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     FILL: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
     # Computed for its layout alone.
-    TOTAL: gl.constexpr = gl.reshape(whole_sums(chunk_sums(zero, zero, zero, 1, HB, True), 1), [KEYS, ROWS]).type.layout
+    TOTAL: gl.constexpr = gl.reshape(whole_sums(chunk_sums(zero, zero, zero, SUB, HB, True), SUB), [KEYS, ROWS]).type.layout
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, TOTAL))
     query = gl.arange(0, ROWS, layout=gl.SliceLayout(0, TOTAL))
     tiles = (width + KEYS - 1) // KEYS
@@ -113,10 +143,10 @@ def _consumer(
         t1 = gl.minimum(tiles, t0 + last - unit)
         first = block + HALF * ROWS
         w0, w1 = load_queries(
-            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, 1, ACC
+            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
         )
-        q0 = q_buffers.index(HALF * 2).permute((1, 0))
-        q1 = q_buffers.index(HALF * 2 + 1).permute((1, 0))
+        q0 = q_buffers.index(HALF * CHUNKS).permute((1, 0))
+        q1 = q_buffers.index(HALF * CHUNKS + CHUNKS - 1).permute((1, 0))
 
         # The block's rows decide which tiles there are, this consumer's which are stored, and in which layouts those are asked.
         row = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
@@ -137,35 +167,40 @@ def _consumer(
             inner_low = gl.max(gl.where(own, gl.where(mine, start, NO_REQUEST), 0), 0)
             inner_high = gl.min(gl.where(own, gl.where(mine, end, 0), NO_REQUEST), 0)
             table = page_table + current.to(gl.int64) * table_row
-            # Scales are asked for one tile ahead, pages two.
-            page_ahead, valid, valid_ahead, scale = begin * 0, begin < begin, begin < begin, (key * 0).to(gl.float32)
+            # Scales are asked for one turn ahead, pages two.
+            ahead0, ahead1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
+            next0, next1, scale0 = valid0, valid1, (key * 0).to(gl.float32)
+            scale1 = scale0
             if begin < stop:
-                page, valid = find_page(table, begin, num_pages, PAGE)
-                scale = load_scales(scales, page, begin, key, num_keys, page_words, D, PAGE)
-                page_ahead, valid_ahead = find_page(table, gl.minimum(begin + 1, stop - 1), num_pages, PAGE)
-            for tile in range(begin, stop):
+                page0, page1, valid0, valid1 = find_pages(table, begin, stop, num_pages, PAGE, TILES)
+                scale0, scale1 = _scales(scales, page0, page1, begin, stop, key, num_keys, page_words, D, PAGE, TILES)
+                ahead0, ahead1, next0, next1 = find_pages(table, begin + TILES, stop, num_pages, PAGE, TILES)
+            for tile in range(begin, stop, TILES):
                 n0 = tile * KEYS
-                inner = valid & (n0 >= inner_low) & (n0 + KEYS <= inner_high)
-                seen = gl.where(valid, own_end, 0)  # a page that is not there is seen by nobody
-                now = scale
-                scale = load_scales(scales, page_ahead, gl.minimum(tile + 1, stop - 1), key, num_keys, page_words, D, PAGE)
-                valid = valid_ahead
-                page_ahead, valid_ahead = find_page(table, gl.minimum(tile + 2, stop - 1), num_pages, PAGE)
-                mbarrier.wait(full.index(turn % STAGES), turn // STAGES & 1)
-                acc0 = multiply(buffers, q0, turn, zero, STAGES, D)
-                acc1 = multiply(buffers, q1, turn, zero, STAGES, D)
-                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, 1, HB, True)
+                inner = valid0 & valid1 & (n0 >= inner_low) & (n0 + TILES * KEYS <= inner_high)
+                seen0 = gl.where(valid0, own_end, 0)  # a page that is not there is seen by nobody
+                seen1 = gl.where(valid1, own_end, 0)
+                now0, now1 = scale0, scale1
+                scale0, scale1 = _scales(scales, ahead0, ahead1, tile + TILES, stop, key, num_keys, page_words, D, PAGE, TILES)
+                valid0, valid1 = next0, next1
+                ahead0, ahead1, next0, next1 = find_pages(table, tile + 2 * TILES, stop, num_pages, PAGE, TILES)
+                slot = turn % STAGES
+                mbarrier.wait(full.index(slot), turn // STAGES & 1)
+                acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
+                acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
+                sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
+                if TILES == 2:
+                    # Times the scale and + 0.0 in one: the bits of (sum + 0.0) * scale.
+                    score = gl.fma(gl.reshape(whole_sums(sums, SUB), [KEYS, ROWS]), now0[:, None], 0.0)
+                    _store(score, tile, inner, seen0, own_start, own_owner, current, key, at, block_out, width)
                 dots = warpgroup_mma_wait(0, [acc1])
-                mbarrier.arrive(empty.index(turn % STAGES))
-                sums = gl.reshape(whole_sums(chunk_sums(dots, w1, sums, 1, HB, False), 1), [KEYS, ROWS])
-                # Times the scale and + 0.0 in one: the bits of (sum + 0.0) * scale.
-                score = gl.fma(sums, now[:, None], 0.0)
-                if inner:
-                    gl.store(block_out + n0 + at, score)
-                else:
-                    column = n0 + key[:, None]
-                    score = gl.where((column >= own_start[None, :]) & (column < seen[None, :]), score, float("-inf"))
-                    gl.store(block_out + n0 + at, score, mask=(own_owner == current)[None, :] & (column < width))
+                mbarrier.arrive(empty.index(slot))
+                sums = gl.reshape(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), [KEYS, ROWS])
+                score = gl.fma(sums, now1[:, None], 0.0)
+                if TILES == 1:
+                    _store(score, tile, inner, seen0, own_start, own_owner, current, key, at, block_out, width)
+                elif tile + 1 < stop:
+                    _store(score, tile + 1, inner, seen1, own_start, own_owner, current, key, at, block_out, width)
                 turn += 1
             keep = fill_owner == current
             fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
@@ -179,28 +214,27 @@ def prefill_kernel(
     k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
     num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
     BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HEADS: gl.constexpr, HB: gl.constexpr, OVERLAP: gl.constexpr,
+    HEADS: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
-    buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [4, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    wait_for_inputs(OVERLAP)  # the other warps start after this
+    buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
+    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-                0, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB,
+                0, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB, SUB, TILES,
             )),
             (_consumer, (
                 q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
-                1, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB,
+                1, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB, SUB, TILES,
             )),
             (fetch_tiles, (
                 k_desc, k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
-                buffers, buffers, full, empty, BLOCK, STAGES, D, PAGE, False,
+                buffers, buffers, full, empty, BLOCK, STAGES, D, PAGE, False, TILES,
             )),
         ],
         [4, 1],

@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill, share
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight, wait_for_inputs
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
 
 
 @gluon.jit
@@ -85,12 +85,11 @@ def _consumer(
 def prefill_quads_kernel(
     k_desc, s_desc, q, weights, low, high, owners, lengths, page_table, out,
     num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, table_row, out_row,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, OVERLAP: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    wait_for_inputs(OVERLAP)  # the other warps start after this
     full, empty = ring(STAGES, GROUPS)
     gl.warp_specialize(
         [
@@ -103,7 +102,7 @@ def prefill_quads_kernel(
             (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
                 width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, PAGE)),
             (fetch_tiles, (k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width,
-                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, True)),
+                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, True, 1)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

@@ -11,7 +11,6 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 NAN_ALL = gl.constexpr(triton.language.PropagateNan.ALL)
 NO_REQUEST = gl.constexpr(2**31 - 1)
@@ -50,14 +49,6 @@ def whole_sums(sums, SUB: gl.constexpr):
     a, b = gl.split(gl.permute(gl.reshape(a + b, [KEYS, SUB, 2, 2, 2, 4]), (0, 1, 3, 4, 5, 2)))
     a, b = gl.split(gl.permute(a + b, (0, 1, 3, 4, 2)))
     return a + b
-
-
-@gluon.jit
-def wait_for_inputs(OVERLAP: gl.constexpr):
-    """``cache.device.wait_for_inputs``."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @gluon.jit
@@ -128,6 +119,16 @@ def find_page(table, tile, num_pages, PAGE: gl.constexpr):
     else:
         page, valid = tile * 0, tile >= 0
     return page, valid
+
+
+@gluon.jit
+def find_pages(table, tile, stop, num_pages, PAGE: gl.constexpr, TILES: gl.constexpr):
+    """The pages of ``TILES`` tiles, and whether the table names them. Tiles from ``stop`` on, which no row sees, are the last one again."""
+    page0, valid0 = find_page(table, gl.minimum(tile, stop - 1), num_pages, PAGE)
+    page1, valid1 = page0, valid0
+    if TILES == 2:
+        page1, valid1 = find_page(table, gl.minimum(tile + 1, stop - 1), num_pages, PAGE)
+    return page0, page1, valid0, valid1
 
 
 @gluon.jit

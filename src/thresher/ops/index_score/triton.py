@@ -40,8 +40,8 @@ PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200
 MIN_TILES, MAX_TILES = 2, 64  # key tiles a program of the ragged form
 SHARED_PROGRAMS = 132 * 4  # of the paged form, where programs share the work out evenly among themselves
 MAX_GROUPS = 512  # of rows that a program of the paged form looks at to do so
-# With fewer queries a block of ``gluon.py`` is mostly padding, with fewer heads its columns hold more queries than it has registers for.
-HOPPER_QUERIES, HOPPER_ROWS, HOPPER_HEADS = 64, 16, range(17, 65)  # queries in all, queries of a request, heads
+# With fewer queries a block of ``gluon.py`` is mostly padding.
+HOPPER_QUERIES, HOPPER_ROWS, HOPPER_HEADS = 64, 16, range(1, 65)  # queries in all, queries of a request, heads
 
 
 def unsupported(q_dtype: torch.dtype, k_dtype: torch.dtype, num_heads: int, head_dim: int, num_keys: int = 0) -> str | None:
@@ -66,6 +66,14 @@ def unsupported(q_dtype: torch.dtype, k_dtype: torch.dtype, num_heads: int, head
 def padded_heads(num_heads: int) -> int:
     """The heads a tile has: a power of two from 8 on."""
     return max(8, triton.next_power_of_2(num_heads))
+
+
+def layout(num_heads: int) -> dict[str, int]:
+    """The constants by which the Hopper kernels deal columns, rows and tiles of up to ``QUADS`` heads out (``gluon_tiles.py``)."""
+    heads = padded_heads(num_heads)
+    a_chunk = min(heads, 16)
+    rows = 128 // a_chunk
+    return {"HEADS": heads, "BLOCK": 2 * rows, "ROWS": rows, "HB": a_chunk, "SUB": rows // 8, "TILES": 1 if heads > 16 else 2}
 
 
 def key_tiles(row_tiles: int, num_keys: int) -> int:
@@ -97,7 +105,7 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
         ragged_kernel[triton.cdiv(num, rows), triton.cdiv(num_keys, tiles * KEYS)](
             q, weights, k, k_scales.contiguous(), starts.contiguous(), ends.contiguous(), out, num, heads, num_keys, tiles,
             q.stride(0), q.stride(1), weights.stride(0), k.stride(0), out.stride(0),
-            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **overlapped(q),
+            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -162,7 +170,6 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
         gathered_kernel[(num * triton.cdiv(width, GATHERED_KEYS),)](
             *tensors, positions, out, *sizes, width, *strides, positions.stride(0), out.stride(0),
             PAGE=keys.page_size, HEADS=padded, D=dim, BN=GATHERED_KEYS, BQ=max(1, MIN_COLUMNS // padded), INTERPRET=INTERPRET, **OPTIONS,
-            **overlapped(query.q),
         )  # fmt: skip
     return out
 
@@ -189,7 +196,7 @@ def block_index_score(query: IndexQuery, keys: IndexKeys, blocks: Tensor, block_
         block_kernel[(num * chunks,)](
             *tensors, blocks, out, num, *sizes, blocks.shape[1], chunks, tiles, *strides, blocks.stride(0), out.stride(0),
             BLOCK_SIZE=block_size, BLOCKS=triton.next_power_of_2(tiles * KEYS // block_size + 2), PAGE=keys.page_size,
-            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **overlapped(query.q), **few_registers(rows * padded),
+            HEADS=padded, D=dim, BN=KEYS, BQ=rows, INTERPRET=INTERPRET, **OPTIONS, **few_registers(rows * padded),
         )  # fmt: skip
     return out
 

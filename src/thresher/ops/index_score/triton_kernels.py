@@ -70,10 +70,9 @@ def _live(low, high, first, last, BN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "tiles"])
 def ragged_kernel(
     q, weights, k, k_scales, starts, ends, out, num_queries, num_heads, num_keys, tiles, q_row, q_head, w_row, k_row, out_row,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of BQ rows, chunks of ``tiles`` tiles of keys)."""
-    wait_for_inputs(OVERLAP)
     first_row = tl.program_id(0) * BQ
     num_rows = tl.minimum(num_queries - first_row, BQ)
     row = tl.arange(0, BQ)
@@ -259,10 +258,8 @@ def gathered_kernel(
     q, weights, values, scales, page_table, lengths, positions, requests, wanted, out,
     num_heads, num_requests, num_pages, max_pages, width, q_row, q_head, w_row, page_words, table_row, wanted_row, out_row,
     PAGE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid: queries times tiles of BN candidates, those of a query together. It is row 0 of its tile; others, if any, are zeros."""
-    wait_for_inputs(OVERLAP)
     tiles = tl.cdiv(width, BN)
     row = tl.program_id(0) // tiles
     request = tl.load(requests + row)
@@ -297,7 +294,7 @@ def block_kernel(
     num_queries, num_heads, num_requests, num_pages, max_pages, num_blocks, chunks, tiles,
     q_row, q_head, w_row, page_words, table_row, block_row, out_row,
     BLOCK_SIZE: tl.constexpr, BLOCKS: tl.constexpr, PAGE: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program p scores chunk ``p % chunks`` of query ``p // chunks``: ``tiles`` tiles of BN columns.
 
@@ -308,7 +305,6 @@ def block_kernel(
 
     BLOCKS: a power of two that holds the blocks which meet a chunk.
     """
-    wait_for_inputs(OVERLAP)
     row = tl.program_id(0) // chunks
     first = tl.program_id(0) % chunks * tiles * BN
     last = tl.minimum(first + tiles * BN, num_blocks * BLOCK_SIZE)

@@ -20,13 +20,12 @@ from thresher.ops.index_score.gluon_tiles import (
     KEYS,
     NO_REQUEST,
     chunk_sums,
-    find_page,
+    find_pages,
     live,
     load_queries,
     multiply,
     ring,
     sight,
-    wait_for_inputs,
     whole_sums,
 )
 from thresher.ops.score_select.gluon_lists import (
@@ -48,16 +47,6 @@ def _turns(begin, stop, run, runs, TILES: gl.constexpr):
 
 
 @gluon.jit
-def _pages(table, turn, stop, num_pages, PAGE: gl.constexpr, TILES: gl.constexpr):
-    """A turn's pages, and whether the table names them. Tiles from ``stop`` on, which no row sees, are the last one again."""
-    page0, valid0 = find_page(table, gl.minimum(turn * TILES, stop - 1), num_pages, PAGE)
-    page1, valid1 = page0, valid0
-    if TILES == 2:
-        page1, valid1 = find_page(table, gl.minimum(turn * TILES + 1, stop - 1), num_pages, PAGE)
-    return page0, page1, valid0, valid1
-
-
-@gluon.jit
 def _producer(
     k_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row, buffers, full, empty,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
@@ -76,11 +65,11 @@ def _producer(
             table = page_table + current.to(gl.int64) * table_row
             page0, page1 = begin * 0, begin * 0
             if first < last:
-                page0, page1, _valid0, _valid1 = _pages(table, first, stop, num_pages, PAGE, TILES)
+                page0, page1, _valid0, _valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
             for turn in range(first, last, runs):
                 slot = count & (STAGES - 1)
                 # Asked for one turn ahead, so that nothing waits for the answer.
-                ahead0, ahead1, _valid0, _valid1 = _pages(table, turn + runs, stop, num_pages, PAGE, TILES)
+                ahead0, ahead1, _valid0, _valid1 = find_pages(table, (turn + runs) * TILES, stop, num_pages, PAGE, TILES)
                 mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
                 mbarrier.expect(full.index(slot), TILES * KEYS * D)
                 at = turn * TILES * KEYS
@@ -163,15 +152,15 @@ def _consumer(
             a0 = (place * 0).to(gl.float32)
             a1, b0, b1 = a0, a0, a0
             if first < last:
-                page0, page1, valid0, valid1 = _pages(table, first, stop, num_pages, PAGE, TILES)
+                page0, page1, valid0, valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
                 a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES)
-                page0, page1, ahead0, ahead1 = _pages(table, first + runs, stop, num_pages, PAGE, TILES)
+                page0, page1, ahead0, ahead1 = find_pages(table, (first + runs) * TILES, stop, num_pages, PAGE, TILES)
             bar, edge = nothing, first
             for turn in range(first, last, runs):
                 now_a0, now_a1, now_b0, now_b1, now_valid0, now_valid1 = a0, a1, b0, b1, valid0, valid1
                 a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES)
                 valid0, valid1 = ahead0, ahead1
-                page0, page1, ahead0, ahead1 = _pages(table, turn + 2 * runs, stop, num_pages, PAGE, TILES)
+                page0, page1, ahead0, ahead1 = find_pages(table, (turn + 2 * runs) * TILES, stop, num_pages, PAGE, TILES)
                 key = turn * (TILES * KEYS) + place
                 slot = count & (STAGES - 1)
                 mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
@@ -207,13 +196,12 @@ def collect_kernel(
     k_desc, q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
     num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, OVERLAP: gl.constexpr,
+    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    wait_for_inputs(OVERLAP)  # the other warps start after this
     full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [

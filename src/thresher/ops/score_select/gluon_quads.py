@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight, wait_for_inputs
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
 from thresher.ops.score_select.gluon_lists import first_of_run
 
 
@@ -148,12 +148,11 @@ def _consumer(
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
     num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, q_row, q_head, w_row, table_row,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr, OVERLAP: gl.constexpr,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
-    wait_for_inputs(OVERLAP)  # the other warps start after this
     full, empty = ring(STAGES, GROUPS)
     gl.warp_specialize(
         [

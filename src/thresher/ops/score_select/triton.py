@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import GLUON, INTERPRET, on_device, overlapped, runs_gluon, unit_rows
-from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, padded_heads, paged_arguments, paged_index_score
+from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
+from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, layout, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel, settle_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel
@@ -43,9 +43,10 @@ SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 PADDING = 1024  # places of the result that are filled up at a time
-SEARCHED = 1024  # scores that a warp searches, 32 a thread: few warps wait less for each other
-REGISTERS = 128  # a thread, with room for them, and for 16 entries that are placed together; so
-SETTLE_WARPS = 16  # of ``settle_kernel`` fit on a multiprocessor
+SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
+SEARCHED = 512  # scores that a warp of ``settle_kernel`` searches, 16 a thread
+REGISTERS = 64  # a thread, with room for them, and for 8 entries that are placed together; so
+SETTLE_WARPS = 32  # of it fit on a multiprocessor
 # Bytes, at most, of all its programs' masks, 4 for 32 keys. 1024 rows of 1M keys take their lists and, one after the other, 67 MB of the
 # sample's scores and these 32; pages, levels and counts are less than 5: 165 MB beside input and output, 241 at topk 4096.
 MASKS = 32 * 2**20
@@ -74,14 +75,6 @@ class Plan:
     room: int
     row: int
     kept: bool = False
-
-
-def layout(num_heads: int) -> dict[str, int]:
-    """The constants by which ``gluon_kernels.collect_kernel`` deals columns, rows and tiles of up to 32 heads out."""
-    heads = padded_heads(num_heads)
-    a_chunk = min(heads, 16)
-    rows = 128 // a_chunk
-    return {"HEADS": heads, "BLOCK": 2 * rows, "ROWS": rows, "HB": a_chunk, "SUB": rows // 8, "TILES": 1 if heads > 16 else 2}
 
 
 def rows_together(num_heads: int) -> int:
@@ -196,7 +189,6 @@ def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Select
             *tensors, redo, scratch, selection.indices, selection.lengths, scratch if beside is None else beside,
             num, *sizes, room_tokens, topk, *strides, TILE=REDO_TILE, WITH_SCORES=beside is not None, PAGE=keys.page_size,
             HEADS=heads, D=keys.head_dim, BN=KEYS, BQ=max(1, MIN_COLUMNS // heads), INTERPRET=INTERPRET, **OPTIONS,
-            **overlapped(query.q),
         )  # fmt: skip
 
 
@@ -238,7 +230,6 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
                 found, counts, ends, levels, bits, indices, lengths, scores, redo, topk, num, words, found.stride(0),
                 LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WIDE=max(4 * registers * warps // lists, 1),
                 WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WITH_SCORES=with_scores, num_warps=warps, maxnreg=registers,
-                **overlapped(query.q),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
@@ -255,19 +246,19 @@ def find_levels(
         prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
             query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
             num, keys.num_requests, keys.room, stride, sampled, *keys.page_table.stride(),
-            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0, **overlapped(query.q),
+            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0,
         )  # fmt: skip
     if not stride:
         return
     width = sampled * TILE
     sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(keys.pages, table, keys.lengths), width)
     block = triton.next_power_of_2(width)
-    warps = min(max(block // SEARCHED, 4), 32)
+    warps = min(max(block // SAMPLED, 4), 32)
     with on_device(query.q):
         level_kernel[(num,)](
             sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
             sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-            ROWS=rows_together(query.num_heads), num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps), **overlapped(query.q),
+            ROWS=rows_together(query.num_heads), num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
         )  # fmt: skip
 
 
@@ -288,11 +279,11 @@ def collect(
         collect_quads_kernel[(programs,)](
             desc, scale_tiles(scales, len(keys.pages), record // 4), q, weights, *rows, *sizes,
             plan.stride, plan.lists * plan.room, *strides, table.stride(0),
-            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS, **overlapped(q),
+            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
         desc, q, weights, scales, *rows, *sizes, found.stride(0), *strides, record // 4, table.stride(0),
-        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS, **overlapped(q),
+        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
     )  # fmt: skip

@@ -6,8 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thresher.cache.device import wait_for_inputs
-from thresher.ops.select.triton_search import LOWEST, key_number, number_key, search
+from thresher.ops.select.triton_search import LOWEST, count_bits, key_number, lowest_bit, number_key, pack, search
 
 _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 
@@ -16,14 +15,13 @@ _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 def prepare_kernel(
     positions, requests, lengths, page_table, ends, levels, level_keys, last_seen, table,
     num_rows, num_requests, room_tokens, stride, num_sampled, table_row, table_page,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """What the others ask of rows, and the sample's page table: every stride-th page, ``num_sampled`` for each request.
 
     ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass. ``last_seen``: the last of the sample's
     columns that a row sees, which are the tiles that it sees to their end.
     """
-    wait_for_inputs(OVERLAP)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < num_rows
     request = tl.load(requests + at, mask=here, other=-1)
@@ -64,42 +62,46 @@ def _search(score, want, slack, low, high, low_count, guess):
 
 @triton.jit
 def _keep(
-    row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row,
-    LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+    row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row,
+    BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Enter what passes of a row's sample into its lists, whose counts are 0, from the tiles that collecting then leaves out.
 
     ``ROWS`` rows collect together. Of those that have one request, the tiles are left out that all see to their end, none if any of these
-    rows is so short that it needs no level.
+    rows is so short that it needs no level. ``sample`` is at the row's start. Few pass, so each thread enters its own one by one.
     """
     near = row // ROWS * ROWS + tl.arange(0, ROWS)
     same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
     end = tl.load(ends + near, mask=same, other=0)
     stop = tl.min(tl.where(same, tl.where(end > whole, end // 64, 0), 2**31 - 1), axis=0)
-    passes = passes & (key // 64 < stop)
-    to = key % LISTS  # any would do
-    # What is claimed of contiguity is not true, and harmless: it keeps neighbours in the threads that have read them.
-    count = tl.max_contiguous(tl.multiple_of(counts + row * LISTS + to, 16), 4)
-    place = tl.atomic_add(count, 1, mask=passes, sem="relaxed")
-    pair = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key.to(tl.int64)
-    entry = tl.max_contiguous(tl.multiple_of(found + row * found_row + to * ROOM + place, 16), 4)
-    tl.store(entry, pair, mask=passes & (place < ROOM))
+    passes = passes & (tl.arange(0, BLOCK) // 64 * stride < stop)
+    word = pack(tl.reshape(passes, [BLOCK // 32, 32]), BLOCK)
+    for _turn in range(tl.max(count_bits(word), axis=0)):
+        live = word != 0
+        column = tl.arange(0, BLOCK // 32) * 32 + lowest_bit(word)
+        key = column // 64 * (stride * 64) + column % 64
+        to = key % LISTS  # any would do
+        place = tl.atomic_add(counts + row * LISTS + to, 1, mask=live, sem="relaxed")
+        bits = tl.load(sample + column, mask=live, other=0.0).to(tl.int32, bitcast=True)
+        pair = (bits.to(tl.int64) << 32) | key.to(tl.int64)
+        tl.store(found + row * found_row + to * ROOM + place, pair, mask=live & (place < ROOM))
+        word = word & (word - 1)
 
 
 @triton.jit
 def level_kernel(
     sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, want, slack, whole, sample_row, found_row,
-    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
     Column c of the sample is the key ``c // 64 * stride * 64 + c % 64``. A row of up to ``whole`` keys gets -inf: all of it is collected.
     So does one whose sample has too few scores, which its lists will not hold. Where ``KEPT``, the sample's own pairs go to the lists.
     """
-    wait_for_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    score = tl.load(sample + row * sample_row + column, mask=column < width, other=float("-inf"))
+    sample += row * sample_row
+    score = tl.load(sample + column, mask=column < width, other=float("-inf"))
     score = tl.where(score == score, score, float("-inf"))
     level = tl.full([], float("-inf"), tl.float32)
     level_key = tl.full([], -1, tl.int32)
@@ -122,7 +124,7 @@ def level_kernel(
     if KEPT:  # with a level or without: collecting leaves the tiles out either way
         key = column // 64 * (stride * 64) + column % 64
         passes = (score > level) | ((score == level) & (key <= level_key))
-        _keep(row, key, score, passes, requests, ends, found, counts, num_rows, whole, found_row, LISTS, ROOM, ROWS)
+        _keep(row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row, BLOCK, LISTS, ROOM, ROWS)
     tl.store(levels + row, level)
     tl.store(level_keys + row, level_key)
 
@@ -183,7 +185,7 @@ def _find_cut(found, counts, level, length, num, end, LISTS: tl.constexpr, ROOM:
 def settle_kernel(
     found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num_rows, num_words, found_row,
     LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr,
-    TILE: tl.constexpr, WITH_SCORES: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, WITH_SCORES: tl.constexpr,
 ):  # fmt: skip
     """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
 
@@ -192,7 +194,6 @@ def settle_kernel(
     handed to all threads, each with what lies before it. A search looks at ``DEEP`` entries of each list where none holds more, which is
     the rule, and else at twice as many; the rest at ``WIDE`` of each together.
     """
-    wait_for_inputs(OVERLAP)
     program = tl.program_id(0).to(tl.int64)
     bits += program * num_words
     for start in range(0, num_words, WORDS):
@@ -224,7 +225,7 @@ def settle_kernel(
             for first in range(0, most, WIDE):
                 at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
                 key, take = _is_taken(tl.load(pairs + at, mask=there, other=0), held, cut, last)
-                # Claimed as in ``_keep``.
+                # What is claimed of contiguity, here and below, is not true, and harmless: neighbours stay in the threads that read them.
                 word = tl.max_contiguous(tl.multiple_of(bits + key // 32, [1, 16]), [1, 2])
                 tl.atomic_or(word, (key & 0) + 1 << (key & 31), mask=take, sem="relaxed")
             tl.debug_barrier()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thresher.cache.device import wait_for_inputs
 from thresher.ops.index_score.triton_kernels import row_ends, score_rows
 from thresher.ops.select.triton_search import write_row
 
@@ -18,14 +17,13 @@ def redo_kernel(
     q, weights, values, scales, page_table, held, positions, requests, redo, scratch, indices, lengths, beside,
     num_queries, num_heads, num_requests, num_pages, max_pages, width, topk, q_row, q_head, w_row, page_words, table_row,
     TILE: tl.constexpr, WITH_SCORES: tl.constexpr, PAGE: tl.constexpr,
-    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Program p of P does those of the rows p, p + P, p + 2P ... again that ``redo`` marks; where it marks none, it leaves.
 
     ``scratch`` fp32 ``[P, width]``: a row of scores for each program, as wide as the page table has room for. ``held``: the requests'
     lengths. ``indices``, ``lengths`` and ``beside`` are the selection's.
     """
-    wait_for_inputs(OVERLAP)
     program = tl.program_id(0)
     scratch += program.to(tl.int64) * width
     for turn in range(0, tl.cdiv(num_queries, tl.num_programs(0)), FLAGS):

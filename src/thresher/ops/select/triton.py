@@ -1,10 +1,11 @@
 """Exact top-k on a GPU, in Triton: no sort, no atomics that order could show in, no word from the host.
 
-``one_program``: a short row stays in one program's registers, where a search over scores finds the threshold. That takes as many ties as
-there is room for, and the row is written in column order. A longer row is read once in full:
+``one_program``: a short row stays in one program's registers, where a search over scores finds the threshold, from a guess by their mean
+and deviation and with three counts a step. That takes as many ties as there is room for, and the row is written in column order. A longer
+row is read once in full:
 
 - A sample of it gives a level that somewhat more than k scores should lie above. A row that the list has room for needs none.
-- What lies above the level goes to a short list, which is searched and written like a short row.
+- What lies above the level goes to a short list, which is searched, one count a step, and written in column order.
 - Where the list falls short and ties with the level make up for it, a plateau or NaN, the level is the threshold: the list is written
   whole, and with it as many of the first ties as are lacking.
 - Where the sample misled, so that neither holds the answer, four more passes over the row find the threshold, and a last one writes.
@@ -26,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device, unit_rows
+from thresher.cache.device import on_device, overlapped, unit_rows
 from thresher.errors import require
 from thresher.ops.select import triton_kernels as kernels
 from thresher.ops.select import triton_split as split
@@ -45,7 +46,7 @@ CHUNK = 8192  # columns a program of ``collect`` reads: 16 a thread at 16 warps
 TILE = 256  # columns, or entries of a list, that a warp writes at a time: 8 a thread
 HELD = 64  # scores that a thread of ``one_program`` holds: fewer warps do fewer times what each must do
 HELD_BESIDE = 32  # with positions, slots or scores beside, which take registers, too; and where two programs a multiprocessor are enough
-SHORT_REGISTERS = 128  # a thread of ``one_program``
+SHORT_REGISTERS = 128  # a thread of ``one_program``, at most; two programs of up to 16 warps fit on a multiprocessor
 MULTIPROCESSORS = 132  # of an H100
 MAX_REGISTERS = 64  # a thread of the others: 32 warps fit on a multiprocessor
 
@@ -98,7 +99,7 @@ def make_plan(num_rows: int, width: int, topk: int) -> Plan | None:
 def num_warps(block: int, num_rows: int, plain: bool) -> int:
     """Warps for a program that holds ``block`` scores; ``plain`` where nothing but columns is read or written beside scores."""
     held = HELD if plain and num_rows > 2 * MULTIPROCESSORS else HELD_BESIDE
-    return min(max(block // (32 * held), 4), 16)
+    return min(max(block // (32 * held), 4), 32)
 
 
 def unsupported(num_rows: int, width: int, topk: int) -> str | None:
@@ -229,7 +230,7 @@ def _run(
         warps = num_warps(block, num, positions is None and paged is None and not with_scores)
         kernels.one_program[(num,)](
             *source, *out, width, topk, *strides, *table,
-            BLOCK=block, WARPS=warps, **flags, num_warps=warps, maxnreg=SHORT_REGISTERS,
+            BLOCK=block, WARPS=warps, **flags, num_warps=warps, maxnreg=min(SHORT_REGISTERS, max(1024 // warps, MAX_REGISTERS)),
         )  # fmt: skip
         return indices, lengths, beside
 
@@ -250,14 +251,14 @@ def _run(
     counters = torch.empty(2, triton.cdiv(num, 4) * 4, dtype=torch.int32, device=device)
     tables = torch.empty(3, triton.cdiv(num * chunks, 4) * 4, dtype=torch.int32, device=device)
     marks = torch.empty(2, num, chunks * plan.chunk // 32, dtype=torch.int32, device=device)
-    overlap = not INTERPRET  # ``collect`` starts while ``guess_level`` runs (programmatic dependent launch)
+    overlap = overlapped(scores)  # ``collect`` starts while ``guess_level`` runs
     split.guess_level[(num,)](
         *source, levels, *counters, width, plan.aim, *strides,
-        SAMPLE=plan.sample, ROOM=plan.room, **given, OVERLAP=overlap, num_warps=min(plan.sample // 256, 32),
+        SAMPLE=plan.sample, ROOM=plan.room, **given, OVERLAP=overlap["OVERLAP"], num_warps=min(plan.sample // 256, 32),
     )  # fmt: skip
     split.collect[(num * chunks,)](
         *source, *out, levels, *counters, *tables, found, *marks, width, topk, chunks, *strides, *table,
-        CHUNKS=max(triton.next_power_of_2(chunks), 32), **sizes, **flags, OVERLAP=overlap,
-        num_warps=plan.warps, maxnreg=MAX_REGISTERS, launch_pdl=overlap,
+        CHUNKS=max(triton.next_power_of_2(chunks), 32), **sizes, **flags, **overlap,
+        num_warps=plan.warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return indices, lengths, beside

@@ -27,7 +27,6 @@ from thresher.ops.select.triton_search import (
     write_row,
 )  # fmt: skip
 
-
 _REACH = tl.constexpr(0.12)  # the first probes' distance from the guess, in standard deviations
 _SPREAD = tl.constexpr(1.3)  # a later step's, in those of the sought number's place in its bracket
 _FEW = tl.constexpr(32)  # scores in a bracket from which on any progress will do
@@ -69,8 +68,8 @@ def _guess(score, want, end, BLOCK: tl.constexpr, WARPS: tl.constexpr):
     mean = total / num
     deviation = tl.sqrt(tl.maximum(squares / num - mean * mean, 0.0))
     share = tl.minimum(tl.maximum(want / tl.minimum(num * EVERY, end), 1e-4), 1 - 1e-4)
-    # Tukey's lambda distribution of this shape is within a few thousandths of the normal one.
-    guess = mean + deviation * 4.91 * (tl.exp2(0.14 * tl.log2(1 - share)) - tl.exp2(0.14 * tl.log2(share)))
+    # Tukey's lambda distribution, whose quantiles are eighth roots, is within a few hundredths of the normal one.
+    guess = mean + deviation * 5.45 * (tl.sqrt(tl.sqrt(tl.sqrt(1 - share))) - tl.sqrt(tl.sqrt(tl.sqrt(share))))
     return guess, tl.maximum(_REACH * deviation, 1e-5 * tl.abs(guess))
 
 
@@ -199,9 +198,12 @@ def one_program(
     bases, zero = _bases((mark >= cut).to(tl.int32), BLOCK, WARPS)
     # Compared once more, and columns counted anew, since registers would not hold all of either across the scan.
     chosen = mark >= cut + zero
+    columns = _columns(zero, BLOCK, WARPS)
+    if WITH_SCORES:  # beside the marks there is no room for them
+        score = tl.load(scores + columns, mask=chosen, other=0.0)
     put(
-        row, _places(bases, chosen.to(tl.int32), BLOCK, WARPS), chosen, _columns(zero, BLOCK, WARPS), score, positions, page_table, requests,
-        indices, beside, topk, num_requests, max_pages, page_size, SPAN, SLOTS, WITH_SCORES,
+        row, _places(bases, chosen.to(tl.int32), BLOCK, WARPS), chosen, columns, score, positions, page_table, requests, indices, beside,
+        topk, num_requests, max_pages, page_size, SPAN, SLOTS, WITH_SCORES,
     )  # fmt: skip
     finish(row, length, lengths, indices, beside, topk, BLOCK // 4, WITH_SCORES)
 
