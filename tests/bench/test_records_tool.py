@@ -11,6 +11,7 @@ import pytest
 from thresher.bench.cases import parse_case
 from thresher.bench.peers import PEERS
 from thresher.bench.work import check_op, default_op
+from thresher.selectors.parse import parse
 
 TOOL = Path(__file__).parents[2] / "tools" / "records"
 
@@ -22,12 +23,15 @@ def load():
     return module
 
 
-ROWS = [(op, peer, case) for group in load().GROUPS.values() for op, peer, cases in group for case in cases]
+ROWS = [(op, peer, selector, case) for group in load().GROUPS.values() for op, peer, selector, cases in group for case in cases]
 
 
-@pytest.mark.parametrize(("op", "peer", "name"), ROWS)
-def test_a_case_suits_its_op_and_its_peer(op, peer, name):
+@pytest.mark.parametrize(("op", "peer", "selector", "name"), ROWS)
+def test_a_case_suits_its_op_its_selector_and_its_peer(op, peer, selector, name):
     case = parse_case(name)
+    assert (op is None) == (selector is not None)
+    if selector is not None:
+        parse(selector)
     op = op or default_op(case)
     check_op(case, op)
     if peer is not None:

@@ -220,7 +220,8 @@ def test_few_queries_and_short_rows_are_left_to_the_two_steps():
     assert not kernels.worthwhile(8, 63, 2**20)
     assert not kernels.worthwhile(8, 4096, 16384)
     assert not kernels.worthwhile(32, 4096, 20000)
-    assert not kernels.worthwhile(64, 4096, 2**20)
+    assert kernels.worthwhile(64, 64, 70000)
+    assert not kernels.worthwhile(64, 4096, 2**15)
 
 
 @pytest.mark.parametrize("with_scores", [True, False])

@@ -152,9 +152,9 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
-    """Whether these kernels are faster than the two steps, as far as was measured (docs/lab-log.md): 1024 queries over 128k keys take 0.97
-    of the time at 32 heads, half at 16 and at 8, and more at 64. Where that begins is a guess."""
-    return num_heads <= QUADS and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
+    """Whether these kernels are faster than the two steps, as far as was measured (docs/lab-log.md): 1024 queries over 128k keys take 0.94
+    to 0.97 of the time at 64 and 32 heads and half at 16 and at 8; over 32k keys more at 64. Where that begins is a guess."""
+    return num_heads <= 64 and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
