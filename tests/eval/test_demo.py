@@ -41,7 +41,7 @@ def small(byte_tokenizer):
     """Stands in for SmolLM2: two layers, bytes as tokens."""
     config = dataclasses.replace(CONFIG, vocab_size=257, num_hidden_layers=2, max_position_embeddings=1280, eos_token_id=256)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "load_model", lambda device: tiny_model(config).to(device))
+        patch.setattr(demo, "load_model", lambda dtype, device: tiny_model(config).to(device))
         patch.setattr(demo, "load_tokenizer", lambda: byte_tokenizer)
         yield
 

@@ -71,7 +71,8 @@ def run_demo(
     known = len(record.get("head_weights", ())) == len(indexers)
     require(known, "the record must hold head_weights for each layer", weights, "take one that thresher train wrote")
     run = create_run_dir(out, overwrite=overwrite)
-    tokenizer, model = load_tokenizer(), load_model(device=device)
+    # Not bf16: answers then hang on roundings that differ between devices and versions of PyTorch.
+    tokenizer, model = load_tokenizer(), load_model(dtype=torch.float32, device=device)
     plans = {length: methods(length, record["head_weights"]) for length in lengths}
     longest = max(lengths)
     write_json(run / "config.json", _config(lengths, depths, device, record, plans))
