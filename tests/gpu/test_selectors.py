@@ -56,6 +56,7 @@ def test_sets_agree(case, selector, inputs, record_property):
     there = IndexKeys(keys.pages.to(DEVICE), keys.page_table.to(DEVICE), keys.lengths.to(DEVICE))
     with using("triton"):
         got = selector.select(moved, there)
+        bare = selector.select_indices(moved, there)
         mine = first_stage(selector, moved, there)
     with using("reference"):
         want = selector.select(query, keys)
@@ -77,6 +78,7 @@ def test_sets_agree(case, selector, inputs, record_property):
         last = query.num_queries - 1
         alone = selector.select(moved.rows(slice(last, last + 1)), there)
     problems.append(None if torch.equal(again.indices, got.indices) else "a second run has another set")
+    problems.append(None if torch.equal(bare.indices, got.indices) and bare.scores is None else "without scores it has another set")
     width = alone.topk
     problems.append(None if torch.equal(alone.indices[0], got.indices[last, :width]) else "a query alone has another set than in the batch")
     fail_on(problems)

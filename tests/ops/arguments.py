@@ -37,7 +37,9 @@ def good():
         "paged_index_score": {"query": query, "keys": keys, "filled": True, "width": 80},
         "gathered_index_score": {"query": query, "keys": keys, "positions": torch.tensor([[0, 5, -1], [1, 2, 69]])},
         "block_index_score": {"query": query, "keys": keys, "blocks": blocks, "block_size": BLOCK},
-        "select_topk_in_blocks": {"scores": randn(2, 2 * BLOCK), "topk": 2, "blocks": blocks, "block_size": BLOCK, "space": "local"},
+        "select_topk_in_blocks": {
+            "scores": randn(2, 2 * BLOCK), "topk": 2, "blocks": blocks, "block_size": BLOCK, "space": "local", "with_scores": False
+        },
         "select_blocks": {"scores": randn(2, 5), "num_blocks": 3, "query": query, "keys": keys, "block_size": BLOCK},
         "select_topk": {
             "scores": randn(2, 3),
@@ -45,6 +47,7 @@ def good():
             "space": "local",
             "positions": torch.tensor([[0, 5, -1], [1, 2, 69]]),
             "ends": longs(3, 2),
+            "with_scores": False,
         },
         "select_topk_slots": {
             "scores": randn(2, 3),

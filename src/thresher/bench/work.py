@@ -148,7 +148,7 @@ def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
 def _select(work: Work) -> Selection:
     assert work.index is not None
     assert work.selector is not None
-    return work.selector.select(work.index.query, work.index.keys, work.state)
+    return work.selector.select_indices(work.index.query, work.index.keys, work.state)
 
 
 def _index_score(work: Work) -> Tensor:
@@ -161,7 +161,7 @@ def _index_score(work: Work) -> Tensor:
 
 def _select_topk(work: Work) -> Selection:
     assert work.scores is not None
-    return select_topk(work.scores, work.case.topk, ends=work.ends)
+    return select_topk(work.scores, work.case.topk, ends=work.ends, with_scores=False)
 
 
 def _attend(work: Work) -> Any:

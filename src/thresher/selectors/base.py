@@ -46,6 +46,16 @@ class Selector(ABC):
             A logical ``Selection``: ascending, no duplicates, -1 padded, each row a function of its own query and request alone.
         """
 
+    def select_indices(
+        self,
+        query: IndexQuery,
+        keys: IndexKeys,
+        state: LayerState | None = None,
+        attention: AttentionInputs | None = None,
+    ) -> Selection:
+        """``select`` for a caller that reads no scores: the same, but ``scores`` may be None. Selectors override it to save their cost."""
+        return self.select(query, keys, state, attention)
+
     def shard(self, ranks: int, topk: int) -> Self:
         """The same selector for one of ``ranks`` shards, keeping ``topk`` tokens there."""
         require_int("ranks", ranks, 1)

@@ -28,6 +28,12 @@ class DSA(Selector):
         """See ``Selector.select``."""
         return scan_topk(query, keys, self.topk)
 
+    def select_indices(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """See ``Selector.select_indices``."""
+        return scan_topk(query, keys, self.topk, with_scores=False)
+
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D L``."""
         return 2.0 * heads * head_dim * length

@@ -54,12 +54,21 @@ class HISA(Selector):
         self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
     ) -> Selection:
         """See ``Selector.select``. Uses the state's block means."""
+        return self._select(query, keys, state, with_scores=True)
+
+    def select_indices(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """See ``Selector.select_indices``. Uses the state's block means."""
+        return self._select(query, keys, state, with_scores=False)
+
+    def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         means = mean_keys(keys, self.block_size, state)
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
             blocks = self.choose_blocks(rows, keys, means)
             scores = block_index_score(rows, keys, blocks, self.block_size)
-            return select_topk_in_blocks(scores, self.topk, blocks, self.block_size)
+            return select_topk_in_blocks(scores, self.topk, blocks, self.block_size, with_scores=with_scores)
 
         return in_chunks(query, max(self.num_blocks * self.block_size, means.room), select_rows)
 

@@ -37,8 +37,17 @@ class MISA(Selector):
         self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
     ) -> Selection:
         """See ``Selector.select``. Uses the state's block means. Raises ``ThresherError`` when ``active_heads`` are more than its heads."""
+        return self._select(query, keys, state, with_scores=True)
+
+    def select_indices(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """See ``Selector.select_indices`` and ``select``."""
+        return self._select(query, keys, state, with_scores=False)
+
+    def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         means = up_to_date_means(keys, self.block_size, state)
-        return routed_topk(query, keys, means, self.block_size, self.active_heads, self.topk)
+        return routed_topk(query, keys, means, self.block_size, self.active_heads, self.topk, with_scores)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 h D L + 2 H D ceil(L / B)``."""

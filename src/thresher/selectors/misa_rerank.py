@@ -55,12 +55,22 @@ class MISARerank(Selector):
         self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
     ) -> Selection:
         """See ``Selector.select`` and ``MISA.select``."""
+        return self._select(query, keys, state, with_scores=True)
+
+    def select_indices(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """See ``Selector.select_indices`` and ``MISA.select``."""
+        return self._select(query, keys, state, with_scores=False)
+
+    def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         means = up_to_date_means(keys, self.block_size, state)
         count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
             proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count, with_scores=False).indices
-            return select_topk(gathered_index_score(rows, keys, proposed), self.topk, positions=proposed)
+            scores = gathered_index_score(rows, keys, proposed)
+            return select_topk(scores, self.topk, positions=proposed, with_scores=with_scores)
 
         return in_chunks(query, max(routed_columns(query, keys, means, self.block_size, self.active_heads, count), count), select_rows)
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 Means = PackedMeans | IndexKeys
 
 
-def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int) -> Selection:
+def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
     """The ``topk`` visible keys of largest score over all heads of ``query``."""
-    return in_chunks(query, scan_columns(query, keys, topk), lambda rows, _: score_select(rows, keys, topk))
+    return in_chunks(query, scan_columns(query, keys, topk), lambda rows, _: score_select(rows, keys, topk, with_scores=with_scores))
 
 
 def routed_topk(

@@ -12,10 +12,12 @@ for i, row in enumerate(scores.tolist()):
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from thresher.checks import FP32, INDEX, INT32, INT64, check_count, check_tensor
+from thresher.checks import FP32, INDEX, INT32, INT64, check_count, check_kind, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_paged, check_values
 from thresher.ops.dispatch import AUTO, checks_values, choose, device_of
@@ -35,6 +37,8 @@ def select_topk(
     positions: Tensor | None = None,
     ends: Tensor | None = None,
     impl: str = "auto",
+    *,
+    with_scores: bool = True,
 ) -> Selection:
     """Keep the topk best candidates of each row: score descending, ties to the smaller position.
 
@@ -49,24 +53,27 @@ def select_topk(
         ends: int32 or int64 ``[Q]``, each in 0..N: the candidates of row i are among its columns ``0 .. ends[i] - 1``, whatever the others
             hold. None: all columns.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+        with_scores: whether scores are returned beside.
 
     Returns:
-        Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores beside (-inf where padded).
+        Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores beside (-inf where padded) or None.
 
     Raises:
-        ThresherError: a shape, dtype or device that does not fit, topk below 1, an unknown space, positions out of order, an end
-            outside 0..N, or an impl that cannot run. Where values are not checked (``ops.dispatch.checks_values``) ends are clamped.
+        ThresherError: a shape, dtype or device that does not fit, topk below 1, an unknown space, with_scores no bool, positions out of
+            order, an end outside 0..N, or an impl that cannot run. Where values are not checked (``ops.dispatch.checks_values``) ends are
+            clamped.
     """
     device = _check(scores, topk, positions, ends)
     require(space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(space), "name the index space")
     if ends is not None:
         check_values(("ends", ends, 0, scores.shape[1], "clamp them to the columns"))
-    return _select(scores, topk, space, positions, ends, impl, device)
+    check_kind("with_scores", with_scores, bool, "pass True or False")
+    return _select(scores, topk, space, positions, ends, impl, device, with_scores)
 
 
-def select_visible(scores: Tensor, topk: int, ends: Tensor, impl: str = AUTO) -> Selection:
+def select_visible(scores: Tensor, topk: int, ends: Tensor, impl: str, with_scores: bool) -> Selection:
     """``select_topk`` for a caller that knows its ends to be in bounds: the host reads no value, and so waits for nothing."""
-    return _select(scores, topk, "logical", None, ends, impl, _check(scores, topk, None, ends))
+    return _select(scores, topk, "logical", None, ends, impl, _check(scores, topk, None, ends), with_scores)
 
 
 def select_topk_slots(
@@ -115,7 +122,7 @@ def select_topk_slots(
 
 
 def select_topk_in_blocks(
-    scores: Tensor, topk: int, blocks: Tensor, block_size: int, space: str = "logical", impl: str = AUTO
+    scores: Tensor, topk: int, blocks: Tensor, block_size: int, space: str = "logical", impl: str = AUTO, *, with_scores: bool = True
 ) -> Selection:
     """``select_topk`` among the tokens of chosen blocks, whose scores stand block after block.
 
@@ -127,14 +134,15 @@ def select_topk_in_blocks(
         block_size: tokens in a block, at least 1.
         space: the index space of the tokens.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+        with_scores: whether scores are returned beside.
 
     Returns:
         Selection with indices int32 ``[Q, topk]``, the positions ``block * block_size + offset`` ascending and -1 padded, lengths, and
-        scores beside (-inf where padded).
+        scores beside (-inf where padded) or None.
 
     Raises:
-        ThresherError: a shape, dtype or device that does not fit, topk or block_size below 1, an unknown space, blocks out of order, or an
-            impl that cannot run.
+        ThresherError: a shape, dtype or device that does not fit, topk or block_size below 1, an unknown space, with_scores no bool, blocks
+            out of order, or an impl that cannot run.
     """
     check_count("topk", topk, 1, do="ask for at least one token")
     check_count("block_size", block_size, 1, do="pass tokens per block")
@@ -143,10 +151,11 @@ def select_topk_in_blocks(
     require(space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(space), "name the index space")
     device = device_of(scores=scores, blocks=blocks)
     _check_ascending("blocks", blocks, device)
+    check_kind("with_scores", with_scores, bool, "pass True or False")
     kernel = choose("select_topk_in_blocks", impl, device, lambda module: module.unsupported(*scores.shape, topk))
     if kernel is None:
-        return select_in_blocks_reference(scores, topk, blocks, block_size, space)
-    picked: Selection = kernel(scores, topk, blocks, block_size, space)
+        return _beside(select_in_blocks_reference(scores, topk, blocks, block_size, space), with_scores)
+    picked: Selection = kernel(scores, topk, blocks, block_size, space, with_scores=with_scores)
     return picked
 
 
@@ -186,13 +195,17 @@ def select_blocks(scores: Tensor, num_blocks: int, query: IndexQuery, keys: Inde
 
 
 def _select(
-    scores: Tensor, topk: int, space: str, positions: Tensor | None, ends: Tensor | None, impl: str, device: torch.device
+    scores: Tensor, topk: int, space: str, positions: Tensor | None, ends: Tensor | None, impl: str, device: torch.device, with_scores: bool
 ) -> Selection:
     kernel = choose("select_topk", impl, device, lambda module: module.unsupported(*scores.shape, topk))
     if kernel is None:
-        return select_reference(scores, topk, space, positions, ends)
-    picked: Selection = kernel(scores, topk, space, positions, ends)
+        return _beside(select_reference(scores, topk, space, positions, ends), with_scores)
+    picked: Selection = kernel(scores, topk, space, positions, ends, with_scores=with_scores)
     return picked
+
+
+def _beside(picked: Selection, with_scores: bool) -> Selection:
+    return picked if with_scores else replace(picked, scores=None)
 
 
 def _check(scores: Tensor, topk: int, positions: Tensor | None, ends: Tensor | None) -> torch.device:

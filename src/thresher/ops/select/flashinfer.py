@@ -46,17 +46,23 @@ def unsupported(num_rows: int, width: int, topk: int) -> str | None:
 
 
 def select_topk(
-    scores: Tensor, topk: int, space: str = "logical", positions: Tensor | None = None, ends: Tensor | None = None
+    scores: Tensor,
+    topk: int,
+    space: str = "logical",
+    positions: Tensor | None = None,
+    ends: Tensor | None = None,
+    with_scores: bool = True,
 ) -> Selection:
     """``thresher.ops.select_topk`` for checked arguments, but for NaN and -0.0."""
     num, width = scores.shape
     scores = candidates(scores, positions)
     if num == 0 or width == 0:
         none = torch.full((num, topk), -1, dtype=torch.int32, device=scores.device)
-        return Selection(none, none.new_zeros(num, dtype=torch.int64), space, scores.new_full((num, topk), -torch.inf))
+        beside = scores.new_full((num, topk), -torch.inf) if with_scores else None
+        return Selection(none, none.new_zeros(num, dtype=torch.int64), space, beside)
     with on_device(scores):
         picked = top_k(make_inputs(scores, ends), topk, SMALLER_FIRST)
-    return sorted_selection(scores, picked, space, positions)
+    return sorted_selection(scores, picked, space, positions, with_scores)
 
 
 def make_inputs(scores: Tensor, lengths: Tensor | None = None) -> Inputs:

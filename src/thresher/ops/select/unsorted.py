@@ -8,13 +8,13 @@ from torch import Tensor
 from thresher.types import Selection
 
 
-def sorted_selection(scores: Tensor, picked: Tensor, space: str, positions: Tensor | None) -> Selection:
+def sorted_selection(scores: Tensor, picked: Tensor, space: str, positions: Tensor | None, with_scores: bool = True) -> Selection:
     """Ascending and -1 padded.
 
     Args:
         scores: fp32 ``[Q, N]``, N at least 1; -inf marks no candidate, picked or not.
         picked: int32 ``[Q, k]``, distinct columns in any order, -1 for none.
-        space, positions: as for ``select_topk``.
+        space, positions, with_scores: as for ``select_topk``.
     """
     width = scores.shape[1]
     columns = picked.clamp(min=0).long()
@@ -24,5 +24,5 @@ def sorted_selection(scores: Tensor, picked: Tensor, space: str, positions: Tens
     padded = columns == width
     columns = columns.masked_fill(padded, 0)
     where = columns if positions is None else positions.gather(1, columns)
-    beside = scores.gather(1, columns).masked_fill(padded, -torch.inf)
+    beside = scores.gather(1, columns).masked_fill(padded, -torch.inf) if with_scores else None
     return Selection(indices=where.int().masked_fill(padded, -1), lengths=(~padded).sum(1), space=space, scores=beside)

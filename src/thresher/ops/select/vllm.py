@@ -90,6 +90,7 @@ def select_topk(
     positions: Tensor | None = None,
     ends: Tensor | None = None,
     kernel: str | None = None,
+    with_scores: bool = True,
 ) -> Selection:
     """``thresher.ops.select_topk`` for checked arguments, but for ties, NaN and issue 51782; ``kernel`` None takes the first that fits."""
     num, width = scores.shape
@@ -98,11 +99,11 @@ def select_topk(
     buffers = make_buffers(num, topk, scores.device)
     if num == 0 or width == 0:
         lengths = torch.zeros(num, dtype=torch.int64, device=scores.device)
-        return Selection(buffers.out, lengths, space, scores.new_full((num, topk), -torch.inf))
+        return Selection(buffers.out, lengths, space, scores.new_full((num, topk), -torch.inf) if with_scores else None)
     lengths = torch.full_like(buffers.starts, width) if ends is None else ends.int().contiguous()
     with on_device(scores):
         top_k(kernel or fitting(scores, topk)[0], scores, lengths, buffers, width)
-    return sorted_selection(scores, buffers.out, space, positions)
+    return sorted_selection(scores, buffers.out, space, positions, with_scores)
 
 
 def make_buffers(num_rows: int, topk: int, device: torch.device) -> Buffers:
