@@ -34,7 +34,7 @@ index_score.paged_index_score(query, keys, width=2048)
 index_score.gathered_index_score(query, keys, torch.zeros(8, 256, dtype=torch.int64))
 index_score.block_index_score(query, keys, torch.zeros(8, 16, dtype=torch.int32), 128)
 select.select_blocks(torch.empty(8, 16), 8, query, keys, 128)
-for rows, width in ((8, 8192), (8, 131072), (70, 16384)):
+for rows, width in ((8, 8192), (8, 131072), (70, 32768)):
     requests = torch.zeros(rows, dtype=torch.int64)
     select.select_topk_slots(torch.empty(rows, width), 2048, keys.page_table, requests, 64)
 means = pool_keys.pool_keys(values, scales, 128)
