@@ -13,75 +13,21 @@ import numpy as np
 import pytest
 
 from .gluon_on_numpy import Pointer, across_four, array, language, plain, store
+from .gluon_world import PAGE, WORDS, D, TileRing, World
 
-tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
-lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
 quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
 gluon = importlib.import_module("thresher.ops.index_score.gluon")
 order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
-D, PAGE, RUNS = 64, 64, 3
+RUNS = 3
 STRIDE, WHOLE = 4, 1700  # of the sample, and which rows have a level
-WORDS = PAGE * (D + 4) // 4
-
-
-class World:
-    """Two requests in shuffled pages with two holes, rows of both, and levels of all kinds."""
-
-    def __init__(self, heads: int, num: int, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.num, self.heads, self.pages = num, heads, 100
-        self.lengths = np.int64([64 * 47 + 5, 64 * 30])
-        self.table = np.full((2, 48), -1, np.int32)
-        order = rng.permutation(self.pages).astype(np.int32)
-        self.table[0], self.table[1, :30] = order[:48], order[48:78]
-        self.table[0, [20, 33]] = -1
-        self.owners = np.sort(rng.integers(0, 2, num)) if seed % 2 else rng.integers(0, 2, num)
-        self.positions = self.lengths[self.owners] - 1 - np.arange(num) % 90 * rng.integers(0, 9)
-        self.dots = rng.integers(-4, 9, (self.pages, 64, num, heads)).astype(np.float32)
-        self.weights = rng.standard_normal((num, heads)).astype(np.float32)
-        self.weights[::5] = -np.abs(self.weights[::5])
-        self.dots[:, :, ::5] *= rng.integers(0, 2, (self.pages, 64, 1, 1))  # many sums of -0.0, plateaus
-        self.bytes = np.zeros((self.pages, WORDS), np.float32)
-        self.bytes[:, PAGE * D // 4 :] = np.exp2(rng.integers(-3, 3, (self.pages, 64)))
-        terms, sums = np.maximum(self.dots, 0), 0
-        padded = 64 if heads > 32 else fused.layout(heads)["HEADS"]
-        terms, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (terms, self.weights))
-        for head in range(0, padded, 8):
-            sums = (terms[..., head : head + 8].astype(float) * weights[:, head : head + 8] + sums).astype(np.float32)
-        t = [sums[..., 2 * c] + sums[..., 2 * c + 1] for c in range(4)]
-        scores = ((t[0] + t[2]) + (t[1] + t[3]) + np.float32(0)) * self.bytes[:, PAGE * D // 4 :, None]
-        self.scores = np.full((num, 48 * 64), np.nan, np.float32)
-        for row, owner in enumerate(self.owners):
-            for tile, page in enumerate(self.table[owner]):
-                if page >= 0:
-                    self.scores[row, tile * 64 : tile * 64 + 64] = scores[page, :, row]
-        self.levels = np.nanquantile(self.scores, 0.9, axis=1, method="nearest").astype(np.float32)
-        self.levels[1::7] = -np.inf
-        self.levels[2::7] = np.inf
-        self.level_keys = rng.choice(np.int32([-1, 2**31 - 1, 900, 64 * 11 - 1]), num)
-
-    def passing(self, row: int) -> dict[int, int]:
-        """Keys and score bits."""
-        key = np.arange(48 * 64)
-        score, level = self.scores[row], self.levels[row]
-        passes = ((score > level) | ((score == level) & (key <= self.level_keys[row]))) & (key <= self.positions[row])
-        return {int(k): int(score[k].view(np.int32)) for k in key[passes]}
-
-    def of_columns(self, values: np.ndarray, shape: dict[str, int], first: int, chunk: int) -> np.ndarray:
-        """``[..., rows, heads]`` by the columns of a chunk of up to 32 heads, zeros where there is no row or head."""
-        row, head = plain(tiles.row_and_head, language([]))(np.arange(128), shape["HB"])
-        head = head + shape["HB"] * chunk * (shape["TILES"] == 1)
-        here = (first + row < self.num) & (head < self.heads)
-        return np.where(here, values[..., np.where(here, first + row, 0), np.where(here, head, 0)], np.float32(0))
 
 
 def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of both consumers of every unit, after one program."""
-    shape = fused.layout(world.heads)
-    block, heads, two = shape["BLOCK"], shape["HEADS"], shape["TILES"] == 2
-    places, stages = 32, 8 // shape["TILES"]
+    ring, places = TileRing(world, fused.STAGES), 32
+    shape = ring.shape
     found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
     counts = np.full((world.num, RUNS * places), -7, np.int32)
     memory = [
@@ -92,64 +38,30 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     )
     gl = language(memory)
     num, num_keys, requests, pages, runs = (array(x, np.int32) for x in (world.num, 48 * 64, 2, world.pages, RUNS))
-    fetched: list[tuple[int, int]] = []
-    turn: dict[str, Any] = {}
-
-    def wait(barrier: tuple[str, int], phase: int) -> None:
-        which, slot = barrier
-        count = turn["count"]
-        assert (slot, phase) == (count % stages, count // stages & 1 ^ (which == "empty"))
-        turn["count"] += which == "full"
-        turn["slot"] = slot
-
-    barriers = [types.SimpleNamespace(index=lambda slot, which=which: (which, int(slot))) for which in ("full", "empty")]
-    slots = types.SimpleNamespace(index=int)
-
-    def fetch(desc, where, barrier, slot):
-        assert slot // shape["TILES"] == turn["count"] % stages
-        assert where[1:] == [0, 0]
-        fetched.append((slot, int(where[0])))
-        turn["count"] += slot % shape["TILES"] == shape["TILES"] - 1
-
-    tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
-    mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
-    turn["count"] = 0
-    plain(kernels._producer, gl, {"tma": tma, "mbarrier": mbarrier})(
-        None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, slots, *barriers,
-        block, stages, D, PAGE, shape["TILES"],
+    plain(kernels._producer, gl, ring.loading)(
+        None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, ring.slots, *ring.barriers,
+        shape["BLOCK"], ring.stages, D, PAGE, ring.tiles,
     )  # fmt: skip
-
-    def load(q, weights, first, *rest):
-        turn["first"] = int(first)
-        return [array(np.broadcast_to(world.of_columns(world.weights, shape, turn["first"], chunk), (64, 128))) for chunk in range(2)]
-
-    def multiply(buffers, chunk, index, zero, slots_in_all, dim):
-        slot, page = fetched[(turn["count"] - 1) * shape["TILES"] + int(index) % shape["TILES"]]
-        assert slot == index
-        return array(world.of_columns(world.dots[page], shape, turn["first"], chunk))
+    quick = 0
 
     def append_quick(score, bar, key, at, into):
         passes = score >= bar
         bits = np.ascontiguousarray(score).view(np.int32).astype(np.int64)
         store(into + (at >> 3), bits << 32 | key, passes)
-        turn["quick"] = turn.get("quick", 0) + 1
+        nonlocal quick
+        quick += 1
         return at + passes.astype(np.int32) * 8
 
-    instead = {
-        "load_queries": load, "multiply": multiply, "warpgroup_mma_wait": lambda left, given: given[0],
-        "mbarrier": mbarrier, "append_quick": append_quick, "QUICK": 4,
-    }  # fmt: skip
+    instead = ring.consuming | {"append_quick": append_quick, "QUICK": 4}
     for half in range(2):
-        turn["count"] = 0
-        chunks = types.SimpleNamespace(index=lambda i, half=half: types.SimpleNamespace(permute=lambda dims: i - half * (1 if two else 2)))
         plain(kernels._consumer, gl, instead)(
             None, None, scales, owners, positions, lengths, table, levels, level_keys, found_at, counts_at,
             num, world.heads, num_keys, requests, pages, runs, found.shape[1], 0, 0, 0, array(WORDS, np.int32), 48,
-            None, chunks, *barriers, half, heads, block, shape["ROWS"], stages, D, PAGE, shape["HB"], shape["SUB"], room,
-            shape["TILES"],
+            None, ring.chunks(half), *ring.barriers,
+            half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles,
         )  # fmt: skip
-        assert turn["count"] == len(fetched) // shape["TILES"]
-    assert turn["quick"] > 20
+        assert ring.all_read()
+    assert quick > 20
     return found, counts
 
 

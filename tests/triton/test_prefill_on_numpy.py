@@ -6,72 +6,38 @@ The matrix product and the barriers are stood in for; the order in which heads a
 from __future__ import annotations
 
 import importlib
-import types
-from typing import Any
 
 import numpy as np
 import pytest
 
 from .gluon_on_numpy import Pointer, array, language, plain
-from .test_collect_on_numpy import PAGE, WORDS, D, World
+from .gluon_world import PAGE, WORDS, D, TileRing, World
 
-tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
 kernels = importlib.import_module("thresher.ops.index_score.gluon_kernels")
-score = importlib.import_module("thresher.ops.index_score.triton")
+gluon = importlib.import_module("thresher.ops.index_score.gluon")
 
 
 def prefill(world: World, width: int, program: int, programs: int, out: np.ndarray) -> None:
     """What one program's loading warp and both its consumers do."""
-    shape = score.layout(world.heads)
-    block, two = shape["BLOCK"], shape["TILES"] == 2
-    stages = 6 // shape["TILES"]
+    ring = TileRing(world, gluon.STAGES)
+    shape = ring.shape
     memory = [world.bytes, world.positions, world.owners, world.lengths, world.table, out]
     scales, positions, owners, lengths, table, out_at = (Pointer(memory, n * 2**40, value.dtype) for n, value in enumerate(memory))
     gl = language(memory, program, programs)
     gl.full = lambda shape, value, kind, layout: np.full(shape, value, kind)
     sizes = (world.num, 48 * 64, 2, world.pages, width)
     num, num_keys, requests, pages, columns = (array(x, np.int32) for x in sizes)
-    fetched: list[tuple[int, int]] = []
-    turn: dict[str, Any] = {"count": 0}
-
-    def wait(barrier: tuple[str, int], phase: int) -> None:
-        which, slot = barrier
-        assert (slot, phase) == (turn["count"] % stages, turn["count"] // stages & 1 ^ (which == "empty"))
-        turn["count"] += which == "full"
-
-    def fetch(desc, where, barrier, slot):
-        assert slot // shape["TILES"] == turn["count"] % stages
-        assert where[1:] == [0, 0]
-        fetched.append((slot, int(where[0])))
-        turn["count"] += slot % shape["TILES"] == shape["TILES"] - 1
-
-    barriers = [types.SimpleNamespace(index=lambda slot, which=which: (which, int(slot))) for which in ("full", "empty")]
-    tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
-    mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
-    plain(kernels.fetch_tiles, gl, {"tma": tma, "mbarrier": mbarrier})(
-        None, None, positions, positions, owners, lengths, table, num, num_keys, requests, pages, columns, 48,
-        types.SimpleNamespace(index=int), None, *barriers, block, stages, D, PAGE, False, shape["TILES"],
+    plain(kernels.fetch_tiles, gl, ring.loading)(
+        None, None, positions, positions, owners, lengths, table, num, num_keys, requests, pages, columns, 48, ring.slots, None,
+        *ring.barriers, shape["BLOCK"], ring.stages, D, PAGE, False, ring.tiles,
     )  # fmt: skip
-
-    def load(q, weights, first, *rest):
-        turn["first"] = int(first)
-        return [array(np.broadcast_to(world.of_columns(world.weights, shape, turn["first"], chunk), (64, 128))) for chunk in range(2)]
-
-    def multiply(buffers, chunk, index, zero, slots_in_all, dim):
-        slot, page = fetched[(turn["count"] - 1) * shape["TILES"] + int(index) % shape["TILES"]]
-        assert slot == index
-        return array(world.of_columns(world.dots[page], shape, turn["first"], chunk))
-
-    instead = {"load_queries": load, "multiply": multiply, "warpgroup_mma_wait": lambda left, given: given[0], "mbarrier": mbarrier}
     for half in range(2):
-        turn["count"] = 0
-        chunks = types.SimpleNamespace(index=lambda i, half=half: types.SimpleNamespace(permute=lambda dims: i - half * (1 if two else 2)))
-        plain(kernels._consumer, gl, instead)(
+        plain(kernels._consumer, gl, ring.consuming)(
             None, None, scales, positions, positions, owners, lengths, table, out_at, num, world.heads, num_keys, requests, pages, columns,
-            0, 0, 0, array(WORDS, np.int32), 48, out.shape[1], None, chunks, *barriers,
-            half, block, shape["ROWS"], stages, D, PAGE, shape["HEADS"], shape["HB"], shape["SUB"], shape["TILES"],
+            0, 0, 0, array(WORDS, np.int32), 48, out.shape[1], None, ring.chunks(half), *ring.barriers,
+            half, shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HEADS"], shape["HB"], shape["SUB"], ring.tiles,
         )  # fmt: skip
-        assert turn["count"] == len(fetched) // shape["TILES"]
+        assert ring.all_read()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
