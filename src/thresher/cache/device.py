@@ -61,8 +61,8 @@ def runs_gluon(tensor: Tensor) -> bool:
 
 
 def overlapped(tensor: Tensor) -> dict[str, bool]:
-    """Launch options of a kernel that begins with ``wait_for_inputs``: from Hopper on it may be put on its way while the launch ahead
-    still runs (programmatic dependent launch)."""
+    """Launch options of a kernel that waits for the launch ahead before it reads what that wrote, as ``wait_for_inputs`` does: from Hopper
+    on it may be put on its way while that still runs (programmatic dependent launch)."""
     overlap = not INTERPRET and (not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0))
     return {"OVERLAP": overlap, "launch_pdl": overlap}
 

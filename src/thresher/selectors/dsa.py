@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from thresher.selectors.base import Selector, require_int
+from thresher.selectors.base import require_int
 from thresher.selectors.scan import scan_topk
-from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
+from thresher.selectors.scored import ScoredSelector
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
     from thresher.cache.state import LayerState
 
 
 @dataclass(frozen=True)
-class DSA(Selector):
+class DSA(ScoredSelector):
     """The ``topk`` keys of largest ``sum_j w[t,j] * relu(q[t,j] . k[s])`` over all heads (DeepSeek-V3.2-Exp, arXiv 2512.02556)."""
 
     topk: int = 2048
@@ -22,17 +23,8 @@ class DSA(Selector):
     def __post_init__(self) -> None:
         require_int("topk", self.topk, 1)
 
-    def select(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select``."""
-        return scan_topk(query, keys, self.topk)
-
-    def select_indices(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select_indices``."""
-        return scan_topk(query, keys, self.topk, with_scores=False)
+    def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
+        return scan_topk(query, keys, self.topk, with_scores)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D L``."""

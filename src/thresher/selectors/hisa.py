@@ -10,17 +10,18 @@ from torch import Tensor
 from thresher.errors import require
 from thresher.ops.index_score import block_index_score, paged_index_score
 from thresher.ops.select import select_blocks, select_topk_in_blocks
-from thresher.selectors.base import Selector, require_int
+from thresher.selectors.base import require_int
 from thresher.selectors.rows import in_chunks
 from thresher.selectors.scan import mean_keys
-from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
+from thresher.selectors.scored import ScoredSelector
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
     from thresher.cache.state import LayerState
 
 
 @dataclass(frozen=True)
-class HISA(Selector):
+class HISA(ScoredSelector):
     """Hierarchical indexing (arXiv 2603.28458). Equal to DSA while the context fits in ``num_blocks * block_size`` tokens.
 
     Attributes:
@@ -50,19 +51,8 @@ class HISA(Selector):
         share = max(-(-self.num_blocks // ranks) + 1, needed + 2)
         return replace(self, topk=topk, num_blocks=max(min(share, self.num_blocks), needed))
 
-    def select(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select``. Uses the state's block means."""
-        return self._select(query, keys, state, with_scores=True)
-
-    def select_indices(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select_indices``. Uses the state's block means."""
-        return self._select(query, keys, state, with_scores=False)
-
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
+        """Uses the state's block means."""
         means = mean_keys(keys, self.block_size, state)
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from thresher.selectors.base import Selector, require_int
+from thresher.selectors.base import require_int
 from thresher.selectors.scan import routed_topk, up_to_date_means
-from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
+from thresher.selectors.scored import ScoredSelector
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
     from thresher.cache.state import LayerState
 
 
 @dataclass(frozen=True)
-class MISA(Selector):
+class MISA(ScoredSelector):
     """Mixture of Indexer Sparse Attention (arXiv 2605.07363): DSA with the heads of largest mass over block means.
 
     Attributes:
@@ -33,19 +34,8 @@ class MISA(Selector):
         require_int("block_size", self.block_size, 1)
         require_int("topk", self.topk, 1)
 
-    def select(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select``. Uses the state's block means. Raises ``ThresherError`` when ``active_heads`` are more than its heads."""
-        return self._select(query, keys, state, with_scores=True)
-
-    def select_indices(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select_indices`` and ``select``."""
-        return self._select(query, keys, state, with_scores=False)
-
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
+        """Uses the state's block means. Raises ``ThresherError`` when ``active_heads`` are more than its heads."""
         means = up_to_date_means(keys, self.block_size, state)
         return routed_topk(query, keys, means, self.block_size, self.active_heads, self.topk, with_scores)
 

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 from thresher.errors import require
 from thresher.ops.index_score import gathered_index_score
 from thresher.ops.select import select_topk
-from thresher.selectors.base import Selector, require_int
+from thresher.selectors.base import require_int
 from thresher.selectors.misa import MISA
 from thresher.selectors.rows import in_chunks
 from thresher.selectors.scan import most_tokens, routed_columns, routed_topk, up_to_date_means
-from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
+from thresher.selectors.scored import ScoredSelector
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
     from thresher.cache.state import LayerState
 
 
 @dataclass(frozen=True)
-class MISARerank(Selector):
+class MISARerank(ScoredSelector):
     """MISA's hierarchical variant (arXiv 2605.07363): the best ``candidates`` by the routed score, re-scored with every head.
 
     Attributes:
@@ -51,19 +52,8 @@ class MISARerank(Selector):
         require_int("ranks", ranks, 1)
         return replace(self, topk=topk, candidates=max(-(-self.candidates // ranks), topk))
 
-    def select(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select`` and ``MISA.select``."""
-        return self._select(query, keys, state, with_scores=True)
-
-    def select_indices(
-        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
-    ) -> Selection:
-        """See ``Selector.select_indices`` and ``MISA.select``."""
-        return self._select(query, keys, state, with_scores=False)
-
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
+        """See ``MISA._select``."""
         means = up_to_date_means(keys, self.block_size, state)
         count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 

@@ -10,8 +10,6 @@ heads = ranked[:, :active_heads].sort(dim=1).values
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,10 +17,8 @@ from thresher.checks import E4M3, FP32, WIDE, check_count, check_list, check_ten
 from thresher.errors import require
 from thresher.ops.arguments import check_paged
 from thresher.ops.dispatch import checks_values, choose, device_of
-from thresher.ops.route_heads.reference import head_mass_reference, route_reference, routed_query_reference
+from thresher.ops.route_heads.reference import Means, head_mass_reference, route_reference, routed_query_reference
 from thresher.types import IndexKeys, IndexQuery
-
-Means = Sequence[tuple[Tensor, Tensor]] | IndexKeys
 
 
 def head_mass(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, impl: str = "auto") -> Tensor:

@@ -12,11 +12,12 @@ from thresher.ops.index_score.reference import chunk_elements, score_pairs, to_d
 from thresher.ops.pool_keys import partial_means
 from thresher.types import IndexKeys, IndexQuery
 
+# Of each request, values and scales; or all of them in pages, whose positions are block numbers.
+Means = Sequence[tuple[Tensor, Tensor]] | IndexKeys
+
 
 @torch.no_grad()
-def head_mass_reference(
-    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]] | IndexKeys, keys: IndexKeys, block_size: int
-) -> Tensor:
+def head_mass_reference(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int) -> Tensor:
     """fp32 ``[Q, H]``, one request at a time."""
     mass = torch.zeros(query.num_queries, query.num_heads, device=query.q.device)
     lengths = keys.lengths.tolist()
@@ -69,9 +70,7 @@ def _terms(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor) -> Tensor:
     return alone.view(num, heads, -1).abs_()
 
 
-def routed_query_reference(
-    query: IndexQuery, means: Sequence[tuple[Tensor, Tensor]] | IndexKeys, keys: IndexKeys, block_size: int, active_heads: int
-) -> IndexQuery:
+def routed_query_reference(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, active_heads: int) -> IndexQuery:
     """The query with the heads of largest mass alone."""
     return keep_heads(query, route_reference(head_mass_reference(query, means, keys, block_size), active_heads))
 

@@ -12,7 +12,6 @@ The mass is fp32 from tensor-core dot products, where the reference is fp64: clo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from thresher.cache.block_means import PackedMeans
 from thresher.cache.device import INTERPRET, Rows, flat_rows, keys_under_way, on_device, paged_rows, unit_rows, warps_of
 from thresher.errors import require
+from thresher.ops.route_heads.reference import Means
 from thresher.ops.route_heads.triton_kernels import finish_kernel, own_kernel, route_kernel, segment_kernel
 from thresher.types import IndexKeys, IndexQuery
 
@@ -33,8 +33,6 @@ SEGMENT = 512
 BLOCKS = 128
 MANY_QUERIES = 264  # with so many, two a multiprocessor, a query's segments are left to one program
 LOOK = 1024  # queries looked at together, for those that stand behind one another
-
-Means = Sequence[tuple[Tensor, Tensor]] | IndexKeys
 
 
 class Routed(NamedTuple):
