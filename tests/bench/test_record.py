@@ -108,12 +108,12 @@ def test_the_state_of_the_source():
 
 
 def test_the_table_keeps_the_newest_of_each_and_marks_uncommitted_ones():
-    newer = make(time_us={"p20": 30.0, "p50": 32.4, "p80": 40.0}, ratio=2.0, date="2026-01-03", dirty=True)
+    newer = make(time_us={"p20": 30.0, "p50": 32.4, "p80": 40.0}, ratio=2.0, date="2026-01-03", dirty=True, commit="0123456789abcdef")
     other = make(case="mla-decode-32-h128", op="sparse_attend_mla", selector=None, floor_us=None, **ALONE)
     said, _, *lines = table([make(), newer, other]).splitlines()
     assert said == "In every row: inputs normal, impl triton, GPU NVIDIA H200."
     assert len(lines) == 4
-    assert lines[2] == "| decode-1x1m-h64 | select | dsa | 32.4* | deep_gemm+vllm | 64.8 | 2.00 | 32.4 | 2026-01-03 |"
+    assert lines[2] == "| decode-1x1m-h64 | select | dsa | 32.4* | deep_gemm+vllm | 64.8 | 2.00 | 32.4 | 2026-01-03 | 01234567 |"
     assert "| 50.0 | - | - | - | - |" in lines[3]
     more = table([make(), make(settings={"topk": 512, "timing": "graph"}), make(gpu="NVIDIA H100")]).splitlines()
     assert len(more) == 7, "other settings are another row, and so is another GPU"

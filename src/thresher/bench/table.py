@@ -12,8 +12,8 @@ from thresher.errors import require
 
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
 END = "<!-- end of performance -->"
-COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date")
-SHARED = ("selector", "inputs", "impl", "GPU", "date")
+COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date", "commit")
+SHARED = ("selector", "inputs", "impl", "GPU", "date", "commit")
 # Settings that do not make it another figure.
 HOW = ("copies", "repeats", "peer_kernel", "ceilings")
 
@@ -69,7 +69,7 @@ def _cells(record: Record) -> tuple[str, ...]:
         theirs = (record.peer, _us(record.peer_time_us["p50"]), f"{record.ratio:.2f}")
     floor = "-" if record.floor_us is None else _us(record.floor_us)
     ours = (record.case, record.op, record.selector or "-", record.inputs, record.impl, _us(record.time_us["p50"]) + star)
-    return (*ours, *theirs, floor, record.gpu, record.date)
+    return (*ours, *theirs, floor, record.gpu, record.date, (record.commit or "-")[:8])
 
 
 def _us(time: float) -> str:
