@@ -101,6 +101,11 @@ def test_results_are_named_by_card_and_date():
     assert results_path("NVIDIA H100 80GB HBM3", "2026-01-02") == RESULTS / "h100-80gb-hbm3-2026-01-02.jsonl"
 
 
+def test_options_are_the_selectors_alone():
+    how = {"timing": "graph", "copies": 2, "repeats": 20, "peer_kernel": "x", "ceilings": {"copy": 1.0}}
+    assert make(settings={"topk": 2048, "active_heads": 8, **how}).options == {"topk": 2048, "active_heads": 8}
+
+
 def test_the_state_of_the_source():
     commit, dirty = source_state()
     assert (commit is None) == (dirty is None)

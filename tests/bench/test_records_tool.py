@@ -1,4 +1,4 @@
-"""tools/records: its cases exist, are timed on what it says, and suit the peers it names."""
+"""tools/records: its cases exist, are timed on what it says, and suit the peers it names; each is timed once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 
 from thresher.bench.cases import parse_case
+from thresher.bench.inputs import CRUEL
 from thresher.bench.peers import PEERS
-from thresher.bench.work import check_op, default_op
+from thresher.bench.record import append
+from thresher.bench.work import check_inputs, check_op, default_op
+from thresher.errors import ThresherError
+from thresher.eval.source import source_state
 from thresher.selectors.parse import parse
+
+from .test_record import ALONE, make
 
 TOOL = Path(__file__).parents[2] / "tools" / "records"
 
@@ -23,24 +29,112 @@ def load():
     return module
 
 
-ROWS = [(op, peer, selector, case) for group in load().GROUPS.values() for op, peer, selector, cases in group for case in cases]
+GROUPS = load().GROUPS
+ROWS = sorted({(*row[:3], name, i) for rows in GROUPS.values() for row in rows for name in row.names for i in row.inputs}, key=str)
 
 
-@pytest.mark.parametrize(("op", "peer", "selector", "name"), ROWS)
-def test_a_case_suits_its_op_its_selector_and_its_peer(op, peer, selector, name):
+@pytest.mark.parametrize(("op", "peer", "selector", "name", "inputs"), ROWS)
+def test_a_case_suits_its_op_its_selector_its_peer_and_its_inputs(op, peer, selector, name, inputs):
     case = parse_case(name)
     assert (op is None) == (selector is not None)
     if selector is not None:
-        parse(selector)
+        parse(selector, defaults={"topk": case.topk})
     op = op or default_op(case)
     check_op(case, op)
+    check_inputs(case, inputs)
+    if inputs == "recorded":  # what thresher record stores: docs/benchmarks.md
+        assert (case.length, case.heads, case.head_dim) == (7680, 32, 64)
+        assert case.rows <= (1024 if case.kind == "prefill" else 8)
     if peer is not None:
         assert op in PEERS[peer].ops
         assert PEERS[peer].fits(case, op) is None
 
 
-def test_no_case_is_timed_twice():
-    assert len(set(ROWS)) == len(ROWS)
+def test_the_plots_have_their_cases():
+    """Issue 4: 8K to 1M, and 1 to 64 heads."""
+    sizes = ("8k", "16k", "32k", "64k", "128k", "256k", "512k", "1m")
+    whole = {(selector, name) for _, _, selector, name, inputs in ROWS if inputs == "normal"}
+    assert whole >= {("dsa", f"prefill-1024x{size}-h{heads}") for size in sizes for heads in (64, 32)}
+    assert whole >= {(selector, f"prefill-1024x{size}-h64") for size in sizes for selector in ("misa:active_heads=8", "hisa")}
+    assert whole >= {("dsa", f"prefill-1024x128k-h{heads}") for heads in (1, 2, 4, 8, 16, 32, 64)}
+    odd = {(selector.partition(":")[0], inputs) for _, _, selector, _, inputs in ROWS if inputs != "normal"}
+    assert odd == {(name, inputs) for name in ("dsa", "misa", "hisa") for inputs in (*CRUEL, "recorded")}
+
+
+@pytest.fixture
+def tool(monkeypatch, tmp_path):
+    """``main`` as a function of its words, on a machine that seems to have a GPU; gives the settings that were timed, each recorded."""
+    module, timed = load(), []
+
+    def bench(settings, write):
+        timed.append(settings)
+        if isinstance(module.fails, Exception):
+            raise module.fails
+        case = parse_case(settings.cases[0])
+        picked = parse(settings.selector, defaults={"topk": case.topk})
+        how = {"op": settings.op or "select", "selector": settings.selector.partition(":")[0], "settings": {**vars(picked), "copies": 2}}
+        peer = ALONE if settings.peer is None else {"peer": settings.peer}
+        append(settings.out, make(case=case.name, inputs=settings.inputs[0], commit=source_state()[0], **how, **peer))
+
+    def main(*words):
+        timed.clear()
+        monkeypatch.setattr("sys.argv", ["records", "--out", str(tmp_path / "a.jsonl"), *words])
+        return module.main(), list(timed)
+
+    module.fails = None
+    monkeypatch.setattr(module, "run_bench", bench)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    main.module = module
+    return main
+
+
+def test_no_case_is_timed_twice(tool):
+    for rows in GROUPS.values():
+        names = [(*row[:3], name, i) for row in rows for name in row.names for i in row.inputs]
+        assert len(set(names)) == len(names)
+    code, timed = tool("heads", "lengths")
+    assert code == 0
+    asked = [(settings.cases, settings.selector, settings.peer) for settings in timed]
+    assert len(asked) == len(set(asked)) == 32 + 5, "the two of 32 and 64 heads are also in lengths"
+    assert tool("lengths", "heads") == (0, [])
+    more = [(settings.selector, settings.cases[0]) for settings in tool("select")[1]]
+    assert ("dsa", "prefill-1024x4k-h64") in more
+    assert ("dsa", "prefill-1024x8k-h64") not in more, "done with the lengths"
+
+
+def test_inputs_and_options_make_another_case(tool, monkeypatch):
+    cases = tool.module.Cases
+    names = ["prefill-1024x128k-h64"]
+    monkeypatch.setitem(tool.module.GROUPS, "heads", [cases(None, None, "misa", names)])
+    assert len(tool("heads")[1]) == 1
+    monkeypatch.setitem(tool.module.GROUPS, "heads", [cases(None, None, text, names) for text in ("misa", "misa:active_heads=4")])
+    assert [settings.selector for settings in tool("heads")[1]] == ["misa:active_heads=4"]
+    monkeypatch.setitem(tool.module.GROUPS, "heads", [cases(None, None, "misa:active_heads=8", names, ("normal", *CRUEL))])
+    assert [settings.inputs for settings in tool("heads")[1]] == [(name,) for name in CRUEL]
+
+
+def test_recorded_inputs_need_a_file(tool, capsys):
+    code, timed = tool("inputs")
+    assert code == 1
+    assert {settings.inputs for settings in timed} == {(name,) for name in CRUEL}
+    assert capsys.readouterr().out.splitlines() == [
+        "4 cases with recorded inputs left: make a file with thresher record --out FILE and pass --recorded FILE"
+    ]
+    code, timed = tool("inputs", "--recorded", "there.safetensors")
+    assert code == 0
+    assert [(settings.inputs, settings.recorded) for settings in timed] == [(("recorded",), Path("there.safetensors"))] * 4
+
+
+def test_a_case_that_fails_stops_no_other(tool, capsys):
+    tool.module.fails = ThresherError("no")
+    code, timed = tool("heads")
+    assert code == 1
+    assert len(timed) == 7
+    assert capsys.readouterr().out.splitlines()[0] == "failed: prefill-1024x128k-h1 dsa beside None, inputs normal: no"
+    tool.module.fails = None
+    assert tool("heads", "--seconds", "0") == (1, [])
+    assert capsys.readouterr().out == "7 cases left for want of time\n"
+    assert tool("heads")[0] == 0
 
 
 def test_wrong_words_are_refused(capsys, monkeypatch):

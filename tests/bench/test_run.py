@@ -20,7 +20,7 @@ from thresher.bench.work import make_work, slots_of
 from thresher.errors import ThresherError
 from thresher.ops import dispatch, paged_index_score
 from thresher.ops.score_select.marks import keep
-from thresher.selectors import DSA, HISA, MISA
+from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.types import PartialAttention, Selection
 
 CPU = torch.device("cpu")
@@ -228,7 +228,9 @@ def test_rows_done_again_are_recorded_where_kernels_do_that(monkeypatch):
             return right(given)
 
         monkeypatch.setitem(work._RUNS, "select", select)
-        return bench(DECODE)[0][0].rows_redone
+        (record,), (line,) = bench(DECODE)
+        assert line.endswith("us" if record.rows_redone is None else f"us, {record.rows_redone} rows redone")
+        return record.rows_redone
 
     assert run_with() is None
     assert run_with([0, 0]) == 0
@@ -311,6 +313,26 @@ def test_useful_work_of_known_cases():
     assert moved == 32 * (2048 * 1152 + 128 * (576 * 2 + 512 * 4 + 4))
     assert floor_us(card, "sparse_attend_mla", 729e12, 0.0) == pytest.approx(1e6)
     assert floor_us(measure_ceilings(torch.device("cpu")), "select", flops, moved) is None
+
+
+@pytest.mark.parametrize("selector", [DSA(), MISA(), MISARerank(), HISA()])
+def test_useful_work_moves_each_byte_once(selector):
+    """Keys and means of 132 bytes, queries of 64 heads, selections of int32; FLOPs are 256 for a key and a head."""
+    length, rows = 131072, 1024
+    once = {DSA: length, MISA: length + 128, MISARerank: length + 128, HISA: length + 1024}[type(selector)]
+    flops, moved = useful_work(parse_case("prefill-1024x128k-h64"), "select", selector, [length])
+    assert moved == 132 * once + rows * (64 * 132 + 4 * 2048), "a prefill reads every key, for the means too"
+    seen = range(length - rows + 1, length + 1)
+    by_hand = {
+        DSA: sum(64 * n for n in seen),
+        MISA: sum(8 * n + 64 * -(-n // 1024) for n in seen),
+        MISARerank: sum(8 * n + 64 * (-(-n // 1024) + 8192) for n in seen),
+        HISA: sum(64 * (-(-n // 128) + 64 * 128) for n in seen),
+    }
+    assert flops == 256 * by_hand[type(selector)]
+    alone = {**dict.fromkeys((DSA, MISA, MISARerank), once), HISA: 1024 + 8192}[type(selector)]
+    flops, moved = useful_work(parse_case("decode-1x128k-h64"), "select", selector, [length])
+    assert moved == 132 * alone + 64 * 132 + 4 * 2048, "a decoding step finds the means; what is scored again is read once"
 
 
 def test_info_says_what_can_run(capsys, monkeypatch):

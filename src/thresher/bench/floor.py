@@ -101,5 +101,14 @@ def _index_work(case: Case, selector: Selector | None, lengths: list[int]) -> tu
         flops, moved = 2.0 * heads * dim * sum(seen), float((dim + 4) * sum(lengths))
     else:
         flops = sum(selector.index_flops(length, heads, dim) for length in seen)
-        moved = sum(selector.index_bytes(length, heads, dim) for length in lengths)
+        moved = sum(_bytes_read(case, selector, length) for length in lengths)
     return flops, moved + case.rows * heads * (dim + 4)
+
+
+def _bytes_read(case: Case, selector: Selector, length: int) -> float:
+    """Of one request's keys and block means: what a query reads, nothing twice. A prefill finds no means, and makes them of every key."""
+    block = getattr(selector, "block_size", None)
+    held = float((case.head_dim + 4) * (length + (0 if block is None else -(-length // block))))
+    if block is not None and case.kind == "prefill":
+        return held
+    return min(selector.index_bytes(length, case.heads, case.head_dim), held)

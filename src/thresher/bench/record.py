@@ -13,6 +13,8 @@ from thresher.errors import ThresherError, require
 
 RESULTS = Path("benchmarks/results")
 QUANTILES = {"p20", "p50", "p80"}
+# Settings that do not make it another figure. All but these and "timing" are the selector's options.
+HOW = ("copies", "repeats", "peer_kernel", "ceilings")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Record:
         useful_flops, useful_bytes: what the definition asks for, each byte once.
         floor_us: the longer of both at these ceilings; None on a CPU.
         peak_bytes: most device memory allocated during a run beyond its inputs; None on a CPU.
-        rows_redone: rows that a fused kernel had to select again; None where nothing is.
+        rows_redone: rows that a fused kernel had to select again in one run over the first copy, of as many as the case has; None where no
+            kernel that does so ran.
         ranks: devices that shared the work.
         gpu, torch, triton, peer_versions: what it ran on.
         commit, dirty: of the source; None outside a repository.
@@ -68,6 +71,11 @@ class Record:
         want = ratio_of(self.time_us, self.peer_time_us)
         require(self.ratio == want, f"ratio must be {want}, the peer's p50 over ours", self.ratio, "do not edit records")
         require((self.peer is None) == (self.peer_time_us is None), "a peer and its times come together", self.peer, "record both")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The selector's options, of the settings."""
+        return {name: value for name, value in self.settings.items() if name not in (*HOW, "timing")}
 
 
 def ratio_of(time_us: dict[str, float], peer_time_us: dict[str, float] | None) -> float | None:

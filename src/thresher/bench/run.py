@@ -91,7 +91,8 @@ def line_of(record: Record) -> str:
     )
     if record.peer_time_us is not None:
         text += f", {record.peer} {record.peer_time_us['p50']:.1f} us, ratio {record.ratio:.2f}"
-    return text + (f", floor {record.floor_us:.1f} us" if record.floor_us is not None else "")
+    text += f", floor {record.floor_us:.1f} us" if record.floor_us is not None else ""
+    return text + (f", {record.rows_redone} rows redone" if record.rows_redone is not None else "")
 
 
 def listing(device: torch.device) -> str:

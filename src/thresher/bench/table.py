@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thresher.bench.cases import parse_case
-from thresher.bench.record import Record, read
+from thresher.bench.record import HOW, Record, read
 from thresher.errors import require
 
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
 END = "<!-- end of performance -->"
 COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date", "commit")
 SHARED = ("selector", "inputs", "impl", "GPU", "date", "commit")
-# Settings that do not make it another figure.
-HOW = ("copies", "repeats", "peer_kernel", "ceilings")
 
 
 def load(folder: Path) -> list[Record]:
