@@ -80,11 +80,13 @@ def across_four(x: Any, lane: Any) -> Array:
 def language(memory: list[np.ndarray], program: int = 0, programs: int = 1) -> types.SimpleNamespace:
     """What stands for ``gl``."""
     return types.SimpleNamespace(
+        full=lambda shape, value, kind, layout: array(np.full(shape, value, kind)),
         int32=np.int32, int64=np.int64, uint32=np.uint32, uint64=np.uint64, float32=np.float32, constexpr=None,
         fma=fma, load=load, store=store,
         reshape=np.reshape, permute=np.transpose, expand_dims=np.expand_dims, min=np.min, max=np.max, sum=np.sum,
         minimum=lambda a, b: array(np.minimum(a, b)), where=lambda c, a, b: array(np.where(c, a, b)),
         maximum=lambda a, b, propagate_nan=None: array(np.maximum(a, np.asarray(b, np.asarray(a).dtype))),
+        associative_scan=lambda x, axis, combine: array(np.add.accumulate(x, axis)),  # sums are all that is asked for
         split=lambda x: (x[..., 0], x[..., 1]), zeros=lambda shape, kind, layout: array(np.zeros(shape, kind)),
         SliceLayout=lambda dim, parent: None, BlockedLayout=lambda *args: None, NVMMADistributedLayout=lambda *args: None,
         arange=lambda start, stop, layout: array(np.arange(start, stop, dtype=np.int32)),

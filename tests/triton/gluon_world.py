@@ -61,52 +61,94 @@ class World:
         return {int(k): int(score[k].view(np.int32)) for k in key[passes]}
 
 
+class Slots:
+    """Buffers of a ring, or one of them: what is stored to scales says that their page is not there."""
+
+    def __init__(self, ring: TileRing, name: str, slot: int = -1) -> None:
+        self.ring, self.name, self.slot = ring, name, slot
+
+    def index(self, slot: Any) -> Slots:
+        return Slots(self.ring, self.name, int(slot))
+
+    def store(self, value: Any) -> None:
+        assert self.name == "scales"
+        assert (np.asarray(value).view(np.int32) == tiles.ABSENT.value).all()
+        self.ring.scaled[self.slot] = None
+
+
 class TileRing:
     """The ring of a kernel for up to 32 heads: its loading warp fills it, and then each consumer reads it from the start.
 
     Attributes:
         barriers: what stands for ``full`` and ``empty``.
-        slots: what stands for the tiles' buffers.
+        slots, scales: what stands for the tiles' buffers and their scales'.
         loading, consuming: what to put in the place of names in the kernel's source.
     """
 
     def __init__(self, world: World, in_all: int) -> None:
         self.world, self.shape = world, score.layout(world.heads)
         self.tiles = self.shape["TILES"]
+        self.columns = self.shape["SUB"] * self.shape["HB"] * 8
         self.stages = in_all // self.tiles
         self.barriers = [types.SimpleNamespace(index=lambda slot, which=which: (which, int(slot))) for which in ("full", "empty")]
-        self.slots = types.SimpleNamespace(index=int)
-        mbarrier = types.SimpleNamespace(wait=self.wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
-        self.loading = {"tma": types.SimpleNamespace(async_copy_global_to_shared=self.fetch), "mbarrier": mbarrier}
+        self.slots, self.scales = Slots(self, "keys"), Slots(self, "scales")
+        mbarrier = types.SimpleNamespace(wait=self.wait, expect=self.expect, arrive=lambda barrier: None)
+        tma = types.SimpleNamespace(async_copy_global_to_shared=self.fetch)
+        self.loading = {"tma": tma, "mbarrier": mbarrier, "fence_async_shared": lambda: None}
         self.consuming = {
             "load_queries": self.load, "multiply": self.multiply, "warpgroup_mma_wait": lambda left, given: given[0], "mbarrier": mbarrier,
         }  # fmt: skip
-        self.fetched: list[tuple[int, int]] = []
-        self.count = self.first = 0
+        self.scaled: dict[int, int | None] = {}  # slot -> page whose scales were last asked for
+        self.fetched: list[tuple[int, int, bool]] = []  # slot, page, and whether its scales came
+        self.count = self.first = self.expected = 0
 
     def wait(self, barrier: tuple[str, int], phase: int) -> None:
         which, slot = barrier
         assert (slot, phase) == (self.count % self.stages, self.count // self.stages & 1 ^ (which == "empty"))
+        assert self.expected == 0, "all bytes have come"
         self.count += which == "full"
 
-    def fetch(self, desc: Any, where: list[Any], barrier: Any, slot: int) -> None:
+    def expect(self, barrier: tuple[str, int], size: int) -> None:
+        assert barrier[1] == self.count % self.stages
+        self.expected = size
+
+    def fetch(self, desc: Any, where: list[Any], barrier: Any, slots: Slots) -> None:
+        slot, page = slots.slot, int(where[0])
         assert slot // self.tiles == self.count % self.stages
-        assert where[1:] == [0, 0]
-        self.fetched.append((slot, int(where[0])))
-        self.count += slot % self.tiles == self.tiles - 1
+        if slots.name == "scales":
+            assert where[1] == PAGE * D // 4
+            self.scaled[slot] = page
+            self.expected -= 64 * 4
+        else:
+            assert where[1:] == [0, 0]
+            there = self.scaled[slot] is not None
+            assert not there or self.scaled[slot] == page
+            self.fetched.append((slot, page, there))
+            self.expected -= 64 * D
+            self.count += slot % self.tiles == self.tiles - 1
 
     def load(self, q: Any, weights: Any, first: Any, *rest: Any) -> list[np.ndarray]:
         self.first = int(first)
-        return [array(np.broadcast_to(self.of_columns(self.world.weights, chunk), (64, 128))) for chunk in range(2)]
+        return [array(np.broadcast_to(self.of_columns(self.world.weights, chunk), (64, self.columns))) for chunk in range(2)]
+
+    def tile(self, index: int) -> tuple[int, bool]:
+        """The page in a slot that is being consumed, and whether it is there."""
+        slot, page, there = self.fetched[(self.count - 1) * self.tiles + index % self.tiles]
+        assert slot == index
+        return page, there
 
     def multiply(self, buffers: Any, chunk: int, index: Any, zero: Any, slots_in_all: int, dim: int) -> np.ndarray:
-        slot, page = self.fetched[(self.count - 1) * self.tiles + int(index) % self.tiles]
-        assert slot == index
-        return array(self.of_columns(self.world.dots[page], chunk))
+        return array(self.of_columns(self.world.dots[self.tile(int(index))[0]], chunk))
+
+    def scales_of(self, slots: Slots) -> np.ndarray:
+        """A tile's scales ``[64]``."""
+        page, there = self.tile(slots.slot)
+        held = self.world.bytes[page, PAGE * D // 4 :]
+        return array(held if there else np.full(64, tiles.ABSENT.value, np.int32).view(np.float32))
 
     def of_columns(self, values: np.ndarray, chunk: int) -> np.ndarray:
         """``[..., rows, heads]`` by a chunk's columns, zeros where there is no row or head."""
-        row, head = plain(tiles.row_and_head, language([]))(np.arange(128), self.shape["HB"])
+        row, head = plain(tiles.row_and_head, language([]))(np.arange(self.columns), self.shape["HB"])
         head = head + self.shape["HB"] * chunk * (self.tiles == 1)
         here = (self.first + row < self.world.num) & (head < self.world.heads)
         return np.where(here, values[..., np.where(here, self.first + row, 0), np.where(here, head, 0)], np.float32(0))

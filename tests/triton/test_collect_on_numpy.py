@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from .gluon_on_numpy import Pointer, across_four, array, language, plain, store
-from .gluon_world import PAGE, WORDS, D, TileRing, World
+from .gluon_world import PAGE, D, TileRing, World
 
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
 quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
@@ -25,21 +25,19 @@ STRIDE, WHOLE = 4, 1700  # of the sample, and which rows have a level
 
 
 def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """``found`` and ``counts`` of both consumers of every unit, after one program."""
+    """``found`` and ``counts`` of all consumers of every unit, after one program."""
     ring, places = TileRing(world, fused.STAGES), 32
     shape = ring.shape
     found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
     counts = np.full((world.num, RUNS * places), -7, np.int32)
-    memory = [
-        world.bytes, world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts
-    ]  # fmt: skip
-    scales, owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
+    memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
+    owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
     num, num_keys, requests, pages, runs = (array(x, np.int32) for x in (world.num, 48 * 64, 2, world.pages, RUNS))
     plain(kernels._producer, gl, ring.loading)(
-        None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, ring.slots, *ring.barriers,
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, ring.slots, ring.scales, *ring.barriers,
         shape["BLOCK"], ring.stages, D, PAGE, ring.tiles,
     )  # fmt: skip
     quick = 0
@@ -52,12 +50,16 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
         quick += 1
         return at + passes.astype(np.int32) * 8
 
-    instead = ring.consuming | {"append_quick": append_quick, "QUICK": 4}
+    def scales_of(slots, sums, sub):
+        scale = ring.scales_of(slots).reshape(4, 2, 8, 1, 1, 1)
+        return scale[:, 0], scale[:, 1]
+
+    instead = ring.consuming | {"append_quick": append_quick, "QUICK": 4, "scales_of": scales_of}
     for half in range(2):
         plain(kernels._consumer, gl, instead)(
-            None, None, scales, owners, positions, lengths, table, levels, level_keys, found_at, counts_at,
-            num, world.heads, num_keys, requests, pages, runs, found.shape[1], 0, 0, 0, array(WORDS, np.int32), 48,
-            None, ring.chunks(half), *ring.barriers,
+            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,
+            num, world.heads, num_keys, requests, runs, found.shape[1], 0, 0, 0,
+            None, ring.scales, ring.chunks(half), *ring.barriers,
             half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles,
         )  # fmt: skip
         assert ring.all_read()
@@ -134,8 +136,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
 
     tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
     mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
-    gl.full = lambda shape, value, kind, layout: np.full(shape, value, kind)
-    plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier})(
+    plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier, "fence_async_shared": lambda: None})(
         None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, stride, whole, 48,
         Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE, kept,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def find_levels(scores, ends, plan):
     counts = torch.full((len(ends), plan.lists), -9 if plan.kept else 0, dtype=torch.int32)
     parts.level_kernel[(len(ends),)](
         sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.want, plan.slack, 200,
-        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER,
+        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER, WARPS=1,
     )  # fmt: skip
     return levels, level_keys, found, counts
 
@@ -91,8 +91,8 @@ def settle(found, counts, ends, levels, topk, with_scores):
     bits = torch.full((programs, words), -1, dtype=torch.int32)
     parts.settle_kernel[(programs,)](
         found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num, words, found.stride(0),
-        LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WIDE=4, WORDS=32,
-        TILE=64, WITH_SCORES=with_scores,
+        LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WORDS=32,
+        TILE=64, WARPS=4 if room == 16 else 1, WITH_SCORES=with_scores, INTERPRET=True,
     )  # fmt: skip
     return indices, lengths, beside, redo
 

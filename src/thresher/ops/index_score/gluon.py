@@ -31,17 +31,17 @@ def index_score(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor, starts:
     k_scales = k_scales.contiguous() if k_scales.data_ptr() % 16 == 0 else k_scales.clone(memory_format=torch.contiguous_format)
     tiles = TensorDescriptor(k_scales, [1, num_keys], [-(-num_keys // 4) * 4, 1], [1, 64], gl.NVMMASharedLayout(0, 32, 2))
     low, high = starts.contiguous(), ends.contiguous()
-    return _run(desc, tiles, q, weights, k_scales, low, high, low, low, low, out, num_keys, (1, 1, num_keys, 0, 0), 0)
+    return _run(desc, tiles, q, weights, low, high, low, low, low, out, num_keys, (1, 1, num_keys, 0), 0)
 
 
 def paged_index_score(query: IndexQuery, keys: IndexKeys, width: int, out: Tensor) -> Tensor:
     """``triton.paged_index_score`` for checked arguments, at least one query and one page; pages hold a multiple of 64 tokens."""
     desc, scales, table, record = paged_keys(keys)
     positions, requests, lengths = query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous()
-    sizes = (keys.num_requests, keys.pages.shape[0], table.shape[1] * keys.page_size, record // 4, table.stride(0))
+    sizes = (keys.num_requests, keys.pages.shape[0], table.shape[1] * keys.page_size, table.stride(0))
     tiles = scale_tiles(scales, keys.pages.shape[0], record // 4)
     return _run(
-        desc, tiles, query.q, query.weights, scales, positions, positions, requests, lengths, table, out, width, sizes, keys.page_size
+        desc, tiles, query.q, query.weights, positions, positions, requests, lengths, table, out, width, sizes, keys.page_size
     )
 
 
@@ -60,11 +60,11 @@ def scale_tiles(words: Tensor, rows: int, row: int) -> TensorDescriptor:
 
 
 def _run(
-    desc: TensorDescriptor, s_desc: TensorDescriptor, q: Tensor, weights: Tensor, scales: Tensor, low: Tensor, high: Tensor, owners: Tensor,
-    lengths: Tensor, table: Tensor, out: Tensor, width: int, sizes: tuple[int, int, int, int, int], page: int,
+    desc: TensorDescriptor, s_desc: TensorDescriptor, q: Tensor, weights: Tensor, low: Tensor, high: Tensor, owners: Tensor,
+    lengths: Tensor, table: Tensor, out: Tensor, width: int, sizes: tuple[int, int, int, int], page: int,
 ) -> Tensor:  # fmt: skip
     num, heads, dim = q.shape
-    num_requests, num_pages, num_keys, page_words, table_row = sizes
+    num_requests, num_pages, num_keys, table_row = sizes
     q, weights = unit_rows(q), unit_rows(weights)
     programs = (torch.cuda.get_device_properties(q.device).multi_processor_count,)
     sizes_and_strides = (num, heads, num_keys, num_requests, num_pages, width, q.stride(0), q.stride(1), weights.stride(0))
@@ -77,7 +77,7 @@ def _run(
         else:
             dealt = layout(heads)
             prefill_kernel[programs](
-                desc, q, weights, scales, low, high, owners, lengths, table, out, *sizes_and_strides, page_words, table_row, out.stride(0),
+                desc, s_desc, q, weights, low, high, owners, lengths, table, out, *sizes_and_strides, table_row, out.stride(0),
                 STAGES=STAGES // dealt["TILES"], D=dim, PAGE=page, **dealt, **OPTIONS,
             )  # fmt: skip
     return out

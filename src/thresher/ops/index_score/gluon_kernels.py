@@ -11,47 +11,36 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from thresher.ops.index_score.gluon_share import share
 from thresher.ops.index_score.gluon_tiles import (
-    COLUMNS,
+    ABSENT,
     KEYS,
     NO_REQUEST,
+    absent,
     chunk_sums,
+    fetch,
     find_pages,
     live,
     load_queries,
-    load_scales,
     multiply,
     ring,
     sight,
     whole_sums,
 )
 
-SWITCH = gl.constexpr(3)  # tiles that could be scored while a program goes over to another block
-
-
-@gluon.jit
-def share(blocks, tiles):
-    """This program's run of the units (block, tile): ``first, last``. Runs are even, or whole blocks where those are hardly longer."""
-    program, programs, units = gl.program_id(0), gl.num_programs(0), blocks * tiles
-    each, more = units // programs, units % programs
-    whole = (blocks + programs - 1) // programs * tiles
-    even = whole > each + SWITCH
-    first = gl.where(even, program * each + gl.minimum(program, more), gl.minimum(program * whole, units))
-    return first, gl.minimum(first + gl.where(even, each + gl.where(program < more, 1, 0), whole), units)
-
 
 @gluon.jit
 def fetch_tiles(
-    k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
+    unit, last, k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
     buffers, scale_buffers, full, empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, SCALED: gl.constexpr, TILES: gl.constexpr,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Fetch every tile that a consumer will ask for, in the same order, ``TILES`` at a time; if ``SCALED`` its scales too."""
+    """Fetch every tile of the units ``unit .. last - 1`` that a consumer will ask for, in the same order, ``TILES`` at a time."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    nowhere = absent()
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
     turn = 0
     while unit < last:
         first, t0 = unit // tiles * BLOCK, unit % tiles
@@ -61,27 +50,28 @@ def fetch_tiles(
         while current < NO_REQUEST:
             begin, stop = live(start, end, owner == current, t0, t1)
             table = page_table + current.to(gl.int64) * table_row
-            page, page1 = begin * 0, begin * 0
+            page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
             if begin < stop:
-                page, page1, _valid, _valid1 = find_pages(table, begin, stop, num_pages, PAGE, TILES)
+                page0, page1, valid0, valid1 = find_pages(table, begin, stop, num_pages, PAGE, TILES)
             for tile in range(begin, stop, TILES):
                 slot = turn % STAGES
                 # Asked for one turn ahead, so that nothing waits for the answer.
-                page_ahead, page1_ahead, _valid, _valid1 = find_pages(table, tile + TILES, stop, num_pages, PAGE, TILES)
+                ahead0, ahead1, next0, next1 = find_pages(table, tile + TILES, stop, num_pages, PAGE, TILES)
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
-                mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4 if SCALED else TILES * KEYS * D)
-                offset = tile * KEYS % PAGE if PAGE > 0 else tile * KEYS
-                if SCALED:
-                    tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + offset], full.index(slot), scale_buffers.index(slot))
-                tma.async_copy_global_to_shared(k_desc, [page, offset, 0], full.index(slot), buffers.index(slot * TILES))
-                if TILES == 2:
-                    other = gl.minimum(tile + 1, stop - 1) * KEYS
-                    offset = other % PAGE if PAGE > 0 else other
-                    tma.async_copy_global_to_shared(k_desc, [page1, offset, 0], full.index(slot), buffers.index(slot * TILES + 1))
-                page, page1 = page_ahead, page1_ahead
+                fetch(
+                    k_desc, s_desc, page0, page1, valid0, valid1, tile, gl.minimum(tile + 1, stop - 1), slot, full, buffers, scale_buffers,
+                    nowhere, D, PAGE, TILES,
+                )  # fmt: skip
+                page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
                 turn += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         unit += t1 - t0
+
+
+@gluon.jit
+def scales_of(buffer, LAYOUT: gl.constexpr):
+    """A tile's scales ``[64]`` from shared memory."""
+    return buffer.reshape([KEYS]).load(LAYOUT)
 
 
 @gluon.jit
@@ -94,49 +84,42 @@ def fill(out, row, keep, t0, t1, width, out_row, ROWS: gl.constexpr, LAYOUT: gl.
 
 
 @gluon.jit
-def _scales(
-    scales, page0, page1, tile, stop, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr
-):  # fmt: skip
-    """The scales of ``TILES`` tiles, of the last one before ``stop`` where there are no more."""
-    first = load_scales(scales, page0, gl.minimum(tile, stop - 1), key, num_keys, page_words, D, PAGE)
-    second = first
-    if TILES == 2:
-        second = load_scales(scales, page1, gl.minimum(tile + 1, stop - 1), key, num_keys, page_words, D, PAGE)
-    return first, second
-
-
-@gluon.jit
 def _store(
-    score, tile, inner, seen, own_start, own_owner, current, key, at, block_out, width,
+    sums, scale, tile, inner, own_start, own_end, own_owner, current, key, at, block_out, width,
 ):  # fmt: skip
-    """A tile's scores ``[64, ROWS]``; where not all of its rows see all of it (``inner``), what they do not see is -inf."""
+    """A tile's scores from its sums ``[64, ROWS]``; where not all of its rows see all of it (``inner``), what they do not see is -inf.
+
+    A page that is not there is seen by nobody.
+    """
     n0 = tile * KEYS
+    # Times the scale and + 0.0 in one: the bits of (sum + 0.0) * scale.
+    score = gl.fma(sums, scale[:, None], 0.0)
+    score = gl.where((scale.to(gl.int32, bitcast=True) == ABSENT)[:, None], float("-inf"), score)
     if inner:
         gl.store(block_out + n0 + at, score)
     else:
         column = n0 + key[:, None]
-        score = gl.where((column >= own_start[None, :]) & (column < seen[None, :]), score, float("-inf"))
+        score = gl.where((column >= own_start[None, :]) & (column < own_end[None, :]), score, float("-inf"))
         gl.store(block_out + n0 + at, score, mask=(own_owner == current)[None, :] & (column < width))
 
 
 @gluon.jit
 def _consumer(
-    q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
-    q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+    unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests, width,
+    q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty,
     HALF: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HEADS: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Score all tiles for half ``HALF`` of a block's queries, ``ROWS`` of them; ``q_buffers`` hold its chunks."""
+    """Score the units ``unit .. last - 1`` for half ``HALF`` of a block's queries, ``ROWS`` of them; ``q_buffers`` hold its chunks."""
     CHUNKS: gl.constexpr = 3 - TILES
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUB * HB * 8, 32])
     FILL: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-    zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
+    zero = gl.zeros([KEYS, SUB * HB * 8], gl.float32, ACC)
     # Computed for its layout alone.
     TOTAL: gl.constexpr = gl.reshape(whole_sums(chunk_sums(zero, zero, zero, SUB, HB, True), SUB), [KEYS, ROWS]).type.layout
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, TOTAL))
     query = gl.arange(0, ROWS, layout=gl.SliceLayout(0, TOTAL))
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
     turn = 0
     while unit < last:
         block, t0 = unit // tiles * BLOCK, unit % tiles
@@ -166,41 +149,28 @@ def _consumer(
             # Keys that every row of this consumer sees; none when one of them is absent or another request's.
             inner_low = gl.max(gl.where(own, gl.where(mine, start, NO_REQUEST), 0), 0)
             inner_high = gl.min(gl.where(own, gl.where(mine, end, 0), NO_REQUEST), 0)
-            table = page_table + current.to(gl.int64) * table_row
-            # Scales are asked for one turn ahead, pages two.
-            ahead0, ahead1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
-            next0, next1, scale0 = valid0, valid1, (key * 0).to(gl.float32)
-            scale1 = scale0
-            if begin < stop:
-                page0, page1, valid0, valid1 = find_pages(table, begin, stop, num_pages, PAGE, TILES)
-                scale0, scale1 = _scales(scales, page0, page1, begin, stop, key, num_keys, page_words, D, PAGE, TILES)
-                ahead0, ahead1, next0, next1 = find_pages(table, begin + TILES, stop, num_pages, PAGE, TILES)
             for tile in range(begin, stop, TILES):
                 n0 = tile * KEYS
-                inner = valid0 & valid1 & (n0 >= inner_low) & (n0 + TILES * KEYS <= inner_high)
-                seen0 = gl.where(valid0, own_end, 0)  # a page that is not there is seen by nobody
-                seen1 = gl.where(valid1, own_end, 0)
-                now0, now1 = scale0, scale1
-                scale0, scale1 = _scales(scales, ahead0, ahead1, tile + TILES, stop, key, num_keys, page_words, D, PAGE, TILES)
-                valid0, valid1 = next0, next1
-                ahead0, ahead1, next0, next1 = find_pages(table, tile + 2 * TILES, stop, num_pages, PAGE, TILES)
+                inner = (n0 >= inner_low) & (n0 + TILES * KEYS <= inner_high)
                 slot = turn % STAGES
                 mbarrier.wait(full.index(slot), turn // STAGES & 1)
                 acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
                 acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
+                scale0 = scales_of(scale_buffers.index(slot * TILES), gl.SliceLayout(1, TOTAL))
+                scale1 = scales_of(scale_buffers.index(slot * TILES + TILES - 1), gl.SliceLayout(1, TOTAL))
                 sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
                 if TILES == 2:
-                    # Times the scale and + 0.0 in one: the bits of (sum + 0.0) * scale.
-                    score = gl.fma(gl.reshape(whole_sums(sums, SUB), [KEYS, ROWS]), now0[:, None], 0.0)
-                    _store(score, tile, inner, seen0, own_start, own_owner, current, key, at, block_out, width)
+                    _store(
+                        gl.reshape(whole_sums(sums, SUB), [KEYS, ROWS]), scale0, tile, inner, own_start, own_end, own_owner, current, key,
+                        at, block_out, width,
+                    )  # fmt: skip
                 dots = warpgroup_mma_wait(0, [acc1])
                 mbarrier.arrive(empty.index(slot))
                 sums = gl.reshape(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), [KEYS, ROWS])
-                score = gl.fma(sums, now1[:, None], 0.0)
                 if TILES == 1:
-                    _store(score, tile, inner, seen0, own_start, own_owner, current, key, at, block_out, width)
+                    _store(sums, scale0, tile, inner, own_start, own_end, own_owner, current, key, at, block_out, width)
                 elif tile + 1 < stop:
-                    _store(score, tile + 1, inner, seen1, own_start, own_owner, current, key, at, block_out, width)
+                    _store(sums, scale1, tile + 1, inner, own_start, own_end, own_owner, current, key, at, block_out, width)
                 turn += 1
             keep = fill_owner == current
             fill(out, fill_row, keep, t0, begin, width, out_row, ROWS, FILL)
@@ -211,30 +181,32 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "width"])
 def prefill_kernel(
-    k_desc, q, weights, scales, low, high, owners, lengths, page_table, out,
-    num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, page_words, table_row, out_row,
+    k_desc, s_desc, q, weights, low, high, owners, lengths, page_table, out,
+    num_queries, num_heads, num_keys, num_requests, num_pages, width, q_row, q_head, w_row, table_row, out_row,
     BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HEADS: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
+    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES * TILES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, SUB * HB * 8, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, 2)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK, (width + KEYS - 1) // KEYS, low, high, num_queries, BLOCK, PAGE > 0)
     gl.warp_specialize(
         [
             (_consumer, (
-                q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+                unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests, width,
+                q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty,
                 0, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB, SUB, TILES,
             )),
             (_consumer, (
-                q, weights, scales, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, page_words, table_row, out_row, buffers, q_buffers, full, empty,
+                unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests, width,
+                q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty,
                 1, BLOCK, ROWS, STAGES, D, PAGE, HEADS, HB, SUB, TILES,
             )),
             (fetch_tiles, (
-                k_desc, k_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width, table_row,
-                buffers, buffers, full, empty, BLOCK, STAGES, D, PAGE, False, TILES,
+                unit, last, k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width,
+                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES,
             )),
         ],
         [4, 1],

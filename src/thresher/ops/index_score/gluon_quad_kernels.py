@@ -7,18 +7,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill, share
+from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
+from thresher.ops.index_score.gluon_share import share
+from thresher.ops.index_score.gluon_tiles import ABSENT, COLUMNS, KEYS, NO_REQUEST, live, ring, sight
 
 
 @gluon.jit
 def _consumer(
-    q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages, width,
-    q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty,
+    unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests, width,
+    q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty,
     WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    """Score all tiles for the block's chunk ``WHICH``."""
+    """Score the units ``unit .. last - 1`` for their blocks' chunk ``WHICH``."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
     FILL: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
     zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
@@ -26,7 +27,6 @@ def _consumer(
     PLACE: gl.constexpr = sums_of_heads(zero, zero, lane, zero).type.layout
     place, query = places(PLACE)
     tiles = (width + KEYS - 1) // KEYS
-    unit, last = share((num_queries + BLOCK - 1) // BLOCK, tiles)
     turn = 0
     while unit < last:
         block, t0 = unit // tiles * BLOCK, unit % tiles
@@ -52,14 +52,9 @@ def _consumer(
             # Keys that every row of this chunk sees; none when one of them is absent or another request's.
             inner_low = gl.max(gl.where(own, gl.where(mine, start, NO_REQUEST), 0), 0)
             inner_high = gl.min(gl.where(own, gl.where(mine, end, 0), NO_REQUEST), 0)
-            table = page_table + current.to(gl.int64) * table_row
-            valid_ahead = begin < begin
-            if begin < stop:
-                _page, valid_ahead = find_page(table, begin, num_pages, PAGE)
+            room = gl.where(own_owner == current, width, 0)
             for tile in range(begin, stop):
                 n0 = tile * KEYS
-                valid = valid_ahead
-                _page, valid_ahead = find_page(table, gl.minimum(tile + 1, stop - 1), num_pages, PAGE)
                 slot = turn & (STAGES - 1)
                 mbarrier.wait(full.index(slot), turn // STAGES & 1)
                 acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
@@ -67,12 +62,14 @@ def _consumer(
                 dots = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(slot))
                 score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
-                if valid & (n0 >= inner_low) & (n0 + KEYS <= inner_high):
+                # A page that is not there is seen by nobody.
+                score = gl.where(scale.to(gl.int32, bitcast=True) == ABSENT, float("-inf"), score)
+                if (n0 >= inner_low) & (n0 + KEYS <= inner_high):
                     gl.store(block_out + n0 + at, score)
-                else:  # a page that is not there is seen by nobody
+                else:
                     key = n0 + place
-                    score = gl.where((key >= own_start) & (key < gl.where(valid, own_end, 0)), score, float("-inf"))
-                    gl.store(block_out + n0 + at, score, mask=(own_owner == current) & (key < width))
+                    score = gl.where((key >= own_start) & (key < own_end), score, float("-inf"))
+                    gl.store(block_out + n0 + at, score, mask=key < room)
                 turn += 1
             keep = fill_owner == current
             fill(out, fill_row, keep, t0, begin, width, out_row, QUERIES, FILL)
@@ -91,18 +88,19 @@ def prefill_quads_kernel(
     scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, GROUPS)
+    unit, last = share((num_queries + BLOCK - 1) // BLOCK, (width + KEYS - 1) // KEYS, low, high, num_queries, BLOCK, PAGE > 0)
     gl.warp_specialize(
         [
-            (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, PAGE)),
-            (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, PAGE)),
-            (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, PAGE)),
-            (_consumer, (q, weights, low, high, owners, lengths, page_table, out, num_queries, num_heads, num_keys, num_requests, num_pages,
-                width, q_row, q_head, w_row, table_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, PAGE)),
-            (fetch_tiles, (k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests, num_pages, width,
-                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, True, 1)),
+            (_consumer, (unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests,
+                width, q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, PAGE)),
+            (_consumer, (unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests,
+                width, q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, PAGE)),
+            (_consumer, (unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests,
+                width, q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, PAGE)),
+            (_consumer, (unit, last, q, weights, low, high, owners, lengths, out, num_queries, num_heads, num_keys, num_requests,
+                width, q_row, q_head, w_row, out_row, buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, PAGE)),
+            (fetch_tiles, (unit, last, k_desc, s_desc, low, high, owners, lengths, page_table, num_queries, num_keys, num_requests,
+                num_pages, width, table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, 1)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

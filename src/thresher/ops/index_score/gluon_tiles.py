@@ -2,7 +2,8 @@
 """What Hopper kernels that score many queries have in common, the columns of those with up to 32 heads among it.
 
 **Columns.** A chunk's column is ``(group of 8 queries * heads + head) * 8 + query``: a thread of the matrix unit then holds all heads of
-its queries, in eight classes modulo 8, and adds them up in the order of ``triton.py``: the same bits. A chunk has up to 16 heads.
+its queries, in eight classes modulo 8, and adds them up in the order of ``triton.py``: the same bits. A chunk has up to 16 heads, and
+``SUB`` groups of 8 queries.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 NAN_ALL = gl.constexpr(triton.language.PropagateNan.ALL)
 NO_REQUEST = gl.constexpr(2**31 - 1)
 KEYS = gl.constexpr(64)
 COLUMNS = gl.constexpr(128)  # of a chunk
+ABSENT = gl.constexpr(0x7FFFABCD)  # bits of a scale whose page is not there: a NaN that no cache holds
 
 
 @gluon.jit
@@ -132,13 +134,46 @@ def find_pages(table, tile, stop, num_pages, PAGE: gl.constexpr, TILES: gl.const
 
 
 @gluon.jit
-def load_scales(scales, page, tile, key, num_keys, page_words, D: gl.constexpr, PAGE: gl.constexpr):
-    """A tile's scales ``[64]``."""
-    if PAGE > 0:
-        found = gl.load(scales + page.to(gl.int64) * page_words + PAGE * D // 4 + tile * KEYS % PAGE + key)
+def absent():
+    """The scales of a tile whose page is not there, ``[1, 64]`` for one warp to store."""
+    bits = gl.full([1, KEYS], ABSENT, gl.int32, gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0]))
+    return bits.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def fetch(
+    k_desc, s_desc, page0, page1, valid0, valid1, tile0, tile1, slot, full, buffers, scale_buffers, nowhere,
+    D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """Ask the copy engine for ``TILES`` tiles and their scales into an empty slot. A page's that is not there are ``ABSENT``."""
+    scales: gl.constexpr = KEYS * 4
+    if not valid0:
+        scale_buffers.index(slot * TILES).store(nowhere)
+        fence_async_shared()
+    if TILES == 1:
+        if valid0:
+            mbarrier.expect(full.index(slot), KEYS * D + scales)
+        else:
+            mbarrier.expect(full.index(slot), KEYS * D)
     else:
-        found = gl.load(scales + tile * KEYS + key, mask=tile * KEYS + key < num_keys, other=0.0)
-    return found
+        if not valid1:
+            scale_buffers.index(slot * 2 + 1).store(nowhere)
+            fence_async_shared()
+        if valid0 & valid1:
+            mbarrier.expect(full.index(slot), 2 * KEYS * D + 2 * scales)
+        elif valid0 | valid1:
+            mbarrier.expect(full.index(slot), 2 * KEYS * D + scales)
+        else:
+            mbarrier.expect(full.index(slot), 2 * KEYS * D)
+    at0 = tile0 * KEYS % PAGE if PAGE > 0 else tile0 * KEYS
+    if valid0:
+        tma.async_copy_global_to_shared(s_desc, [page0, PAGE * D // 4 + at0], full.index(slot), scale_buffers.index(slot * TILES))
+    tma.async_copy_global_to_shared(k_desc, [page0, at0, 0], full.index(slot), buffers.index(slot * TILES))
+    if TILES == 2:
+        at1 = tile1 * KEYS % PAGE if PAGE > 0 else tile1 * KEYS
+        if valid1:
+            tma.async_copy_global_to_shared(s_desc, [page1, PAGE * D // 4 + at1], full.index(slot), scale_buffers.index(slot * 2 + 1))
+        tma.async_copy_global_to_shared(k_desc, [page1, at1, 0], full.index(slot), buffers.index(slot * 2 + 1))
 
 
 @gluon.jit
@@ -174,8 +209,8 @@ def load_queries(
 ):  # fmt: skip
     """A consumer's queries into its buffers, two chunks with 32 heads, otherwise one; returns the weights of both."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)), HB)
-    load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)), HB)
+    row, head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(0, ACC)), HB)
+    load_row, load_head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(1, LOAD)), HB)
     w0 = zero + load_chunk(
         q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
         q_buffers.index(HALF * (HEADS // HB)), D, LOAD,

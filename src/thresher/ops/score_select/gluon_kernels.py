@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from thresher.ops.index_score.gluon_tiles import (
-    COLUMNS,
     KEYS,
     NO_REQUEST,
+    absent,
     chunk_sums,
+    fetch,
     find_pages,
     live,
     load_queries,
@@ -48,10 +49,12 @@ def _turns(begin, stop, run, runs, TILES: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    k_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row, buffers, full, empty,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    buffers, scale_buffers, full, empty,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile that a consumer will ask for, in the same order."""
+    nowhere = absent()
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = num_keys // KEYS
     count = 0
@@ -63,63 +66,53 @@ def _producer(
             begin, stop = live(start, end, owner == current, 0, tiles)
             first, last = _turns(begin, stop, unit % runs, runs, TILES)
             table = page_table + current.to(gl.int64) * table_row
-            page0, page1 = begin * 0, begin * 0
+            page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
             if first < last:
-                page0, page1, _valid0, _valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
+                page0, page1, valid0, valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
             for turn in range(first, last, runs):
                 slot = count & (STAGES - 1)
                 # Asked for one turn ahead, so that nothing waits for the answer.
-                ahead0, ahead1, _valid0, _valid1 = find_pages(table, (turn + runs) * TILES, stop, num_pages, PAGE, TILES)
+                ahead0, ahead1, next0, next1 = find_pages(table, (turn + runs) * TILES, stop, num_pages, PAGE, TILES)
                 mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
-                mbarrier.expect(full.index(slot), TILES * KEYS * D)
-                at = turn * TILES * KEYS
-                tma.async_copy_global_to_shared(k_desc, [page0, at % PAGE, 0], full.index(slot), buffers.index(slot * TILES))
-                if TILES == 2:
-                    tma.async_copy_global_to_shared(
-                        k_desc, [page1, (at + KEYS) % PAGE, 0], full.index(slot), buffers.index(slot * TILES + 1)
-                    )
-                page0, page1 = ahead0, ahead1
+                fetch(
+                    k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, full, buffers, scale_buffers,
+                    nowhere, D, PAGE, TILES,
+                )  # fmt: skip
+                page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
                 count += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
 
 
 @gluon.jit
-def _scale(scales, page, page_bytes):
-    """The scales at the places whose addresses in page 0 are ``scales``: one multiply-add, where pointers take more."""
-    at = scales + page.to(gl.uint32).to(gl.int64) * page_bytes.to(gl.uint32).to(gl.int64)
-    return gl.load(at.to(gl.pointer_type(gl.float32), bitcast=True))
+def scales_of(buffer, sums, SUB: gl.constexpr):
+    """A tile's scales beside a thread's scores of two keys 8 apart; ``sums [64, SUB, 2, 4]`` lends its layout.
 
-
-@gluon.jit
-def _turn_scales(scales, page0, page1, page_bytes, TILES: gl.constexpr):
-    """The scales of a thread's keys in a turn, two of each tile."""
-    a0 = _scale(scales, page0, page_bytes)
-    a1 = _scale(scales + 32, page0, page_bytes)
-    b0, b1 = a0, a1
-    if TILES == 2:
-        b0 = _scale(scales, page1, page_bytes)
-        b1 = _scale(scales + 32, page1, page_bytes)
-    return a0, a1, b0, b1
+    Nothing passes that is times a missing page's.
+    """
+    SUMS: gl.constexpr = sums.type.layout
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SUMS)))
+    scale = gl.expand_dims(gl.expand_dims(gl.expand_dims(buffer.reshape([KEYS]).load(LAYOUT), 1), 2), 3)
+    return halves(scale + gl.zeros([KEYS, SUB, 2, 4], gl.float32, SUMS), SUB)
 
 
 @gluon.jit
 def _consumer(
-    q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
-    buffers, q_buffers, full, empty,
+    q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+    num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+    buffers, scale_buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Score all turns of a unit for half ``HALF`` of the block's queries, ``ROWS`` of them; ``q_buffers`` hold its chunks."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUB * HB * 8, 32])
     CHUNKS: gl.constexpr = 3 - TILES
-    zero = gl.zeros([KEYS, COLUMNS], gl.float32, ACC)
+    zero = gl.zeros([KEYS, SUB * HB * 8], gl.float32, ACC)
     # Computed for its layout alone.
-    half, _half = halves(gl.sum(gl.reshape(zero, [KEYS, SUB, HB, 2, 4]), 2), SUB)
+    lent = gl.sum(gl.reshape(zero, [KEYS, SUB, HB, 2, 4]), 2)
+    half, _half = halves(lent, SUB)
     PLACE: gl.constexpr = half.type.layout
     nothing = gl.zeros([4, 8, SUB, 2, 4], gl.float32, PLACE)
     inside, place, which = rows_and_places(SUB, PLACE)
-    own_scales = (scales + PAGE * D // 4 + place).to(gl.int64)
     tiles = num_keys // KEYS
     count = 0
     for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
@@ -145,44 +138,29 @@ def _consumer(
                 own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
             )
             mine = gl.where(own_owner == current, own_end, 0)
-            table = page_table + current.to(gl.int64) * table_row
-            # Scales are asked for one turn ahead, pages two.
-            page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
-            ahead0, ahead1 = valid0, valid1
-            a0 = (place * 0).to(gl.float32)
-            a1, b0, b1 = a0, a0, a0
-            if first < last:
-                page0, page1, valid0, valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
-                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES)
-                page0, page1, ahead0, ahead1 = find_pages(table, (first + runs) * TILES, stop, num_pages, PAGE, TILES)
             bar, edge = nothing, first
             for turn in range(first, last, runs):
-                now_a0, now_a1, now_b0, now_b1, now_valid0, now_valid1 = a0, a1, b0, b1, valid0, valid1
-                a0, a1, b0, b1 = _turn_scales(own_scales, page0, page1, page_words * 4, TILES)
-                valid0, valid1 = ahead0, ahead1
-                page0, page1, ahead0, ahead1 = find_pages(table, (turn + 2 * runs) * TILES, stop, num_pages, PAGE, TILES)
                 key = turn * (TILES * KEYS) + place
                 slot = count & (STAGES - 1)
                 mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
                 acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
                 acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
-                quick = (turn < edge) & now_valid0 & now_valid1
-                # A page that is not there is seen by nobody.
-                seen = gl.where(now_valid0, mine, 0)
+                a0, a1 = scales_of(scale_buffers.index(slot * TILES), lent, SUB)
+                b0, b1 = scales_of(scale_buffers.index(slot * TILES + TILES - 1), lent, SUB)
+                quick = turn < edge
                 # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
                 sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
                 if TILES == 2:
                     s0, s1 = halves(whole_sums(sums, SUB), SUB)
-                    s0, s1 = gl.fma(s0, now_a0, nothing), gl.fma(s1, now_a1, nothing)
+                    s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
                     # Here and not below, so that it is done while the other tile is multiplied.
-                    at = append_two(s0, s1, quick, bar, key, seen, level, tie_end, at, lists, list_start, ROOM)
-                    seen = gl.where(now_valid1, mine, 0)
+                    at = append_two(s0, s1, quick, bar, key, mine, level, tie_end, at, lists, list_start, ROOM)
                     key += KEYS
                 dots = warpgroup_mma_wait(0, [acc1])
                 mbarrier.arrive(empty.index(slot))
                 s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
-                s0, s1 = gl.fma(s0, now_b0, nothing), gl.fma(s1, now_b1, nothing)
-                at = append_two(s0, s1, quick, bar, key, seen, level, tie_end, at, lists, list_start, ROOM)
+                s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
+                at = append_two(s0, s1, quick, bar, key, mine, level, tie_end, at, lists, list_start, ROOM)
                 if not quick:
                     overfull = at - list_start > ROOM * 8
                     bar, edge = look_ahead(turn + runs, runs, mine, level, tie_end, overfull, TILES * KEYS)
@@ -193,31 +171,32 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
 def collect_kernel(
-    k_desc, q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
+    k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
+    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES * TILES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, SUB * HB * 8, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, 2)
     gl.warp_specialize(
         [
             (_consumer, (
-                q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
-                buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
+                q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_consumer, (
-                q, weights, scales, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, page_words, table_row,
-                buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
+                q, weights, owners, positions, lengths, levels, level_keys, found, counts,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_producer, (
-                k_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
-                buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES,
+                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+                buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES,
             )),
         ],
         [4, 1],

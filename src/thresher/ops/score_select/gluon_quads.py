@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, find_page, live, ring, sight
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, absent, find_page, live, ring, sight
 from thresher.ops.score_select.gluon_lists import first_of_run
 
 
@@ -30,7 +30,7 @@ def _producer(
 ):  # fmt: skip
     """Fetch every tile and its scales that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    nowhere = gl.full([1, KEYS], float("nan"), gl.float32, gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0]))
+    nowhere = absent()
     tiles = num_keys // KEYS
     turn = 0
     for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
@@ -58,6 +58,7 @@ def _producer(
                         )
                     else:  # a page that is not there is seen by nobody: no score passes
                         scale_buffers.index(slot).store(nowhere)
+                        fence_async_shared()
                         mbarrier.expect(full.index(slot), KEYS * D)
                     tma.async_copy_global_to_shared(k_desc, [page, tile * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
                     turn += 1

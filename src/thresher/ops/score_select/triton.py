@@ -44,9 +44,9 @@ REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a t
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 PADDING = 1024  # places of the result that are filled up at a time
 SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
-SEARCHED = 512  # scores that a warp of ``settle_kernel`` searches, 16 a thread
-REGISTERS = 64  # a thread, with room for them, and for 8 entries that are placed together; so
-SETTLE_WARPS = 32  # of it fit on a multiprocessor
+SEARCHED = 1024  # scores that a warp of ``settle_kernel`` searches, 32 a thread
+REGISTERS = 128  # a thread, with room for them and their keys; so
+SETTLE_WARPS = 16  # of it fit on a multiprocessor
 # Bytes, at most, of all its programs' masks, 4 for 32 keys. 1024 rows of 1M keys take their lists and, one after the other, 67 MB of the
 # sample's scores and these 32; pages, levels and counts are less than 5: 165 MB beside input and output, 241 at topk 4096.
 MASKS = 32 * 2**20
@@ -212,24 +212,33 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     level_keys = torch.empty(num, dtype=torch.int32, device=device)
     found = torch.empty(num, plan.row, dtype=torch.int64, device=device)
     counts = torch.empty(num, plan.lists, dtype=torch.int32, device=device)
+    if num:
+        find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
+        with on_device(query.q):
+            collect(query, keys, levels, level_keys, found, counts, plan, programs)
+    return settle(found, counts, ends, levels, plan, topk, room_tokens, programs, with_scores)
+
+
+def settle(
+    found: Tensor, counts: Tensor, ends: Tensor, levels: Tensor, plan: Plan, topk: int, room_tokens: int, programs: int, with_scores: bool
+) -> tuple[Selection, Tensor]:
+    """Select from the rows' lists; what ``first_try`` returns."""
+    num, device = len(ends), found.device
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
     lengths = torch.empty(num, dtype=torch.int64, device=device)
     beside = torch.empty(num, topk, device=device) if with_scores else None
     redo = torch.empty(num, dtype=torch.int32, device=device)
     if num:
-        find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
-        with on_device(query.q):
-            collect(query, keys, levels, level_keys, found, counts, plan, programs)
-            lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 128) * 4
-            warps = min(max(lists * deep // SEARCHED, 4), 32)
-            settlers = min(num, programs * max(SETTLE_WARPS // warps, 1), max(MASKS // (4 * words), 1))
-            registers = min(REGISTERS, 2048 // warps)
-            bits = torch.empty(settlers, words, dtype=torch.int32, device=device)
-            scores = beside if beside is not None else levels
+        lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 128) * 4
+        warps = min(max(lists * deep // SEARCHED, 4), 32)
+        settlers = min(num, programs * max(SETTLE_WARPS // warps, 1), max(MASKS // (4 * words), 1))
+        bits = torch.empty(settlers, words, dtype=torch.int32, device=device)
+        with on_device(found):
             settle_kernel[(settlers,)](
-                found, counts, ends, levels, bits, indices, lengths, scores, redo, topk, num, words, found.stride(0),
-                LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WIDE=max(4 * registers * warps // lists, 1),
-                WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WITH_SCORES=with_scores, num_warps=warps, maxnreg=registers,
+                found, counts, ends, levels, bits, indices, lengths, levels if beside is None else beside, redo,
+                topk, num, words, found.stride(0), LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep,
+                WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WARPS=warps, WITH_SCORES=with_scores, INTERPRET=INTERPRET,
+                num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
 
@@ -258,7 +267,7 @@ def find_levels(
         level_kernel[(num,)](
             sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
             sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-            ROWS=rows_together(query.num_heads), num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
+            ROWS=rows_together(query.num_heads), WARPS=warps, num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
         )  # fmt: skip
 
 
@@ -275,15 +284,15 @@ def collect(
     rows = (query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table, levels, level_keys, found, counts)
     sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0], plan.runs)
     strides = (q.stride(0), q.stride(1), weights.stride(0))
+    tiles = scale_tiles(scales, len(keys.pages), record // 4)
     if query.num_heads > QUADS:
         collect_quads_kernel[(programs,)](
-            desc, scale_tiles(scales, len(keys.pages), record // 4), q, weights, *rows, *sizes,
-            plan.stride, plan.lists * plan.room, *strides, table.stride(0),
+            desc, tiles, q, weights, *rows, *sizes, plan.stride, plan.lists * plan.room, *strides, table.stride(0),
             STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
-        desc, q, weights, scales, *rows, *sizes, found.stride(0), *strides, record // 4, table.stride(0),
+        desc, tiles, q, weights, *rows, *sizes, found.stride(0), *strides, table.stride(0),
         STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
     )  # fmt: skip

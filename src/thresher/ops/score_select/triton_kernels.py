@@ -6,7 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from thresher.ops.select.triton_search import LOWEST, count_bits, key_number, lowest_bit, number_key, pack, search
+from thresher.ops.select.triton_find import find, normal_guess, tail_guess
+from thresher.ops.select.triton_search import LOWEST, count_bits, key_number, lowest_bit, pack
 
 _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 
@@ -41,26 +42,6 @@ def prepare_kernel(
 
 
 @triton.jit
-def _kth(values, want, low, high):
-    """The largest t in [low, high] with at least ``want`` values >= t; as many must be >= low."""
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        short = tl.sum((values >= middle).to(tl.int32), axis=0) < want
-        low = tl.where(short, low, middle)
-        high = tl.where(short, middle - 1, high)
-    return low
-
-
-@triton.jit
-def _search(score, want, slack, low, high, low_count, guess):
-    """The number whose key ``search`` finds from these and a first guess, low <= guess <= high."""
-    count = tl.sum((score >= key_number(guess)).to(tl.int32), axis=0)
-    few = count < want
-    low, high = tl.where(few, low, guess), tl.where(few, guess - 1, high)
-    return key_number(search(score, want, slack, low, high, tl.where(few, low_count, count), tl.where(few, count, 0)))
-
-
-@triton.jit
 def _keep(
     row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row,
     BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
@@ -91,7 +72,7 @@ def _keep(
 @triton.jit
 def level_kernel(
     sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, want, slack, whole, sample_row, found_row,
-    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
@@ -108,19 +89,20 @@ def level_kernel(
     if KEPT:
         tl.store(counts + row * LISTS + column, tl.zeros([BLOCK], tl.int32), mask=column < LISTS)
         tl.debug_barrier()
-    num = tl.sum((score > float("-inf")).to(tl.int32), axis=0)
-    if (tl.load(ends + row) > whole) & (num >= want):
-        top = number_key(tl.max(score, axis=0))
-        guess = tl.maximum(top - (5 << 20), LOWEST)  # five eighths of an octave down: the best are seldom far apart
-        level = _search(score, want + num * 0, slack, num * 0 + LOWEST, top, num, guess)
-        level_key = level_key * 0 + _SIGN
-        if tl.sum((score >= level).to(tl.int32), axis=0) > want + slack:
-            # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
-            tied = (score == level).to(tl.int32)
-            above = tl.sum((score > level).to(tl.int32), axis=0)
-            upto = tl.cumsum(tied, axis=0)
-            last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
-            level_key = (last + 1) * stride - 1
+    if tl.load(ends + row) > whole:
+        held = tl.reshape(score, [BLOCK // (128 * WARPS), 32 * WARPS, 4])
+        want = want + row.to(tl.int32) * 0
+        guess, reach = normal_guess(held, want, width)
+        low, count, above = find(held, want, slack, want * 0 + BLOCK, guess, reach)
+        if low >= LOWEST:
+            level = key_number(low)
+            level_key = want * 0 + _SIGN
+            if count > want + slack:
+                # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
+                tied = (score == level).to(tl.int32)
+                upto = tl.cumsum(tied, axis=0)
+                last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
+                level_key = (last + 1) * stride - 1
     if KEPT:  # with a level or without: collecting leaves the tiles out either way
         key = column // 64 * (stride * 64) + column % 64
         passes = (score > level) | ((score == level) & (key <= level_key))
@@ -140,59 +122,119 @@ def _num_bits(word):
 
 
 @triton.jit
-def _places(counts, first, LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, WIDE: tl.constexpr):
-    """Of places ``first`` to ``first + WIDE`` in all of a row's lists: where each is in the row, whether to read it, whether it is held."""
-    which = tl.arange(0, ALL)
-    count = tl.load(counts + which, mask=which < LISTS, other=0)[:, None]
-    place = first + tl.arange(0, WIDE)[None, :]
-    return which[:, None] * ROOM + place, place < (count + 1) // 2 * 2, place < count  # twos are read whole, and at once
+def _last_tied(score, key, cut, excess, end):
+    """The key up to which those tied with the cut are taken, so that ``excess`` of them are not."""
+    back = tl.where(score == cut, -key, -_SIGN)
+    num = tl.sum(tl.sum(tl.sum((back > -_SIGN).to(tl.int32), axis=2), axis=1), axis=0)
+    low, high = 1 - end, end * 0
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        short = tl.sum(tl.sum(tl.sum((back >= middle).to(tl.int32), axis=2), axis=1), axis=0) < num - excess
+        low = tl.where(short, low, middle)
+        high = tl.where(short, middle - 1, high)
+    return -low
 
 
 @triton.jit
-def _is_taken(pair, held, cut, last):
-    """A pair's key, and whether it is among the held that are taken."""
-    key = (pair & _SIGN).to(tl.int32)
-    score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return key, held & ((score > cut) | ((score == cut) & (key <= last)))
+def _mark(bits, key, score, cut, INTERPRET: tl.constexpr):
+    """Set the bits of the keys whose scores are not below the cut."""
+    if INTERPRET:
+        tl.atomic_or(bits + (key >> 5), (key & 0) + 1 << (key & 31), mask=score >= cut, sem="relaxed")
+    else:  # the same, but Triton's masked atomics are branches, before which all addresses wait in registers
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred p;
+            .reg .b32 word, bit;
+            .reg .b64 to;
+            setp.ge.f32 p, $3, $4;
+            shr.u32 word, $2, 5;
+            mad.wide.u32 to, word, 4, $1;
+            shf.l.wrap.b32 bit, 0, 1, $2;
+            @p red.relaxed.gpu.global.or.b32 [to], bit;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,f,f",
+            [bits.to(tl.int64), key, score, cut],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
-def _find_cut(found, counts, level, length, num, end, LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr):
-    """``(cut, last)`` for a row whose lists hold ``num`` pairs, up to ``DEEP`` each.
+def _settle_row(
+    found, counts, level, length, num, end, bits, indices, beside, num_words,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, ENTRIES: tl.constexpr, DEEP: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
+    WITH_SCORES: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Write the ``length`` largest of a row's ``num`` pairs, of which no list holds more than ``DEEP``. ``indices`` is at the row's start.
 
-    Taken are the ``length`` scores larger than the cut, or equal to it at keys up to ``last``.
+    Entries are ``[threads, groups, 2]``, in which order Triton deals the first dim out to threads: each has the same ones to the end.
     """
-    at, there, held = _places(counts, 0, LISTS, ROOM, ALL, DEEP)
+    GROUPS: tl.constexpr = ENTRIES // (64 * WARPS)
+    first = tl.arange(0, GROUPS)[None, :, None] * (64 * WARPS) + tl.arange(0, 32 * WARPS)[:, None, None] * 2
+    which, place = first // DEEP, tl.multiple_of(first % DEEP, [1, 1, 2])
+    two = tl.arange(0, 2)[None, None, :]
+    count = tl.load(counts + which, mask=which < LISTS, other=0)
+    at = which * ROOM + place + two
+    there = tl.broadcast_to(place < count, at.shape)  # twos are read whole, and at once
     score = (tl.load(found + at, mask=there, other=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    score = tl.where(held, score, float("-inf"))
-    low = tl.where(level == float("-inf"), LOWEST, number_key(level))
-    flat = tl.reshape(score, [ALL * DEEP], can_reorder=True)
-    top = number_key(tl.max(flat, axis=0))
-    # Two fifths of what lies above the level lie above this in usual distributions. It saves two steps of nine.
-    guess = low + ((top - low).to(tl.uint32, bitcast=True) >> 2).to(tl.int32, bitcast=True)
-    cut = _search(flat, length, 0, low, top, num, guess)
-    more = tl.sum((flat >= cut).to(tl.int32), axis=0) - length
-    last = length * 0 + _SIGN
-    if more > 0:
-        tied = score == cut
-        key = (tl.load(found + at, mask=tied, other=0) & _SIGN).to(tl.int32)
-        back = tl.reshape(tl.where(tied, -key, -_SIGN), [ALL * DEEP], can_reorder=True)
-        last = -_kth(back, tl.sum((back > -_SIGN).to(tl.int32), axis=0) - more, 1 - end, length * 0)
-    return cut, last
+    score = tl.where(place + two < count, score, float("-inf"))
+    scores = tl.permute(score, (1, 0, 2))
+    if level == float("-inf"):
+        guess, reach = normal_guess(scores, length, num)
+    else:
+        guess, reach = tail_guess(scores, level, num, length)
+    low, low_count, _above = find(scores, length, 0, num, guess, reach)
+    cut = key_number(tl.maximum(low, LOWEST))  # all of them where no number is found
+    tl.debug_barrier()  # the mask is all zeros, and no compiler holds keys from the first look on, for which there are no registers
+    key = (tl.load(found + at, mask=there, other=0) & _SIGN).to(tl.int32)
+    if (low_count > length) & (num > length):
+        last = _last_tied(score, key, cut, low_count - length, end)
+        score = tl.where((score == cut) & (key > last), float("-inf"), score)
+    _mark(bits, key, score, cut, INTERPRET)
+    key = tl.where(score >= cut, key, -1)
+    tl.debug_barrier()
+    words = tl.minimum((end + 31) // 32, num_words)
+    before = length * 0
+    for start in range(0, words, WORDS):
+        word = start + tl.arange(0, WORDS)
+        mask = tl.load(bits + word, mask=word < words, other=0, cache_modifier=".cg")
+        set_bits = _num_bits(mask)
+        upto = tl.cumsum(set_bits, axis=0)
+        packed = mask.to(tl.uint32, bitcast=True).to(tl.int64) | (before + upto - set_bits).to(tl.int64) << 32
+        if start + WORDS < words:
+            before += tl.sum(set_bits, axis=0)
+        inside = (key >> 5) - start
+        take = inside.to(tl.uint32, bitcast=True) < WORDS
+        its = tl.reshape(tl.gather(packed, tl.reshape(tl.where(take, inside, 0), [ENTRIES]), axis=0), [32 * WARPS, GROUPS, 2])
+        to = (its >> 32).to(tl.int32) + _num_bits(its.to(tl.int32) & (((key & 0) + 1 << (key & 31)) - 1))
+        to = to.to(tl.uint32, bitcast=True)
+        # What is claimed of contiguity is not true, and harmless: neighbours stay in the threads that read them.
+        tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 1, 16]), [1, 1, 2]), key, mask=take)
+        if WITH_SCORES:
+            tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 1, 16]), [1, 1, 2]), score, mask=take)
+        tl.debug_barrier()  # of few words several threads have read the same
+        tl.store(bits + word, tl.zeros([WORDS], tl.int32), mask=word < words)  # for the next row
+
+
+@triton.jit
+def _most_and_sum(a, b, c, d):
+    return tl.maximum(a, c), b + d
 
 
 @triton.jit
 def settle_kernel(
     found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num_rows, num_words, found_row,
-    LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr, WORDS: tl.constexpr,
-    TILE: tl.constexpr, WITH_SCORES: tl.constexpr,
+    LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WORDS: tl.constexpr,
+    TILE: tl.constexpr, WARPS: tl.constexpr, WITH_SCORES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
 
     Nothing is sorted: the keys taken become bits of a mask as long as the row, and a key's place is the number of bits before its own.
     ``bits`` int32 ``[programs, num_words]`` is a program's own mask, for one row after the other. ``WORDS`` of it at a time are counted and
-    handed to all threads, each with what lies before it. A search looks at ``DEEP`` entries of each list where none holds more, which is
-    the rule, and else at twice as many; the rest at ``WIDE`` of each together.
+    handed to all threads, each with what lies before it. ``DEEP`` entries of each list are looked at where none holds more, which is the
+    rule, and else twice as many.
     """
     program = tl.program_id(0).to(tl.int64)
     bits += program * num_words
@@ -205,55 +247,27 @@ def settle_kernel(
         own = counts + row * LISTS
         which = tl.arange(0, ALL)
         count = tl.load(own + which, mask=which < LISTS, other=0)
-        most = tl.max(count, axis=0)
-        num = tl.sum(tl.minimum(count, ROOM), axis=0)
-        end = tl.load(ends + row).to(tl.int32)
+        end, level = tl.load(ends + row).to(tl.int32), tl.load(levels + row)
+        most, num = tl.reduce((count, tl.minimum(count, ROOM)), 0, _most_and_sum)
         wanted = tl.minimum(end, topk)
         wrong = (most > ROOM) | (num < wanted)
         length = tl.where(wrong, 0, wanted)
         tl.store(redo + row, wrong.to(tl.int32))
         tl.store(lengths + row, length.to(tl.int64))
+        to, also = indices + row * topk, beside + row * topk
         if length > 0:
-            level = tl.load(levels + row)
-            cut = level
-            last = length
             if most <= DEEP:
-                cut, last = _find_cut(pairs, own, level, length, num, end, LISTS, ROOM, ALL, DEEP)
+                _settle_row(
+                    pairs, own, level, length, num, end, bits, to, also, num_words,
+                    LISTS, ROOM, ALL * DEEP, DEEP, WORDS, WARPS, WITH_SCORES, INTERPRET,
+                )  # fmt: skip
             elif DEEP < ROOM:
-                cut, last = _find_cut(pairs, own, level, length, num, end, LISTS, ROOM, ALL, 2 * DEEP)
-            tl.debug_barrier()  # the mask is all zeros
-            for first in range(0, most, WIDE):
-                at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
-                key, take = _is_taken(tl.load(pairs + at, mask=there, other=0), held, cut, last)
-                # What is claimed of contiguity, here and below, is not true, and harmless: neighbours stay in the threads that read them.
-                word = tl.max_contiguous(tl.multiple_of(bits + key // 32, [1, 16]), [1, 2])
-                tl.atomic_or(word, (key & 0) + 1 << (key & 31), mask=take, sem="relaxed")
-            tl.debug_barrier()
-            words = tl.minimum((end + 31) // 32, num_words)
-            before = length * 0
-            for start in range(0, words, WORDS):
-                word = start + tl.arange(0, WORDS)
-                mask = tl.load(bits + word, mask=word < words, other=0, cache_modifier=".cg")
-                tl.store(bits + word, tl.zeros([WORDS], tl.int32), mask=word < words)  # for the next row
-                set_bits = _num_bits(mask)
-                upto = tl.cumsum(set_bits, axis=0)
-                packed = mask.to(tl.uint32, bitcast=True).to(tl.int64) | (before + upto - set_bits).to(tl.int64) << 32
-                before += tl.sum(set_bits, axis=0)
-                for first in range(0, most, WIDE):
-                    at, there, held = _places(own, first, LISTS, ROOM, ALL, WIDE)
-                    pair = tl.load(pairs + at, mask=there, other=0)
-                    key, take = _is_taken(pair, held, cut, last)
-                    inside = key // 32 - start
-                    take = take & (inside >= 0) & (inside < WORDS)
-                    its = tl.gather(packed, tl.reshape(tl.where(take, inside, 0), [ALL * WIDE]), axis=0)
-                    its = tl.reshape(its, [ALL, WIDE])
-                    to = row * topk + (its >> 32).to(tl.int32) + _num_bits(its.to(tl.int32) & (((key & 0) + 1 << (key & 31)) - 1))
-                    tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 16]), [1, 2]), key, mask=take)
-                    if WITH_SCORES:
-                        score = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-                        tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 16]), [1, 2]), score, mask=take)
+                _settle_row(
+                    pairs, own, level, length, num, end, bits, to, also, num_words,
+                    LISTS, ROOM, 2 * ALL * DEEP, 2 * DEEP, WORDS, WARPS, WITH_SCORES, INTERPRET,
+                )  # fmt: skip
         for start in range(length, topk, TILE):
             place = start + tl.arange(0, TILE)
-            tl.store(indices + row * topk + place, tl.full([TILE], -1, tl.int32), mask=place < topk)
+            tl.store(to + place, tl.full([TILE], -1, tl.int32), mask=place < topk)
             if WITH_SCORES:
-                tl.store(beside + row * topk + place, tl.full([TILE], float("-inf"), tl.float32), mask=place < topk)
+                tl.store(also + place, tl.full([TILE], float("-inf"), tl.float32), mask=place < topk)
