@@ -92,7 +92,7 @@ def settle(found, counts, ends, levels, topk, with_scores):
     parts.settle_kernel[(programs,)](
         found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num, words, found.stride(0),
         LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WORDS=32,
-        TILE=64, WARPS=4 if room == 16 else 1, WITH_SCORES=with_scores, INTERPRET=True,
+        TILE=64, WARPS=4 if room == 16 else 1, SLOTS=64, WITH_SCORES=with_scores, INTERPRET=True,
     )  # fmt: skip
     return indices, lengths, beside, redo
 

@@ -43,10 +43,11 @@ SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 PADDING = 1024  # places of the result that are filled up at a time
+SLOTS = 2048  # places whose keys are looked for at a time
 SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
-SEARCHED = 1024  # scores that a warp of ``settle_kernel`` searches, 32 a thread
-REGISTERS = 128  # a thread, with room for them and their keys; so
-SETTLE_WARPS = 16  # of it fit on a multiprocessor
+SEARCHED = 512  # scores that a warp of ``settle_kernel`` searches, 16 a thread
+REGISTERS = 64  # a thread, with room for them and their keys; so
+SETTLE_WARPS = 32  # of it fit on a multiprocessor
 # Bytes, at most, of all its programs' masks, 4 for 32 keys. 1024 rows of 1M keys take their lists and, one after the other, 67 MB of the
 # sample's scores and these 32; pages, levels and counts are less than 5: 165 MB beside input and output, 241 at topk 4096.
 MASKS = 32 * 2**20
@@ -237,7 +238,7 @@ def settle(
             settle_kernel[(settlers,)](
                 found, counts, ends, levels, bits, indices, lengths, levels if beside is None else beside, redo,
                 topk, num, words, found.stride(0), LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep,
-                WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WARPS=warps, WITH_SCORES=with_scores, INTERPRET=INTERPRET,
+                WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WARPS=warps, SLOTS=SLOTS, WITH_SCORES=with_scores, INTERPRET=INTERPRET,
                 num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo

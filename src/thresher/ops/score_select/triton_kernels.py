@@ -162,10 +162,53 @@ def _mark(bits, key, score, cut, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def _nth_bit(word, left, WIDTH: tl.constexpr):
+    """Which of ``2 * WIDTH`` bits is the set one that ``left`` others stand before."""
+    low = word & ((1 << WIDTH) - 1)
+    num = _num_bits(low)
+    high = left >= num
+    at = tl.where(high, WIDTH, 0)
+    if WIDTH > 1:
+        at += _nth_bit(tl.where(high, word >> WIDTH, low), tl.where(high, left - num, left), WIDTH // 2)
+    return at
+
+
+@triton.jit
+def _emit(mask, upto, start, before, indices, WORDS: tl.constexpr, SLOTS: tl.constexpr):
+    """Write the keys of a mask's set bits, ascending, from place ``before`` on, neighbours by neighbouring threads.
+
+    ``upto``: bits up to each word's end. The r-th key is found by two searches: for its group of 64 words (or all), and in it for its word.
+    """
+    GROUP: tl.constexpr = min(64, WORDS)
+    GROUPS: tl.constexpr = WORDS // GROUP
+    below = upto - _num_bits(mask)
+    packed = mask.to(tl.uint32, bitcast=True).to(tl.int64) | below.to(tl.int64) << 32
+    ends = tl.max(tl.reshape(upto, [GROUPS, GROUP]), axis=1)
+    total = tl.max(ends, axis=0)
+    for first in range(0, total, SLOTS):
+        rank = first + tl.arange(0, SLOTS)
+        which = rank * 0
+        which = _upper(ends, which, rank, GROUPS)
+        which = _upper(upto, which * GROUP, rank, GROUP)
+        its = tl.gather(packed, which, axis=0)
+        at = (start + which) * 32 + _nth_bit(its.to(tl.int32), rank - (its >> 32).to(tl.int32), 16)
+        tl.store(indices + before + rank, at, mask=rank < total)
+
+
+@triton.jit
+def _upper(upto, first, rank, SIZE: tl.constexpr):
+    """From ``first`` on, past all but the last of ``SIZE`` ascending numbers that are not above the rank; a power of two."""
+    if SIZE > 1:
+        first = tl.where(tl.gather(upto, first + (SIZE // 2 - 1), axis=0) <= rank, first + SIZE // 2, first)
+        first = _upper(upto, first, rank, SIZE // 2)
+    return first
+
+
+@triton.jit
 def _settle_row(
     found, counts, level, length, num, end, bits, indices, beside, num_words,
     LISTS: tl.constexpr, ROOM: tl.constexpr, ENTRIES: tl.constexpr, DEEP: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr,
-    WITH_SCORES: tl.constexpr, INTERPRET: tl.constexpr,
+    SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Write the ``length`` largest of a row's ``num`` pairs, of which no list holds more than ``DEEP``. ``indices`` is at the row's start.
 
@@ -202,18 +245,20 @@ def _settle_row(
         mask = tl.load(bits + word, mask=word < words, other=0, cache_modifier=".cg")
         set_bits = _num_bits(mask)
         upto = tl.cumsum(set_bits, axis=0)
-        packed = mask.to(tl.uint32, bitcast=True).to(tl.int64) | (before + upto - set_bits).to(tl.int64) << 32
+        if WITH_SCORES:
+            packed = mask.to(tl.uint32, bitcast=True).to(tl.int64) | (before + upto - set_bits).to(tl.int64) << 32
+            inside = (key >> 5) - start
+            take = inside.to(tl.uint32, bitcast=True) < WORDS
+            its = tl.reshape(tl.gather(packed, tl.reshape(tl.where(take, inside, 0), [ENTRIES]), axis=0), [32 * WARPS, GROUPS, 2])
+            to = (its >> 32).to(tl.int32) + _num_bits(its.to(tl.int32) & (((key & 0) + 1 << (key & 31)) - 1))
+            to = to.to(tl.uint32, bitcast=True)
+            # What is claimed of contiguity is not true, and harmless: neighbours stay in the threads that read them.
+            tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 1, 16]), [1, 1, 2]), key, mask=take)
+            tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 1, 16]), [1, 1, 2]), score, mask=take)
+        else:
+            _emit(mask, upto, start, before, indices, WORDS, SLOTS)
         if start + WORDS < words:
             before += tl.sum(set_bits, axis=0)
-        inside = (key >> 5) - start
-        take = inside.to(tl.uint32, bitcast=True) < WORDS
-        its = tl.reshape(tl.gather(packed, tl.reshape(tl.where(take, inside, 0), [ENTRIES]), axis=0), [32 * WARPS, GROUPS, 2])
-        to = (its >> 32).to(tl.int32) + _num_bits(its.to(tl.int32) & (((key & 0) + 1 << (key & 31)) - 1))
-        to = to.to(tl.uint32, bitcast=True)
-        # What is claimed of contiguity is not true, and harmless: neighbours stay in the threads that read them.
-        tl.store(tl.max_contiguous(tl.multiple_of(indices + to, [1, 1, 16]), [1, 1, 2]), key, mask=take)
-        if WITH_SCORES:
-            tl.store(tl.max_contiguous(tl.multiple_of(beside + to, [1, 1, 16]), [1, 1, 2]), score, mask=take)
         tl.debug_barrier()  # of few words several threads have read the same
         tl.store(bits + word, tl.zeros([WORDS], tl.int32), mask=word < words)  # for the next row
 
@@ -227,7 +272,7 @@ def _most_and_sum(a, b, c, d):
 def settle_kernel(
     found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num_rows, num_words, found_row,
     LISTS: tl.constexpr, ROOM: tl.constexpr, ALL: tl.constexpr, DEEP: tl.constexpr, WORDS: tl.constexpr,
-    TILE: tl.constexpr, WARPS: tl.constexpr, WITH_SCORES: tl.constexpr, INTERPRET: tl.constexpr,
+    TILE: tl.constexpr, WARPS: tl.constexpr, SLOTS: tl.constexpr, WITH_SCORES: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Select from a row's lists: the ``topk`` largest pairs, keys ascending. ``redo`` is 1 where the lists do not hold the answer.
 
@@ -259,12 +304,12 @@ def settle_kernel(
             if most <= DEEP:
                 _settle_row(
                     pairs, own, level, length, num, end, bits, to, also, num_words,
-                    LISTS, ROOM, ALL * DEEP, DEEP, WORDS, WARPS, WITH_SCORES, INTERPRET,
+                    LISTS, ROOM, ALL * DEEP, DEEP, WORDS, WARPS, SLOTS, WITH_SCORES, INTERPRET,
                 )  # fmt: skip
             elif DEEP < ROOM:
                 _settle_row(
                     pairs, own, level, length, num, end, bits, to, also, num_words,
-                    LISTS, ROOM, 2 * ALL * DEEP, 2 * DEEP, WORDS, WARPS, WITH_SCORES, INTERPRET,
+                    LISTS, ROOM, 2 * ALL * DEEP, 2 * DEEP, WORDS, WARPS, SLOTS, WITH_SCORES, INTERPRET,
                 )  # fmt: skip
         for start in range(length, topk, TILE):
             place = start + tl.arange(0, TILE)
