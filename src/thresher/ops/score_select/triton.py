@@ -237,8 +237,9 @@ def settle(
         with on_device(found):
             settle_kernel[(settlers,)](
                 found, counts, ends, levels, bits, indices, lengths, levels if beside is None else beside, redo,
-                topk, num, words, found.stride(0), LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep,
-                WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING, WARPS=warps, SLOTS=SLOTS, WITH_SCORES=with_scores, INTERPRET=INTERPRET,
+                topk, num, words, found.stride(0),
+                LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING,
+                SLOTS=SLOTS, WARPS=warps, WITH_SCORES=with_scores, INTERPRET=INTERPRET,
                 num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps),
             )  # fmt: skip
     return Selection(indices, lengths, "logical", beside), redo
