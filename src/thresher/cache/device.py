@@ -1,6 +1,6 @@
 """Triton functions that kernels of several operations share: the FP8 rule, and ordered sums over keys.
 
-Imported by kernel modules alone, so that the package needs no Triton without a GPU.
+Imported by kernel modules, and for CUDA tensors, so that the package needs no Triton without a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from thresher.types import IndexKeys
+from thresher.types import IndexKeys, IndexQuery
 
 # The interpreter computes wrongly in bf16 and rounds wrongly to bf16 and e4m3; kernels take explicit steps there.
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -309,3 +309,27 @@ def mean_of(total, count, BLOCK_D: tl.constexpr, INTERPRET: tl.constexpr):
     """A sum ``[1, D]`` of ``count`` keys over their count, quantised: codes ``[1, D]`` and scale ``[1]``. No key gives a zero mean."""
     # "/" is an approximate division on a GPU.
     return quantize_tile(tl.div_rn(total, tl.zeros([1, BLOCK_D], tl.float32) + tl.maximum(count, 1).to(tl.float32)), INTERPRET)
+
+
+@triton.jit
+def _visible_kernel(positions, requests, lengths, counts, num, num_requests, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < num
+    request = tl.load(requests + at, mask=here, other=-1)
+    known = (request >= 0) & (request < num_requests)
+    length = tl.load(lengths + tl.where(known, request, 0), mask=known, other=0)
+    position = tl.load(positions + at, mask=here, other=-1)
+    tl.store(counts + at, tl.maximum(tl.minimum(position + 1, length), 0), mask=here)
+
+
+def count_visible(query: IndexQuery, keys: IndexKeys) -> Tensor:
+    """``index_keys.visible_counts`` in one launch, where PyTorch takes four; 0 for a request that is not there."""
+    num, block = query.num_queries, 128
+    counts = torch.empty(num, dtype=torch.int64, device=query.q.device)
+    if num:
+        with on_device(query.q):
+            _visible_kernel[(triton.cdiv(num, block),)](
+                query.positions.contiguous(), query.requests.contiguous(), keys.lengths.contiguous(),
+                counts, num, keys.num_requests, BLOCK=block,
+            )  # fmt: skip
+    return counts

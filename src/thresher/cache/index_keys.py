@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import accumulate
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.functional import pad
 from thresher.cache.pages import check_slots
 from thresher.errors import require
 from thresher.types import IndexKeys, IndexQuery
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 def planes(pages: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,6 +137,10 @@ def read_keys(keys: IndexKeys, request: int, start: int, end: int) -> tuple[Tens
 
 def visible_counts(query: IndexQuery, keys: IndexKeys) -> Tensor:
     """int64 ``[Q]``: how many keys each query sees, ``min(position + 1, length)``, 0 at position -1."""
+    if query.q.is_cuda and HAS_TRITON:
+        from thresher.cache.device import count_visible
+
+        return count_visible(query, keys)
     return torch.minimum(query.positions + 1, keys.lengths[query.requests]).clamp(min=0)
 
 
