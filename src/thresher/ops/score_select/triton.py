@@ -33,7 +33,7 @@ MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a th
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 8192
 ROWS = 1024  # at a time, at most: enough for all multiprocessors
-LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take 93 MB at topk 2048, and 172 at 4096
+LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take up to 109 MB at topk 2048, and 172 at 4096
 STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
@@ -49,7 +49,7 @@ SEARCHED = 512  # scores that a warp of ``settle_kernel`` searches, 16 a thread
 REGISTERS = 64  # a thread, with room for them and their keys; so
 SETTLE_WARPS = 32  # of it fit on a multiprocessor
 # Bytes, at most, of all its programs' masks, 4 for 32 keys. 1024 rows of 1M keys take their lists and, one after the other, 67 MB of the
-# sample's scores and these 32; pages, levels and counts are less than 5: 165 MB beside input and output, 241 at topk 4096.
+# sample's scores and these 32; pages, levels and counts are less than 5: 181 MB beside input and output, 241 at topk 4096.
 MASKS = 32 * 2**20
 
 
@@ -96,7 +96,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
     The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
-    such deviations. A list has room for what that brings it and six deviations more, its own and the level's.
+    such deviations. A list has room for what that brings it and six deviations more, its own and the level's, or for a heavier tail.
     """
     places = 64 if heads > QUADS else 32  # lists of a run
     runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
@@ -106,6 +106,9 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
     expected = (want + want // 16) * stride / lists
     most = expected + 6 * math.sqrt(expected + expected**2 / want)
+    # The level's tail is the heavier the smaller ``want``: 4.5 of its deviations, and of a list that has that many 3.5 of its own.
+    likely = expected * (1 + 4.5 / math.sqrt(want))
+    most = max(most, likely + 3.5 * math.sqrt(likely))
     room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
     row = lists * room + (PAST if heads <= QUADS else 0)
     if room_tokens <= lists * room:
