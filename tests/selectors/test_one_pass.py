@@ -8,6 +8,7 @@ import torch
 from thresher.ops.score_select import score_select
 from thresher.selectors import DSA, MISA, MISARandom, MISARerank, scan
 from thresher.selectors import rows as row_tools
+from thresher.types import IndexQuery, Selection
 
 from .worlds import make_world
 
@@ -57,3 +58,17 @@ def test_nobody_looks_for_the_longest_request_without_need(monkeypatch, selector
     query, keys = world.query(world.every_pair()), world.view()
     monkeypatch.setattr(row_tools, "longest", lambda keys: pytest.fail("it was looked for"))
     assert selector.select(query, keys).topk == 7
+
+
+def test_chunks_are_all_but_equal(monkeypatch):
+    """1024 rows of which 1023 would fit are two halves, and not one row that is left over."""
+    monkeypatch.setattr(row_tools, "CPU_ELEMENTS", 1023 * 7)
+    query, seen = IndexQuery(torch.zeros(1024, 1, 4), torch.zeros(1024, 1), torch.arange(1024), torch.zeros(1024, dtype=torch.int64)), []
+
+    def select_rows(rows: IndexQuery, where: slice) -> Selection:
+        seen.append((where.start, where.stop, rows.num_queries))
+        return Selection(rows.positions[:, None].int(), torch.ones(rows.num_queries, dtype=torch.int64))
+
+    got = row_tools.in_chunks(query, 7, select_rows)
+    assert seen == [(0, 512, 512), (512, 1024, 512)]
+    assert torch.equal(got.indices[:, 0], torch.arange(1024, dtype=torch.int32))

@@ -5,8 +5,9 @@
 - on a CUDA device of compute capability 8.9 or newer "triton", and before it, for attention over the FP8 latent cache, "flash_mla";
 - on an older one, on a CPU, and where a kernel cannot take the arguments, "reference". Never a kernel for tensors on a CPU, whether Triton
   interprets there or not: only a name asks for that;
-- for ``score_select``, of kernels for compute capability 9.0 alone, "triton" only where it is faster than the two steps that "reference"
-  stands for. Those then are "auto" themselves: kernels, where these can run.
+- for ``score_select``, of kernels for compute capability 9.0 alone, "triton" only for as many queries, heads and keys as
+  ``worthwhile`` there says, and else the two steps that "reference" stands for. Those then are "auto" themselves: kernels, where these can
+  run.
 
 The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
 others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in

@@ -43,6 +43,8 @@ def in_chunks(query: IndexQuery, columns: int, select_rows: Callable[[IndexQuery
     step = max(1, _budget(query) // max(columns, 1))
     if query.num_queries <= step:
         return select_rows(query, slice(0, query.num_queries))
+    parts = -(-query.num_queries // step)
+    step = -(-query.num_queries // parts)  # all but equal, so that no few rows are left over
     bounds = [slice(i, min(i + step, query.num_queries)) for i in range(0, query.num_queries, step)]
     return concat([select_rows(query.rows(s), s) for s in bounds])  # type: ignore[arg-type]
 

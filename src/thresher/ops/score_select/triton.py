@@ -156,8 +156,9 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
-    """Whether these kernels are rather taken than the two steps (docs/lab-log.md): 1024 queries over 128k keys take 1.03 of their time at 64
-    heads, 0.99 at 32, half at 16 and at 8, and hold 0.1 GB for 0.6. Over 32k keys they take longer at 64. Where that begins is a guess."""
+    """Whether these kernels are taken before the two steps (docs/lab-log.md): 1024 queries over 128k keys take 1.03 of their time at 64
+    heads, 0.99 at 32, half at 16 and at 8, and a fifth of their memory. Over 32k keys they take longer at 64. Where that begins is a
+    guess."""
     return num_heads <= 64 and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
 
 
