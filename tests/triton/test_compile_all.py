@@ -15,6 +15,7 @@ from importlib import import_module
 from types import SimpleNamespace
 import torch
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
+from thresher.cache.device import count_visible
 from thresher.ops.index_score import triton as index_score
 from thresher.ops.merge import triton as merge
 from thresher.ops.pool_keys import triton as pool_keys
@@ -29,6 +30,7 @@ zeros, half = torch.zeros(8, dtype=torch.int64), torch.bfloat16
 values, scales = torch.zeros(2048, 128).to(torch.float8_e4m3fn), torch.ones(2048)
 keys = pack_keys([(values, scales)])
 query = IndexQuery(torch.zeros(8, 64, 128).to(torch.float8_e4m3fn), torch.zeros(8, 64), zeros, zeros)
+count_visible(query, keys)
 index_score.index_score(query.q, query.weights, values, scales, zeros, zeros)
 index_score.paged_index_score(query, keys, width=2048)
 index_score.gathered_index_score(query, keys, torch.zeros(8, 256, dtype=torch.int64))
