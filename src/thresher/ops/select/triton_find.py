@@ -71,10 +71,9 @@ def find(score, want, slack, end, guess, reach):
     ``score`` is ``[groups, threads, neighbours]``, of which a thread holds one for each group and neighbour, up to 128 in all; ``end``
     candidates are in it, and the rest are -inf. Where ``low_count`` is ``want`` to ``want + slack``, what is above or at the cut is the
     answer, and ``over_count`` says nothing; else the cut is tied, and ``over_count`` is what lies above. ``low`` is below LOWEST where
-    numbers fall short, or are just as many as wanted. A step counts at three probes, which cost less than
-    three steps: first about a guess, any number; then interpolated between the numbers that bracket the cut, so far apart that it likely
-    falls between them. Where that does not help, the bracket's keys are quartered, or, every other time, its lowest score is probed, which
-    ends the search in a plateau.
+    numbers fall short, or are just as many as wanted. A step counts at three probes, which cost less than three steps: first about a guess,
+    any number; then interpolated between the numbers that bracket the cut, so far apart that it likely falls between them. Where that does
+    not help, the bracket's keys are quartered, or, every other time, its lowest score is probed, which ends the search in a plateau.
     """
     one, two, three = number_key(guess - reach), number_key(guess), number_key(guess + reach)
     low = end * 0 + (LOWEST - 1)

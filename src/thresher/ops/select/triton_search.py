@@ -69,16 +69,16 @@ def load_row(scores, positions, columns, end, width, SPAN: tl.constexpr, HAS_END
 
 
 @triton.jit
-def search(score, want, slack, low, high, low_count, high_count=0):
+def search(score, want, slack, low, high, low_count):
     """The key t, low <= t <= high, with at least ``want`` scores >= t: at most ``want + slack`` of them, or else the largest such t.
 
-    ``low_count`` scores are >= low, no fewer than ``want``; fewer are > high, ``high_count`` or more. Interpolates between the two ends by
+    ``low_count`` scores are >= low, no fewer than ``want``; fewer are > high. Interpolates between the two ends by
     their counts, halving the weight of an end that stays for a second time (the Illinois method); a search that this does not end is ended
     by bisection.
     """
     over = high + 1
     excess = (low_count - want).to(tl.float32)
-    lack = (want - high_count).to(tl.float32)
+    lack = want.to(tl.float32)
     side = low_count * 0
     turn = low_count * 0
     while (low < over - 1) & (low_count > want + slack):
