@@ -15,7 +15,7 @@ ROOT = Path(thresher.__file__).parent
 # A module may import from its own level or a lower one; two neighbours of one level are listed together.
 LEVELS = (
     ("errors",),
-    ("checks",),
+    ("checks", "cuda"),
     ("types",),
     ("cache",),
     ("ops",),

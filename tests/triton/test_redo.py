@@ -106,12 +106,11 @@ def test_the_scratch_stays_small():
 
 
 def test_the_memory_of_1024_rows_over_1m_keys():
-    """What is alive at once, by the plan: the lists, beside the sample and then settle's masks; when these are gone, the scratch."""
+    """What is alive at once, by the plan: the lists and beside them the sample; when these are gone, the scratch."""
     num, keys, topk, programs = 1024, 2**20, 2048, 132
     plan = kernels.make_plan(num, 64, keys, topk, programs)
     lists = num * (plan.row * 8 + plan.lists * 4)
     sample = num * 4 * (keys // plan.stride)
-    masks = kernels.MASKS
     scratch = 4 * keys * kernels.scratch_rows(programs, keys)
     selection = num * topk * 8
-    assert selection + max(lists + max(sample, masks), scratch) < 256 * 10**6
+    assert selection + max(lists + sample, scratch) < 256 * 10**6

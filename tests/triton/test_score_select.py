@@ -1,4 +1,4 @@
-"""Levels and the choice from lists, interpreted; what lies between them runs on a GPU alone, so it is spelt out here in Python."""
+"""Levels, interpreted, and the choice from lists, on a CPU; what lies between runs on a GPU alone, so it is spelt out here in Python."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from thresher.ops import select_topk
 from thresher.ops.score_select.marks import keeping_marks
 from thresher.types import Selection
 
+from ..cuda.threads import in_order, library, needs_compiler
 from .test_index_score import world
 
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
+settling = importlib.import_module("thresher.ops.score_select.settle")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
 TOGETHER = 4  # rows that collect together
 ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
@@ -82,25 +84,36 @@ def collect(scores, ends, levels, level_keys, found, counts, plan):
             counts[row, which] += 1
 
 
-def settle(found, counts, ends, levels, topk, with_scores):
-    num, lists, room = found.shape
-    found = torch.cat((found.flatten(1), torch.full((num, 5), -7)), 1)
-    indices, beside = torch.full((num, topk), -9, dtype=torch.int32), torch.full((num, topk), math.nan)
-    lengths, redo = torch.full((num,), -9), torch.full((num,), -9, dtype=torch.int32)
-    words, programs = 80, 3  # fewer programs than rows, and more than one turn for a mask
-    bits = torch.full((programs, words), -1, dtype=torch.int32)
-    parts.settle_kernel[(programs,)](
-        found, counts, ends, levels, bits, indices, lengths, beside, redo, topk, num, words, found.stride(0),
-        LISTS=lists, ROOM=room, ALL=1 << (lists - 1).bit_length(), DEEP=kernels.depth(room), WORDS=32,
-        TILE=64, WARPS=4 if room == 16 else 1, SLOTS=64, WITH_SCORES=with_scores, INTERPRET=True,
-    )  # fmt: skip
-    return indices, lengths, beside, redo
+@pytest.fixture
+def settle(monkeypatch):
+    """``settle(found, counts, ends, topk, with_scores)``: the kernel, whose threads take turns, run in three orders."""
+
+    def run(found, counts, ends, topk, with_scores, held=None):
+        num, lists, room = found.shape
+        plan = kernels.Plan(2, 30, 2, 1, lists, room, lists * room)
+        found = torch.cat((found.flatten(1), torch.full((num, 5), -7)), 1)
+        if held is not None:
+            shared = settling.shared_memory(plan, topk, 2**17)
+            small = settling.Memory(1, settling.LEAST_WORDS, held, shared.size)  # and a mask in parts
+            monkeypatch.setattr(settling, "shared_memory", lambda *_: small)
+        results = []
+        for order in (0, 1, 7):
+            monkeypatch.setattr(settling.launch, "launch", in_order(order))
+            results.append(settling.settle(found, counts, ends, plan, topk, 2**17, with_scores))
+        for picked, redo in results[1:]:
+            assert torch.equal(picked.indices, results[0][0].indices)
+            assert torch.equal(redo, results[0][1])
+        picked, redo = results[0]
+        return picked.indices, picked.lengths, picked.scores, redo
+
+    return run
 
 
-@pytest.mark.parametrize(("with_scores", "kept"), [(True, False), (False, False), (True, True)])
+@needs_compiler
+@pytest.mark.parametrize(("with_scores", "kept", "held"), [(True, False, None), (False, False, None), (True, True, 100)])
 @pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
 @pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept):
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept, held, settle):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
     plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room, kept)
@@ -109,7 +122,7 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
     if kept:
         assert (counts[0].sum() > 0) == (width > 200)
     collect(scores, ends, levels, level_keys, found, counts, plan)
-    indices, lengths, beside, redo = settle(found, counts, ends, levels, topk, with_scores)
+    indices, lengths, beside, redo = settle(found, counts, ends, topk, with_scores, held)
     want = select_topk(scores.masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
     for row, name in enumerate(ROWS):
         if redo[row]:
@@ -122,7 +135,8 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
         assert not with_scores or torch.equal(beside[row], want.scores[row]), name
 
 
-def test_scores_of_a_sample_too_poor_for_a_level_are_kept():
+@needs_compiler
+def test_scores_of_a_sample_too_poor_for_a_level_are_kept(settle):
     """All but a few of a row's sample are NaN, those few are its best, and what lies between the sample's tiles fits into the lists."""
     plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16, True)
     scores, ends = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0)), torch.tensor([1500, 1500])
@@ -132,7 +146,7 @@ def test_scores_of_a_sample_too_poor_for_a_level_are_kept():
     levels, level_keys, found, counts = find_levels(scores, ends, plan)
     assert (levels[0], counts[0].sum()) == (-math.inf, 20)
     collect(scores, ends, levels, level_keys, found, counts, plan)
-    indices, lengths, _, redo = settle(found, counts, ends, levels, 64, True)
+    indices, lengths, _, redo = settle(found, counts, ends, 64, True)
     want = select_topk(scores, 64, impl="reference")
     assert redo.tolist() == [0, 0]
     assert torch.equal(indices, want.indices)
@@ -164,16 +178,36 @@ def test_rows_are_prepared(stride):
         assert last.tolist() == [len(tiles) * kernels.TILE - 1 for tiles in whole]
 
 
-def test_a_full_list_is_done_again():
+@needs_compiler
+def test_a_full_list_is_done_again(settle):
     plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
     found, counts = torch.full((len(ends), 128, 8), -7), torch.zeros(len(ends), 128, dtype=torch.int32)
     collect(scores, ends, levels, torch.full(ends.shape, -1), found, counts, plan)
-    *_, redo = settle(found, counts, ends, levels, 64, True)
+    *_, redo = settle(found, counts, ends, 64, True)
     full = counts.amax(1) > 8
     assert full.sum() == 7, "all but the short ones and the one with NaN"
     assert torch.equal(redo[full], torch.ones_like(redo[full]))
+
+
+@needs_compiler
+def test_shared_memory_is_laid_out_as_the_kernel_has_it():
+    assert library().bytes_before_mask() == settling.BEFORE_MASK
+    assert library().least_words() == settling.LEAST_WORDS
+
+
+@pytest.mark.parametrize("heads", [64, 32, 8])
+@pytest.mark.parametrize("topk", [512, 2048, 8192])
+@pytest.mark.parametrize("room", [4096, 2**15, 2**17, 2**18, 2**20, 2**21])
+def test_shared_memory_holds_what_is_likely(heads, topk, room):
+    plan = kernels.make_plan(1024, heads, room, topk, 132)
+    memory = settling.shared_memory(plan, topk, room)
+    assert memory.rows * (memory.size + 1024 * (memory.rows > 1)) <= settling.launch.SHARED
+    assert memory.words >= min(settling.MOST_WORDS, room // 32)
+    likely = min((plan.want + plan.slack) * plan.stride, plan.lists * plan.room, room)
+    assert memory.held >= (0.9 if topk == 8192 and room >= 2**20 else 1.03) * likely
+    assert (topk, room) != (2048, 2**17) or memory.rows == 3
 
 
 def test_the_plan():
@@ -258,6 +292,9 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     assert kernels.unsupported(query, keys, 9) == "needs compute capability 9.0, and Triton 3.6.x"
     monkeypatch.setattr(kernels, "runs_gluon", lambda tensor: True)
+    monkeypatch.setattr(kernels, "missing", lambda: "no bindings")
+    assert kernels.unsupported(query, keys, 9) == "no bindings"
+    monkeypatch.setattr(kernels, "missing", lambda: None)
 
     def why(topk=9, held=keys, **changes):
         return kernels.unsupported(replace(query, **changes), held, topk)

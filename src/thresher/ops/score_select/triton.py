@@ -3,7 +3,7 @@
 1. ``prepare_kernel``, ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more
    than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
 2. ``collect_kernel`` scores every key and keeps what lies above the level.
-3. ``settle_kernel`` selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
+3. ``settle``, in CUDA C++, selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
 4. ``redo_kernel`` scores and then selects the marked rows, a program a row.
 
 The level is only about speed: the set is that of the two steps, bit for bit. The host reads no value, so all of it can be recorded in a
@@ -20,9 +20,10 @@ import triton
 from torch import Tensor
 
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
+from thresher.cuda import missing
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, layout, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
-from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel, settle_kernel
+from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -38,19 +39,10 @@ STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
-WORDS = 4096  # of a row's mask, 32 keys each, that are counted at a time: 32 KB of shared memory
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
-PADDING = 1024  # places of the result that are filled up at a time
-SLOTS = 2048  # places whose keys are looked for at a time
 SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
-SEARCHED = 512  # scores that a warp of ``settle_kernel`` searches, 16 a thread
-REGISTERS = 64  # a thread, with room for them and their keys; so
-SETTLE_WARPS = 32  # of it fit on a multiprocessor
-# Bytes, at most, of all its programs' masks, 4 for 32 keys. 1024 rows of 1M keys take their lists and, one after the other, 67 MB of the
-# sample's scores and these 32; pages, levels and counts are less than 5: 181 MB beside input and output, 241 at topk 4096.
-MASKS = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -129,18 +121,15 @@ def rows_at_once(heads: int, room_tokens: int, topk: int, programs: int) -> int:
     return rows
 
 
-def depth(room: int) -> int:
-    """Entries of a list that ``settle_kernel`` looks at as a rule, or twice as many: a power of two that few lists exceed."""
-    whole = triton.next_power_of_2(room)
-    return whole if room > 0.7 * whole else whole // 2
-
-
 def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     """Why these kernels cannot run, or None."""
     if INTERPRET:
         return "cannot be interpreted"
     if not runs_gluon(query.q):
         return f"needs compute capability 9.0, and Triton {GLUON}x"
+    why = missing()
+    if why is not None:
+        return why
     if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
         return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
     if keys.page_size != TILE:
@@ -208,6 +197,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> tuple[Selection, Tensor]:
     """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
+    from thresher.ops.score_select.settle import settle  # imports CUDA's bindings
+
     num, device = query.num_queries, query.q.device
     room_tokens = keys.room
     programs = _multiprocessors(device)
@@ -221,32 +212,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
         find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
-    return settle(found, counts, ends, levels, plan, topk, room_tokens, programs, with_scores)
-
-
-def settle(
-    found: Tensor, counts: Tensor, ends: Tensor, levels: Tensor, plan: Plan, topk: int, room_tokens: int, programs: int, with_scores: bool
-) -> tuple[Selection, Tensor]:
-    """Select from the rows' lists; what ``first_try`` returns."""
-    num, device = len(ends), found.device
-    indices = torch.empty(num, topk, dtype=torch.int32, device=device)
-    lengths = torch.empty(num, dtype=torch.int64, device=device)
-    beside = torch.empty(num, topk, device=device) if with_scores else None
-    redo = torch.empty(num, dtype=torch.int32, device=device)
-    if num:
-        lists, deep, words = triton.next_power_of_2(plan.lists), depth(plan.room), triton.cdiv(room_tokens, 128) * 4
-        warps = min(max(lists * deep // SEARCHED, 4), 32)
-        settlers = min(num, programs * max(SETTLE_WARPS // warps, 1), max(MASKS // (4 * words), 1))
-        bits = torch.empty(settlers, words, dtype=torch.int32, device=device)
-        with on_device(found):
-            settle_kernel[(settlers,)](
-                found, counts, ends, levels, bits, indices, lengths, levels if beside is None else beside, redo,
-                topk, num, words, found.stride(0),
-                LISTS=plan.lists, ROOM=plan.room, ALL=lists, DEEP=deep, WORDS=min(WORDS, triton.next_power_of_2(words)), TILE=PADDING,
-                SLOTS=SLOTS, WARPS=warps, WITH_SCORES=with_scores, INTERPRET=INTERPRET,
-                num_warps=warps, maxnreg=min(REGISTERS, 2048 // warps),
-            )  # fmt: skip
-    return Selection(indices, lengths, "logical", beside), redo
+    return settle(found, counts, ends, plan, topk, room_tokens, with_scores)
 
 
 def find_levels(

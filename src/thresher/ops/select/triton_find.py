@@ -54,17 +54,6 @@ def normal_guess(score, want, end):
 
 
 @triton.jit
-def tail_guess(score, level, num, want):
-    """(guess, distance) for ``find``, of ``num`` scores above a level: what passes a high level falls off about exponentially beyond it.
-
-    A little further, since most tails are a little lighter.
-    """
-    over = tl.where(score > level, score - level, 0.0)
-    mean = tl.sum(tl.sum(tl.sum(over, axis=2), axis=0), axis=0) / num
-    return level + mean * tl.log(num.to(tl.float32) / want) * 1.04, tl.maximum(0.06 * mean, 1e-5 * tl.abs(level))
-
-
-@triton.jit
 def find(score, want, slack, end, guess, reach):
     """(low, low_count, over_count): the cut's key, how many scores are >= that number, and how many are >= a greater one.
 

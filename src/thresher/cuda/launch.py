@@ -1,0 +1,100 @@
+"""Compile a kernel of this folder where it is first needed, with NVIDIA's runtime compiler, and launch it on PyTorch's stream.
+
+``cuda-bindings``, which comes with PyTorch's CUDA builds, is imported by the first launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thresher.errors import ThresherError
+
+SHARED = 227 * 1024  # bytes that a thread block may have on Hopper
+_FOLDER = Path(__file__).parent
+
+
+def launch(source: str, name: str, arguments: ctypes.Structure, grid: int, threads: int, shared: int, device: torch.device) -> None:
+    """Launch kernel ``name`` of ``source``.cu, whose one parameter is a structure, on the device's current stream.
+
+    It is put on its way while the launch ahead still runs, for which it must wait itself. Memory that the arguments point to is the
+    caller's to keep.
+
+    Args:
+        grid: thread blocks.
+        shared: bytes of shared memory for each.
+
+    Raises:
+        ThresherError: it does not compile, or CUDA refuses the launch.
+    """
+    from cuda.bindings import driver
+
+    function, config = _function(source, name, device), _config(grid, threads, shared)
+    config.hStream = torch.cuda.current_stream(device).cuda_stream
+    pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
+
+
+def compile_source(source: str, arch: str) -> bytes:
+    """Machine code of ``source``.cu for an architecture, "sm_90a" say. Needs no GPU.
+
+    Raises:
+        ThresherError: it does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    headers = sorted(_FOLDER.glob("*.cuh"))
+    texts, names = [path.read_bytes() for path in headers], [path.name.encode() for path in headers]
+    program = _check(nvrtc.nvrtcCreateProgram((_FOLDER / f"{source}.cu").read_bytes(), f"{source}.cu".encode(), len(texts), texts, names))
+    try:
+        options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device"]
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+            _check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise ThresherError(f"{source}.cu must compile for {arch}; got: {log.decode().strip()}; report it")
+        code = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+        _check(nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+@cache
+def _function(source: str, name: str, device: torch.device) -> Any:
+    from cuda.bindings import driver
+
+    major, minor = torch.cuda.get_device_capability(device)
+    code = compile_source(source, f"sm_{major}{minor}a")
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # so that the device has a context
+        function = _check(driver.cuModuleGetFunction(_check(driver.cuModuleLoadData(code)), name.encode()))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, attribute, SHARED))
+    return function
+
+
+@cache
+def _config(grid: int, threads: int, shared: int) -> Any:
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    overlap.value.programmaticStreamSerializationAllowed = 1
+    config.attrs, config.numAttrs = [overlap], 1
+    return config
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise ThresherError(f"CUDA must accept a kernel of thresher's; got {status.name}; report it, with the card's name")
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,47 @@
+"""The CUDA C++ kernels compile for Hopper, with the runtime compiler that a GPU machine uses or with nvcc, whichever is at hand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from thresher.cuda import launch, missing
+
+FOLDER = Path(launch.__file__).parent
+SOURCES = sorted(path.stem for path in FOLDER.glob("*.cu"))
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.skipif(missing() is not None, reason="needs cuda-bindings")
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_runtime_compiler_takes_them(source):
+    assert launch.compile_source(source, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", SOURCES)
+def test_registers_suffice(source, tmp_path):
+    """Next to nothing is kept in local memory for want of registers, at as many rows a multiprocessor as each kernel is launched for."""
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
+    command = [NVCC, "-std=c++17", *target, f"-I{FOLDER}", "-cubin", "-o", tmp_path / "out", FOLDER / f"{source}.cu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spilt = [int(num) for num in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    assert spilt
+    assert max(spilt) <= 64
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    def find(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr("thresher.cuda.find_spec", find)
+    assert missing() == "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
+    monkeypatch.setattr("thresher.cuda.find_spec", lambda name: None)
+    assert "cuda-bindings" in missing()
+    monkeypatch.setattr("thresher.cuda.find_spec", lambda name: object())
+    assert missing() is None
