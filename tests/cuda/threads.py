@@ -32,12 +32,10 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
 
 
-def in_order(order: int, **changed):
-    """What takes the place of ``launch.launch``. ``order`` 0: threads in order, 1: backwards, else shuffled; ``changed``: arguments."""
+def in_order(order: int):
+    """What takes the place of ``launch.launch``; ``order`` 0: threads in order, 1: backwards, else shuffled by it."""
 
     def run(source, name, arguments, grid, threads, shared, device) -> None:
-        for argument, value in changed.items():
-            setattr(arguments, argument, value)
         failed = getattr(library(), f"run_{source}")(grid, threads, shared, order, ctypes.byref(arguments))
         assert not failed, FAILURES[failed]
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from thresher.cuda import WORKSPACE
 from thresher.ops import select_topk
 from thresher.ops.score_select.marks import keeping_marks
 from thresher.types import Selection
@@ -20,7 +19,6 @@ from .test_index_score import world
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
 settling = importlib.import_module("thresher.ops.score_select.settle")
-leveling = importlib.import_module("thresher.ops.score_select.level")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
 TOGETHER = 4  # rows that collect together
 ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
@@ -38,7 +36,7 @@ def rows_of(width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.tensor([width, width, width, width - 5, width, width, width, width, topk - 3, 0])
 
 
-def find_levels(scores, ends, plan, monkeypatch):
+def find_levels(scores, ends, plan):
     tiles = -(-scores.shape[1] // kernels.TILE)
     width = -(-tiles // plan.stride) * kernels.TILE
     column = torch.arange(width)
@@ -46,17 +44,14 @@ def find_levels(scores, ends, plan, monkeypatch):
     seen = (key // 64 + 1) * 64 <= ends[:, None]
     sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(~seen, -math.inf)
     levels, level_keys = torch.full(ends.shape, math.nan), torch.full(ends.shape, -9, dtype=torch.int32)
+    block = 1 << (width - 1).bit_length()
     found = torch.full((len(ends), plan.lists, plan.room), -7)
     counts = torch.full((len(ends), plan.lists), -9 if plan.kept else 0, dtype=torch.int32)
-    results = []
-    for order in (0, 1, 7):
-        out = [tensor.clone() for tensor in (levels, level_keys, found, counts)]
-        monkeypatch.setattr(leveling.launch, "launch", in_order(order, whole=200))
-        leveling.write_levels(sample, ends, requests_of(ends), plan, TOGETHER, *out)
-        results.append(out)
-    for out in results[1:]:  # but for the order that lists are in
-        assert all(torch.equal(mine, first) for mine, first in zip((*out[:2], out[3]), (*results[0][:2], results[0][3]), strict=True))
-    return results[0]
+    parts.level_kernel[(len(ends),)](
+        sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.want, plan.slack, 200,
+        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER, WARPS=1,
+    )  # fmt: skip
+    return levels, level_keys, found, counts
 
 
 def requests_of(ends):
@@ -95,11 +90,11 @@ def settle(monkeypatch):
 
     def run(found, counts, ends, topk, with_scores, held=None):
         num, lists, room = found.shape
-        plan = kernels.Plan(2, 30, 1, lists, room, lists * room)
+        plan = kernels.Plan(2, 30, 2, 1, lists, room, lists * room)
         found = torch.cat((found.flatten(1), torch.full((num, 5), -7)), 1)
         if held is not None:
-            size = settling.shared_memory(plan, topk, 2**17).size
-            small = settling.Memory(1, 16, held, size)  # and a mask in parts
+            shared = settling.shared_memory(plan, topk, 2**17)
+            small = settling.Memory(1, settling.LEAST_WORDS, held, shared.size)  # and a mask in parts
             monkeypatch.setattr(settling, "shared_memory", lambda *_: small)
         results = []
         for order in (0, 1, 7):
@@ -118,12 +113,12 @@ def settle(monkeypatch):
 @pytest.mark.parametrize(("with_scores", "kept", "held"), [(True, False, None), (False, False, None), (True, True, 100)])
 @pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
 @pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept, held, settle, monkeypatch):
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept, held, settle):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
-    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), runs, lists, room, lists * room, kept)
+    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room, kept)
     scores, ends = rows_of(width, topk)
-    levels, level_keys, found, counts = find_levels(scores, ends, plan, monkeypatch)
+    levels, level_keys, found, counts = find_levels(scores, ends, plan)
     if kept:
         assert (counts[0].sum() > 0) == (width > 200)
     collect(scores, ends, levels, level_keys, found, counts, plan)
@@ -141,14 +136,14 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
 
 
 @needs_compiler
-def test_scores_of_a_sample_too_poor_for_a_level_are_kept(settle, monkeypatch):
+def test_scores_of_a_sample_too_poor_for_a_level_are_kept(settle):
     """All but a few of a row's sample are NaN, those few are its best, and what lies between the sample's tiles fits into the lists."""
-    plan = kernels.Plan(2, 86, 2, 128, 16, 128 * 16, True)
+    plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16, True)
     scores, ends = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0)), torch.tensor([1500, 1500])
     sampled = torch.arange(1500) // 64 % 2 == 0
     scores[0, sampled] = math.nan
     scores[0, 5:25] = 9.0
-    levels, level_keys, found, counts = find_levels(scores, ends, plan, monkeypatch)
+    levels, level_keys, found, counts = find_levels(scores, ends, plan)
     assert (levels[0], counts[0].sum()) == (-math.inf, 20)
     collect(scores, ends, levels, level_keys, found, counts, plan)
     indices, lengths, _, redo = settle(found, counts, ends, 64, True)
@@ -185,7 +180,7 @@ def test_rows_are_prepared(stride):
 
 @needs_compiler
 def test_a_full_list_is_done_again(settle):
-    plan = kernels.Plan(2, 30, 2, 128, 8, 1024)
+    plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
     found, counts = torch.full((len(ends), 128, 8), -7), torch.zeros(len(ends), 128, dtype=torch.int32)
@@ -197,8 +192,9 @@ def test_a_full_list_is_done_again(settle):
 
 
 @needs_compiler
-def test_shared_memory_is_laid_out_as_the_kernels_have_it():
-    assert library().size_of_workspace() == WORKSPACE
+def test_shared_memory_is_laid_out_as_the_kernel_has_it():
+    assert library().bytes_before_mask() == settling.BEFORE_MASK
+    assert library().least_words() == settling.LEAST_WORDS
 
 
 @pytest.mark.parametrize("heads", [64, 32, 8])
@@ -209,7 +205,7 @@ def test_shared_memory_holds_what_is_likely(heads, topk, room):
     memory = settling.shared_memory(plan, topk, room)
     assert memory.rows * (memory.size + 1024 * (memory.rows > 1)) <= settling.launch.SHARED
     assert memory.words >= min(settling.MOST_WORDS, room // 32)
-    likely = min(plan.want * plan.stride, plan.lists * plan.room, room)
+    likely = min((plan.want + plan.slack) * plan.stride, plan.lists * plan.room, room)
     assert memory.held >= (0.9 if topk == 8192 and room >= 2**20 else 1.03) * likely
     assert (topk, room) != (2048, 2**17) or memory.rows == 3
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-WORKSPACE = 5408  # bytes of shared memory: struct Workspace of select.cuh
-
 
 def missing() -> str | None:
     """Why no kernel can be compiled, in one line, or None. Imports nothing."""

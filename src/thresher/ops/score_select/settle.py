@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from thresher.cuda import WORKSPACE, launch
+from thresher.cuda import launch
 from thresher.types import Selection
 
 if TYPE_CHECKING:
     from thresher.ops.score_select.triton import Plan
 
+BEFORE_MASK, LEAST_WORDS = 288, 1280  # bytes, and words of 4: struct Workspace of settle.cu
 MOST_WORDS = 4096  # of a mask that is taken in parts, so that all pairs have room
-SPARE = 1.15  # times as many pairs as are likely should have room
+SPARE = 1.2  # times as many pairs as are likely should have room
 
 
 class Lists(ctypes.Structure):
@@ -52,10 +53,10 @@ def shared_memory(plan: Plan, topk: int, room_tokens: int) -> Memory:
     lists = plan.lists + 1 + topk
     lists += lists % 2
     most = min(plan.lists * plan.room, room_tokens)
-    likely = min(plan.want * plan.stride or most, most)
-    whole = -(-room_tokens // 128) * 4
+    likely = min((plan.want + plan.slack) * plan.stride or most, most)
+    whole = max(-(-room_tokens // 128) * 4, LEAST_WORDS)
     for words, rows in [(whole, rows) for rows in (3, 2, 1)] + [(min(whole, MOST_WORDS), 1)]:
-        fixed = WORKSPACE + 4 * (words + lists)
+        fixed = BEFORE_MASK + 4 * (words + lists)
         held = min((launch.SHARED // rows // 1024 * 1024 - 1024 * (rows > 1) - fixed) // 8, most)  # CUDA takes 1 KB for each
         if held >= min(SPARE * likely, most):
             break

@@ -1,7 +1,7 @@
 """Score and select on Hopper without a matrix of scores.
 
-1. ``prepare_kernel``, ``paged_index_score`` over every S-th tile of 64 keys, and ``write_levels``, in CUDA C++: a level for each row that
-   somewhat more than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
+1. ``prepare_kernel``, ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more
+   than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
 2. ``collect_kernel`` scores every key and keeps what lies above the level.
 3. ``settle``, in CUDA C++, selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
 4. ``redo_kernel`` scores and then selects the marked rows, a program a row.
@@ -22,17 +22,15 @@ from torch import Tensor
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
 from thresher.cuda import missing
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, layout, padded_heads, paged_arguments, paged_index_score
-from thresher.ops.score_select.level import write_levels
 from thresher.ops.score_select.marks import keep
-from thresher.ops.score_select.settle import settle
-from thresher.ops.score_select.triton_kernels import prepare_kernel
+from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 FP8 = torch.float8_e4m3fn
 TILE = 64  # keys; a page holds one
 SAMPLE = 4096  # keys looked at for the level, at least
-MAX_SAMPLE = 32768  # at most: they lie in shared memory
+MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a thread
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 8192
 ROWS = 1024  # at a time, at most: enough for all multiprocessors
@@ -44,6 +42,7 @@ MIN_ROOM = 8192  # entries of all of a row's lists
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
+SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Plan:
     Attributes:
         stride: every stride-th tile is in the sample; 0 where rows are short enough to be collected whole.
         want: which largest of the sample the level is.
+        slack: how many places the level may be lower, to end its search sooner.
         runs: runs that a row's turns are dealt into.
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
@@ -62,6 +62,7 @@ class Plan:
 
     stride: int
     want: int
+    slack: int
     runs: int
     lists: int
     room: int
@@ -95,7 +96,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     stride = sample_stride(room_tokens, topk)
     hits = topk / stride
     want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
-    expected = want * stride / lists
+    expected = (want + want // 16) * stride / lists
     most = expected + 6 * math.sqrt(expected + expected**2 / want)
     # The level's tail is the heavier the smaller ``want``: 4.5 of its deviations, and of a list that has that many 3.5 of its own.
     likely = expected * (1 + 4.5 / math.sqrt(want))
@@ -103,8 +104,8 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
     row = lists * room + (PAST if heads <= QUADS else 0)
     if room_tokens <= lists * room:
-        return Plan(0, 0, runs, lists, room, row)
-    return Plan(stride, want, runs, lists, room, row, heads > QUADS)
+        return Plan(0, 0, 0, runs, lists, room, row)
+    return Plan(stride, want, want // 16, runs, lists, room, row, heads > QUADS)
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
@@ -196,6 +197,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> tuple[Selection, Tensor]:
     """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
+    from thresher.ops.score_select.settle import settle  # imports CUDA's bindings
+
     num, device = query.num_queries, query.q.device
     room_tokens = keys.room
     programs = _multiprocessors(device)
@@ -228,9 +231,16 @@ def find_levels(
         )  # fmt: skip
     if not stride:
         return
-    sampled_keys = IndexKeys(keys.pages, table, keys.lengths)
-    sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), sampled_keys, sampled * TILE)
-    write_levels(sample, ends, requests, plan, rows_together(query.num_heads), levels, level_keys, found, counts)
+    width = sampled * TILE
+    sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(keys.pages, table, keys.lengths), width)
+    block = triton.next_power_of_2(width)
+    warps = min(max(block // SAMPLED, 4), 32)
+    with on_device(query.q):
+        level_kernel[(num,)](
+            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
+            sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
+            ROWS=rows_together(query.num_heads), WARPS=warps, num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
+        )  # fmt: skip
 
 
 def collect(

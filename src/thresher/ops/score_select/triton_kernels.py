@@ -1,10 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
-"""What comes before all else: what rows see, and the sample's pages."""
+"""Before ``gluon_kernels.collect_kernel``: ends and a level for each row."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from thresher.ops.select.triton_find import find, normal_guess
+from thresher.ops.select.triton_search import LOWEST, count_bits, key_number, lowest_bit, pack
+
+_SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 
 
 @triton.jit
@@ -34,3 +39,73 @@ def prepare_kernel(
             mask=at < num_requests * num_sampled,
         )
         tl.store(table + at, page, mask=at < num_requests * num_sampled)
+
+
+@triton.jit
+def _keep(
+    row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row,
+    BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Enter what passes of a row's sample into its lists, whose counts are 0, from the tiles that collecting then leaves out.
+
+    ``ROWS`` rows collect together. Of those that have one request, the tiles are left out that all see to their end, none if any of these
+    rows is so short that it needs no level. ``sample`` is at the row's start. Few pass, so each thread enters its own one by one.
+    """
+    near = row // ROWS * ROWS + tl.arange(0, ROWS)
+    same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
+    end = tl.load(ends + near, mask=same, other=0)
+    stop = tl.min(tl.where(same, tl.where(end > whole, end // 64, 0), 2**31 - 1), axis=0)
+    passes = passes & (tl.arange(0, BLOCK) // 64 * stride < stop)
+    word = pack(tl.reshape(passes, [BLOCK // 32, 32]), BLOCK)
+    for _turn in range(tl.max(count_bits(word), axis=0)):
+        live = word != 0
+        column = tl.arange(0, BLOCK // 32) * 32 + lowest_bit(word)
+        key = column // 64 * (stride * 64) + column % 64
+        to = key % LISTS  # any would do
+        place = tl.atomic_add(counts + row * LISTS + to, 1, mask=live, sem="relaxed")
+        bits = tl.load(sample + column, mask=live, other=0.0).to(tl.int32, bitcast=True)
+        pair = (bits.to(tl.int64) << 32) | key.to(tl.int64)
+        tl.store(found + row * found_row + to * ROOM + place, pair, mask=live & (place < ROOM))
+        word = word & (word - 1)
+
+
+@triton.jit
+def level_kernel(
+    sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, want, slack, whole, sample_row, found_row,
+    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
+
+    Column c of the sample is the key ``c // 64 * stride * 64 + c % 64``. A row of up to ``whole`` keys gets -inf: all of it is collected.
+    So does one whose sample has too few scores, which its lists will not hold. Where ``KEPT``, the sample's own pairs go to the lists.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    sample += row * sample_row
+    score = tl.load(sample + column, mask=column < width, other=float("-inf"))
+    score = tl.where(score == score, score, float("-inf"))
+    level = tl.full([], float("-inf"), tl.float32)
+    level_key = tl.full([], -1, tl.int32)
+    if KEPT:
+        tl.store(counts + row * LISTS + column, tl.zeros([BLOCK], tl.int32), mask=column < LISTS)
+        tl.debug_barrier()
+    if tl.load(ends + row) > whole:
+        held = tl.reshape(score, [BLOCK // (128 * WARPS), 32 * WARPS, 4])
+        want = want + row.to(tl.int32) * 0
+        guess, reach = normal_guess(held, want, width)
+        low, count, above = find(held, want, slack, want * 0 + BLOCK, guess, reach)
+        if low >= LOWEST:
+            level = key_number(low)
+            level_key = want * 0 + _SIGN
+            if count > want + slack:
+                # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
+                tied = (score == level).to(tl.int32)
+                upto = tl.cumsum(tied, axis=0)
+                last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
+                level_key = (last + 1) * stride - 1
+    if KEPT:  # with a level or without: collecting leaves the tiles out either way
+        key = column // 64 * (stride * 64) + column % 64
+        passes = (score > level) | ((score == level) & (key <= level_key))
+        _keep(row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row, BLOCK, LISTS, ROOM, ROWS)
+    tl.store(levels + row, level)
+    tl.store(level_keys + row, level_key)

@@ -1,4 +1,4 @@
-"""A row's cut in few looks at its scores, all of which a program holds: the search of ``one_program``."""
+"""A row's cut in few looks at its scores, all of which a program holds: the search of ``one_program`` and of score_select's kernels."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def normal_guess(score, want, end):
 
 
 @triton.jit
-def find(score, want, end, guess, reach):
+def find(score, want, slack, end, guess, reach):
     """(low, low_count, over_count): the cut's key, how many scores are >= that number, and how many are >= a greater one.
 
     ``score`` is ``[groups, threads, neighbours]``, of which a thread holds one for each group and neighbour, up to 128 in all; ``end``
-    candidates are in it, and the rest are -inf. Where ``low_count`` is ``want``, what is above or at the cut is the
+    candidates are in it, and the rest are -inf. Where ``low_count`` is ``want`` to ``want + slack``, what is above or at the cut is the
     answer, and ``over_count`` says nothing; else the cut is tied, and ``over_count`` is what lies above. ``low`` is below LOWEST where
     numbers fall short, or are just as many as wanted. A step counts at three probes, which cost less than three steps: first about a guess,
     any number; then interpolated between the numbers that bracket the cut, so far apart that it likely falls between them. Where that does
@@ -71,7 +71,7 @@ def find(score, want, end, guess, reach):
     over_count = end * 0
     was_open = end * 0 + 1  # whether an end of the bracket is not a number yet
     turn = end * 0
-    while (low < over - 1) & (low_count > want):
+    while (low < over - 1) & (low_count - want > slack):
         one = tl.minimum(tl.maximum(one, low + 1), over - 1)
         two = tl.minimum(tl.maximum(two, one), over - 1)
         three = tl.minimum(tl.maximum(three, two), over - 1)

@@ -83,7 +83,7 @@ def one_program(
     score = load_row(scores, positions, columns, end, width, SPAN, HAS_ENDS)
     held = tl.reshape(score, [BLOCK // (128 * WARPS), 32 * WARPS, 4])
     guess, reach = normal_guess(held, topk, end)
-    low, low_count, above = find(held, topk, end, guess, reach)
+    low, low_count, above = find(held, topk, 0, end, guess, reach)
     cut = key_number(low)
     length = topk + end * 0
     mark = score
