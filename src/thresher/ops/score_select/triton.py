@@ -4,7 +4,8 @@
    than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
 2. ``collect_kernel`` scores every key and keeps what lies above the level.
 3. ``settle``, in CUDA C++, selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
-4. ``redo_kernel`` scores and then selects the marked rows, a program a row.
+4. ``score_marked_kernel`` scores the first of the marked rows, all programs together, and ``redo_kernel`` selects from them, a program a
+   row, and scores the others too.
 
 The level is only about speed: the set is that of the two steps, bit for bit. The host reads no value, so all of it can be recorded in a
 CUDA graph.
@@ -24,7 +25,7 @@ from thresher.cuda import missing
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, layout, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel
-from thresher.ops.score_select.triton_redo import redo_kernel
+from thresher.ops.score_select.triton_redo import redo_kernel, score_marked_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 FP8 = torch.float8_e4m3fn
@@ -40,6 +41,7 @@ MAX_LISTS = 512  # of a row
 PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
+SHARED_ROWS = 16  # rows done again whose scores all programs share
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
 PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
 SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
@@ -177,12 +179,19 @@ def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Select
     programs = scratch_rows(_multiprocessors(query.q.device), room_tokens)
     scratch = torch.empty(programs, room_tokens, device=query.q.device)
     tensors, sizes, strides = paged_arguments(query, keys)
-    heads, beside = padded_heads(query.num_heads), selection.scores
+    beside, slots = selection.scores, min(SHARED_ROWS, programs)
+    heads = padded_heads(query.num_heads)
+    constants = {
+        "PAGE": keys.page_size, "HEADS": heads, "D": keys.head_dim, "BN": KEYS, "BQ": max(1, MIN_COLUMNS // heads),
+        "INTERPRET": INTERPRET, **OPTIONS,
+    }  # fmt: skip
     with on_device(query.q):
+        score_marked_kernel[(_multiprocessors(query.q.device),)](
+            *tensors, redo, scratch, num, *sizes, room_tokens, slots, *strides, **constants
+        )
         redo_kernel[(programs,)](
             *tensors, redo, scratch, selection.indices, selection.lengths, scratch if beside is None else beside,
-            num, *sizes, room_tokens, topk, *strides, TILE=REDO_TILE, WITH_SCORES=beside is not None, PAGE=keys.page_size,
-            HEADS=heads, D=keys.head_dim, BN=KEYS, BQ=max(1, MIN_COLUMNS // heads), INTERPRET=INTERPRET, **OPTIONS,
+            num, *sizes, room_tokens, topk, slots, *strides, TILE=REDO_TILE, WITH_SCORES=beside is not None, **constants,
         )  # fmt: skip
 
 
