@@ -167,7 +167,6 @@ inline u32 lane_of() { return threadIdx.x % 32; }
 inline u32 warp_of() { return threadIdx.x / 32; }
 inline void copy_ahead(u64* to, const u64* from) { *to = *from; }
 inline void await_copies() {}
-inline void await_launch() {}
 
 inline void __syncthreads() { host::meet(host::current->block->barrier, blockDim.x); }
 inline bool __syncthreads_or(bool value) { return host::meet(host::current->block->barrier, blockDim.x, value) > 0; }

@@ -195,9 +195,6 @@ def _load_keys(
     scales_ptr,
     table_ptr,
     request,
-    value_at,
-    scale_at,
-    found,
     start,
     base,
     count,
@@ -212,13 +209,13 @@ def _load_keys(
     SCALE_START: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Values e4m3 ``[1, D]`` and scales of UNROLL keys from position ``start + base`` on, two tuples; zeros from ``count`` on.
-
-    ``value_at``, ``scale_at``, ``found``: what ``find_rows`` says of the first.
-    """
+    """Values e4m3 ``[1, D]`` and scales of UNROLL keys from position ``start + base`` on, two tuples; zeros from ``count`` on."""
     d = tl.arange(0, BLOCK_D)[None, :]
     # A run of UNROLL keys that starts at a multiple of UNROLL lies in one page.
     ONE_PAGE: tl.constexpr = PAGE_SIZE == 0 or (PAGE_SIZE % UNROLL == 0 and BLOCK_SIZE % UNROLL == 0)
+    value_at, scale_at, found = find_rows(
+        table_ptr, request, start + base, base < count, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
+    )
     values, scales = tl.tuple([]), tl.tuple([])
     for step in tl.static_range(UNROLL):
         if not ONE_PAGE and step > 0:
@@ -285,38 +282,22 @@ def ordered_sum(
     multiply-add has the same bits. Keys that the table does not hold count as zeros.
     Where ``sums_ptr`` is not None, the sum that ends with key ``first + i`` is stored there as row i, for each i up to the last key.
 
-    While one run of UNROLL keys is added, the loads of the next are under way, and the look-up for the one after that: a block is walked
-    alone, with little else to wait for.
+    While one run of UNROLL keys is added, the loads of the next are under way: a block is walked alone, with little else to wait for.
     """
     total = tl.zeros([1, BLOCK_D], tl.float32)
-    value_at, scale_at, found = find_rows(
-        table_ptr, request, start, count > 0, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
-    )
-    next_value, next_scale, next_found = find_rows(
-        table_ptr, request, start + UNROLL, count > UNROLL, table_width, num_pages, DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START
-    )
     values, scales = _load_keys(
-        values_ptr, scales_ptr, table_ptr, request, value_at, scale_at, found, start, 0, count, table_width, num_pages,
+        values_ptr, scales_ptr, table_ptr, request, start, 0, count, table_width, num_pages,
         BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
     )  # fmt: skip
     # Two runs a turn, so that none has to move from register to register.
     for base in range(0, count, 2 * UNROLL):
-        second, third = base + 2 * UNROLL, base + 3 * UNROLL
-        value_at, scale_at, found = find_rows(
-            table_ptr, request, start + second, second < count, table_width, num_pages,
-            DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START,
-        )  # fmt: skip
         more_values, more_scales = _load_keys(
-            values_ptr, scales_ptr, table_ptr, request, next_value, next_scale, next_found, start, base + UNROLL, count,
-            table_width, num_pages, BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
+            values_ptr, scales_ptr, table_ptr, request, start, base + UNROLL, count, table_width, num_pages,
+            BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
         )  # fmt: skip
         total = _add_keys(total, values, scales, base, count, sums_ptr, first, DIM, BLOCK_D, UNROLL)
-        next_value, next_scale, next_found = find_rows(
-            table_ptr, request, start + third, third < count, table_width, num_pages,
-            DIM, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START,
-        )  # fmt: skip
         values, scales = _load_keys(
-            values_ptr, scales_ptr, table_ptr, request, value_at, scale_at, found, start, second, count, table_width, num_pages,
+            values_ptr, scales_ptr, table_ptr, request, start, base + 2 * UNROLL, count, table_width, num_pages,
             BLOCK_SIZE, DIM, BLOCK_D, PAGE_SIZE, VALUE_STRIDE, SCALE_STRIDE, SCALE_START, UNROLL,
         )  # fmt: skip
         total = _add_keys(total, more_values, more_scales, base + UNROLL, count, sums_ptr, first, DIM, BLOCK_D, UNROLL)

@@ -21,8 +21,7 @@ _FOLDER = Path(__file__).parent
 def launch(source: str, name: str, arguments: ctypes.Structure, grid: int, threads: int, shared: int, device: torch.device) -> None:
     """Launch kernel ``name`` of ``source``.cu, whose one parameter is a structure, on the device's current stream.
 
-    It is put on its way while the launch ahead still runs, for which it must wait itself. Memory that the arguments point to is the
-    caller's to keep.
+    Memory that the arguments point to is the caller's to keep.
 
     Args:
         grid: thread blocks.
@@ -33,10 +32,11 @@ def launch(source: str, name: str, arguments: ctypes.Structure, grid: int, threa
     """
     from cuda.bindings import driver
 
-    function, config = _function(source, name, device), _config(grid, threads, shared)
-    config.hStream = torch.cuda.current_stream(device).cuda_stream
     pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    function = _function(source, name, device)
+    with torch.cuda.device(device):
+        _check(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0))
 
 
 def compile_source(source: str, arch: str) -> bytes:
@@ -76,21 +76,6 @@ def _function(source: str, name: str, device: torch.device) -> Any:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, SHARED))
     return function
-
-
-@cache
-def _config(grid: int, threads: int, shared: int) -> Any:
-    from cuda.bindings import driver
-
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared
-    overlap = driver.CUlaunchAttribute()
-    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    overlap.value.programmaticStreamSerializationAllowed = 1
-    config.attrs, config.numAttrs = [overlap], 1
-    return config
 
 
 def _check(result: tuple[Any, ...]) -> Any:

@@ -252,7 +252,6 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
   u32* keys = begins + lists + 1;
   u64* pairs = (u64*)(keys + topk + (lists + 1 + topk) % 2);
   u64 row = blockIdx.x;
-  await_launch();
 
   u32 end = (u32)rows.ends[row], wanted = min(end, topk);
   u32 count = threadIdx.x < lists ? rows.counts[row * lists + threadIdx.x] : 0, num;
