@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ T = TypeVar("T")
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+REPEATS = int(os.environ.get("THRESHER_GPU_REPEATS", "20"))  # runs of score_select that must have the same bits
 
 
 def sized(gpu: T, interpreted: T) -> T:

@@ -17,7 +17,7 @@ from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .compare import differ, differ_all, fail_on
 from .draw import generator, queries, vectors
-from .machine import DEVICE, INTERPRET
+from .machine import DEVICE, INTERPRET, REPEATS
 from .test_graphs import Recorded
 
 fused = importlib.import_module("thresher.ops.score_select.triton")
@@ -102,9 +102,34 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_proper
         ]
     )
     assert kind in ("plateaus", "ascending", "descending", "nan") or redo.sum() <= num // 50, "rows done again"
-    for _ in range(20):
+    for _ in range(REPEATS):
         again, redone = fused.first_try(query, keys, topk, with_scores=False)
         fail_on([differ("again", again.indices, first.indices), differ("rows", redone, redo)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "dim"), [("descending", 64, 64), ("descending", 32, 128), ("normal", 64, 128), ("normal", 8, 64)]
+)
+def test_lists_hold_the_same_again(kind, heads, dim):
+    """Where a selection differs from run to run, this says whether what was collected does."""
+    query, keys = world(kind, [30000], 64, heads, dim)
+    programs = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    plan = fused.make_plan(64, heads, keys.room, 2048, programs)
+
+    def lists() -> tuple[torch.Tensor, torch.Tensor]:
+        ends, levels = torch.empty(64, dtype=torch.int64, device=DEVICE), torch.empty(64, device=DEVICE)
+        level_keys, counts = (torch.empty(64, *more, dtype=torch.int32, device=DEVICE) for more in ((), (plan.lists,)))
+        found = torch.empty(64, plan.row, dtype=torch.int64, device=DEVICE)
+        fused.find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
+        fused.collect(query, keys, levels, level_keys, found, counts, plan, programs)
+        found = found[:, : plan.lists * plan.room].view(64, plan.lists, plan.room)
+        held = torch.arange(plan.room, device=DEVICE) < counts[:, :, None]
+        return counts, found.masked_fill(~held, -1).sort(2).values
+
+    first = lists()
+    for _ in range(REPEATS):
+        again = lists()
+        fail_on([differ("counts", again[0], first[0]), differ("lists", again[1], first[1])])
 
 
 @pytest.mark.parametrize(("heads", "dim", "topk"), [(64, 128, 2048), (24, 64, 100), (8, 128, 4096)])

@@ -24,6 +24,7 @@ from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_
 from thresher.cuda import missing
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, layout, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
+from thresher.ops.score_select.settle import settle
 from thresher.ops.score_select.triton_kernels import level_kernel, prepare_kernel
 from thresher.ops.score_select.triton_redo import redo_kernel, score_marked_kernel
 from thresher.types import IndexKeys, IndexQuery, Selection
@@ -206,8 +207,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> tuple[Selection, Tensor]:
     """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
-    from thresher.ops.score_select.settle import settle  # imports CUDA's bindings
-
     num, device = query.num_queries, query.q.device
     room_tokens = keys.room
     programs = _multiprocessors(device)
