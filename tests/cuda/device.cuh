@@ -9,12 +9,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 typedef unsigned int u32;
@@ -29,6 +28,7 @@ typedef unsigned long long u64;
 namespace host {
 
 constexpr size_t STACK = 32 * 1024, GUARD = 256;
+constexpr u32 ROUNDS = 10000;  // of turns of all threads, more than any kernel needs
 
 struct Barrier {
   u32 arrived = 0, turn = 0, sum = 0, result = 0;
@@ -56,6 +56,7 @@ struct Thread {
   const Barrier* awaits = nullptr;  // with the turn that it must leave
   u32 turn = 0;
   bool done = false;
+  std::vector<std::pair<u64*, const u64*>> copies;  // begun, which show when they are awaited and not before
 };
 
 inline Thread* current;
@@ -112,7 +113,7 @@ Value exchange(Value value, const Combine& combine) {
 }
 
 // Run a kernel; `order` 0: threads in order, 1: backwards, else shuffled by it. Returns 1 where threads wait for each other forever, 2 where
-// shared memory did not suffice.
+// shared memory did not suffice, 3 where it does not come to an end.
 inline int run(const std::function<void()>& kernel, u32 grid, u32 threads, u32 shared, u32 order) {
   body = kernel;
   block_size = {threads, 1, 1};
@@ -135,7 +136,8 @@ inline int run(const std::function<void()>& kernel, u32 grid, u32 threads, u32 s
       turns.push_back(&thread);
     }
     if (order == 1) std::reverse(turns.begin(), turns.end());
-    while (true) {
+    for (u32 round = 0;; round++) {
+      if (round == ROUNDS) return 3;
       if (order > 1) std::shuffle(turns.begin(), turns.end(), random);
       bool live = false;
       moved = false;
@@ -165,8 +167,11 @@ constexpr u32 EVERY = 0xffffffffu;
 
 inline u32 lane_of() { return threadIdx.x % 32; }
 inline u32 warp_of() { return threadIdx.x / 32; }
-inline void copy_ahead(u64* to, const u64* from) { *to = *from; }
-inline void await_copies() {}
+inline void copy_ahead(u64* to, const u64* from) { host::current->copies.push_back({to, from}); }
+inline void await_copies() {
+  for (auto [to, from] : host::current->copies) *to = *from;
+  host::current->copies.clear();
+}
 
 inline void __syncthreads() { host::meet(host::current->block->barrier, blockDim.x); }
 inline bool __syncthreads_or(bool value) { return host::meet(host::current->block->barrier, blockDim.x, value) > 0; }
