@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from thresher.cuda import launch, missing
+from thresher.cuda import launch
+from thresher.ops.dispatch import installed
 
 FOLDER = Path(launch.__file__).parent
 SOURCES = sorted(path.stem for path in FOLDER.glob("*.cu"))
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-@pytest.mark.skipif(missing() is not None, reason="needs cuda-bindings")
+@pytest.mark.skipif(not installed("cuda.bindings"), reason="needs cuda-bindings")
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_runtime_compiler_takes_them(source):
     assert launch.compile_source(source, "sm_90a").startswith(b"\x7fELF")
@@ -33,15 +34,3 @@ def test_registers_suffice(source, tmp_path):
     spilt = [int(num) for num in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     assert spilt
     assert max(spilt) <= 64
-
-
-def test_what_is_missing_is_said(monkeypatch):
-    def find(name):
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr("thresher.cuda.find_spec", find)
-    assert missing() == "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
-    monkeypatch.setattr("thresher.cuda.find_spec", lambda name: None)
-    assert "cuda-bindings" in missing()
-    monkeypatch.setattr("thresher.cuda.find_spec", lambda name: object())
-    assert missing() is None

@@ -428,3 +428,9 @@ print(json.dumps([before, loaded()]))
 def test_kernels_are_not_imported_until_asked_for():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, check=True, text=True)
     assert json.loads(done.stdout) == [[], []]
+
+
+def test_a_part_of_a_package_that_is_not_there_is_not_installed():
+    assert dispatch.installed("json.decoder")
+    assert not dispatch.installed("json.no_such_part")
+    assert not dispatch.installed("no_such_package.part")

@@ -292,9 +292,10 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", False)
     assert kernels.unsupported(query, keys, 9) == "needs compute capability 9.0, and Triton 3.6.x"
     monkeypatch.setattr(kernels, "runs_gluon", lambda tensor: True)
-    monkeypatch.setattr(kernels, "missing", lambda: "no bindings")
-    assert kernels.unsupported(query, keys, 9) == "no bindings"
-    monkeypatch.setattr(kernels, "missing", lambda: None)
+    monkeypatch.setattr(kernels, "installed", lambda package: package != "cuda.bindings")
+    why_not = "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
+    assert kernels.unsupported(query, keys, 9) == why_not
+    monkeypatch.setattr(kernels, "installed", lambda package: True)
 
     def why(topk=9, held=keys, **changes):
         return kernels.unsupported(replace(query, **changes), held, topk)

@@ -71,7 +71,6 @@ def _function(source: str, name: str, device: torch.device) -> Any:
     major, minor = torch.cuda.get_device_capability(device)
     code = compile_source(source, f"sm_{major}{minor}a")
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # so that the device has a context
         function = _check(driver.cuModuleGetFunction(_check(driver.cuModuleLoadData(code)), name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, SHARED))

@@ -273,7 +273,10 @@ def interpreting() -> bool:
 @cache
 def installed(package: str) -> bool:
     """Whether a package or module can be imported, without importing it."""
-    return find_spec(package) is not None
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # a part of a package that is not there
+        return False
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:

@@ -60,7 +60,6 @@ def shared_memory(plan: Plan, topk: int, room_tokens: int) -> Memory:
         held = min((launch.SHARED // rows // 1024 * 1024 - 1024 * (rows > 1) - fixed) // 8, most)  # CUDA takes 1 KB for each
         if held >= min(SPARE * likely, most):
             break
-    held = max(held, 0)
     return Memory(rows, words, held, fixed + 8 * held)
 
 

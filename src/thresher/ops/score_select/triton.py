@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from thresher.cache.device import GLUON, INTERPRET, on_device, runs_gluon, unit_rows
-from thresher.cuda import missing
+from thresher.ops.dispatch import installed
 from thresher.ops.index_score.triton import KEYS, MIN_COLUMNS, OPTIONS, QUADS, layout, padded_heads, paged_arguments, paged_index_score
 from thresher.ops.score_select.marks import keep
 from thresher.ops.score_select.settle import settle
@@ -130,9 +130,8 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
         return "cannot be interpreted"
     if not runs_gluon(query.q):
         return f"needs compute capability 9.0, and Triton {GLUON}x"
-    why = missing()
-    if why is not None:
-        return why
+    if not installed("cuda.bindings"):
+        return "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
     if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
         return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
     if keys.page_size != TILE:
