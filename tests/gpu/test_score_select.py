@@ -108,28 +108,29 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_proper
 
 
 @pytest.mark.parametrize(
-    ("kind", "heads", "dim"), [("descending", 64, 64), ("descending", 32, 128), ("normal", 64, 128), ("normal", 8, 64)]
+    ("kind", "heads", "dim"),
+    [("descending", *shape) for shape in ((64, 64), (64, 128), (32, 128), (8, 64))] + [("normal", 64, 128), ("normal", 8, 64)],
 )
 def test_lists_hold_the_same_again(kind, heads, dim):
-    """Where a selection differs from run to run, this says whether what was collected does."""
+    """Launched again and again with nothing between: where all of a warp's threads append at once, loads of scales come late."""
     query, keys = world(kind, [30000], 64, heads, dim)
     programs = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     plan = fused.make_plan(64, heads, keys.room, 2048, programs)
+    ends, levels = torch.empty(64, dtype=torch.int64, device=DEVICE), torch.empty(64, device=DEVICE)
+    level_keys, counts = (torch.empty(64, *more, dtype=torch.int32, device=DEVICE) for more in ((), (plan.lists,)))
+    found = torch.empty(64, plan.row, dtype=torch.int64, device=DEVICE)
+    fused.find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
 
-    def lists() -> tuple[torch.Tensor, torch.Tensor]:
-        ends, levels = torch.empty(64, dtype=torch.int64, device=DEVICE), torch.empty(64, device=DEVICE)
-        level_keys, counts = (torch.empty(64, *more, dtype=torch.int32, device=DEVICE) for more in ((), (plan.lists,)))
-        found = torch.empty(64, plan.row, dtype=torch.int64, device=DEVICE)
-        fused.find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
-        fused.collect(query, keys, levels, level_keys, found, counts, plan, programs)
-        found = found[:, : plan.lists * plan.room].view(64, plan.lists, plan.room)
-        held = torch.arange(plan.room, device=DEVICE) < counts[:, :, None]
-        return counts, found.masked_fill(~held, -1).sort(2).values
+    def lists() -> list[torch.Tensor]:
+        filled = [counts.clone(), found.clone()]
+        fused.collect(query, keys, levels, level_keys, filled[1], filled[0], plan, programs)
+        return filled
 
     first = lists()
     for _ in range(REPEATS):
-        again = lists()
-        fail_on([differ("counts", again[0], first[0]), differ("lists", again[1], first[1])])
+        agains = [lists() for _ in range(50)]  # 50 launches showed the fault in four runs of ten
+        for again in agains:
+            fail_on([differ("counts", again[0], first[0]), differ("lists", again[1], first[1])])
 
 
 @pytest.mark.parametrize(("heads", "dim", "topk"), [(64, 128, 2048), (24, 64, 100), (8, 128, 4096)])

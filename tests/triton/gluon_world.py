@@ -114,15 +114,18 @@ class TileRing:
 
     def fetch(self, desc: Any, where: list[Any], barrier: Any, slots: Slots) -> None:
         slot, page = slots.slot, int(where[0])
-        assert slot // self.tiles == self.count % self.stages
+        turn, tile = divmod(slot, self.tiles)
         if slots.name == "scales":
+            assert turn == self.count % (2 * self.stages), "scales last a round longer than their tile"
             assert where[1] == PAGE * D // 4
             self.scaled[slot] = page
             self.expected -= 64 * 4
         else:
+            assert turn == self.count % self.stages
             assert where[1:] == [0, 0]
-            there = self.scaled[slot] is not None
-            assert not there or self.scaled[slot] == page
+            scaled = self.scaled[self.count % (2 * self.stages) * self.tiles + tile]
+            there = scaled is not None
+            assert not there or scaled == page
             self.fetched.append((slot, page, there))
             self.expected -= 64 * D
             self.count += slot % self.tiles == self.tiles - 1
@@ -131,10 +134,11 @@ class TileRing:
         self.first = int(first)
         return [array(np.broadcast_to(self.of_columns(self.world.weights, chunk), (64, self.columns))) for chunk in range(2)]
 
-    def tile(self, index: int) -> tuple[int, bool]:
-        """The page in a slot that is being consumed, and whether it is there."""
-        slot, page, there = self.fetched[(self.count - 1) * self.tiles + index % self.tiles]
-        assert slot == index
+    def tile(self, index: int, rounds: int = 1) -> tuple[int, bool]:
+        """The page in a slot that is being consumed, of a ring ``rounds`` times as long as that of tiles, and whether it is there."""
+        turn, tile = divmod(index, self.tiles)
+        assert turn == (self.count - 1) % (rounds * self.stages)
+        _slot, page, there = self.fetched[(self.count - 1) * self.tiles + tile]
         return page, there
 
     def multiply(self, buffers: Any, chunk: int, index: Any, zero: Any, slots_in_all: int, dim: int) -> np.ndarray:
@@ -142,7 +146,7 @@ class TileRing:
 
     def scales_of(self, slots: Slots) -> np.ndarray:
         """A tile's scales ``[64]``."""
-        page, there = self.tile(slots.slot)
+        page, there = self.tile(slots.slot, rounds=2)
         held = self.world.bytes[page, PAGE * D // 4 :]
         return array(held if there else np.full(64, tiles.ABSENT.value, np.int32).view(np.float32))
 

@@ -120,16 +120,18 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
 
         def store(self, value: Any) -> None:
             assert np.isnan(value).all()
+            assert self.slot == turn["count"] % (2 * stages)
             turn["there"] = False
 
     barriers = [types.SimpleNamespace(index=lambda slot, which=which: (which, int(slot))) for which in ("full", "empty")]
 
     def fetch(desc, where, barrier, slots):
-        assert slots.slot == turn["count"] % stages
         if slots.name == "scales":
+            assert slots.slot == turn["count"] % (2 * stages), "scales last a round longer than their tile"
             assert where == [where[0], PAGE * D // 4]
             turn["there"] = True
         else:
+            assert slots.slot == turn["count"] % stages
             assert where[1:] == [0, 0]
             fetched.append((int(where[0]), turn["there"]))
             turn["count"] += 1
@@ -151,6 +153,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
         return array(np.broadcast_to(of_columns(world.weights), (64, 128)))
 
     def scales_of(slots, layout):
+        assert slots.slot == (turn["count"] - 1) % (2 * stages)
         page, there = fetched[turn["count"] - 1]
         key, _query = plain(order.places, gl)(None)
         scale = world.bytes[page, PAGE * D // 4 :][key] if there else np.float32(np.nan) + 0 * key

@@ -26,6 +26,7 @@ from thresher.ops.index_score.gluon_tiles import (
     load_queries,
     multiply,
     ring,
+    scale_ring,
     sight,
     whole_sums,
 )
@@ -59,8 +60,8 @@ def fetch_tiles(
                 ahead0, ahead1, next0, next1 = find_pages(table, tile + TILES, stop, num_pages, PAGE, TILES)
                 mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
                 fetch(
-                    k_desc, s_desc, page0, page1, valid0, valid1, tile, gl.minimum(tile + 1, stop - 1), slot, full, buffers, scale_buffers,
-                    nowhere, D, PAGE, TILES,
+                    k_desc, s_desc, page0, page1, valid0, valid1, tile, gl.minimum(tile + 1, stop - 1), slot, turn % (2 * STAGES), full,
+                    buffers, scale_buffers, nowhere, D, PAGE, TILES,
                 )  # fmt: skip
                 page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
                 turn += 1
@@ -156,8 +157,9 @@ def _consumer(
                 mbarrier.wait(full.index(slot), turn // STAGES & 1)
                 acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
                 acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
-                scale0 = scales_of(scale_buffers.index(slot * TILES), gl.SliceLayout(1, TOTAL))
-                scale1 = scales_of(scale_buffers.index(slot * TILES + TILES - 1), gl.SliceLayout(1, TOTAL))
+                scale_slot = turn % (2 * STAGES) * TILES
+                scale0 = scales_of(scale_buffers.index(scale_slot), gl.SliceLayout(1, TOTAL))
+                scale1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), gl.SliceLayout(1, TOTAL))
                 sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
                 if TILES == 2:
                     _store(
@@ -188,7 +190,7 @@ def prefill_kernel(
 ):  # fmt: skip
     """``num_keys``: keys there are, or that the page table has room for. ``PAGE`` 0: keys are contiguous."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES * TILES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    scale_buffers = scale_ring(STAGES * TILES)
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, SUB * HB * 8, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, 2)
     unit, last = share((num_queries + BLOCK - 1) // BLOCK, (width + KEYS - 1) // KEYS, low, high, num_queries, BLOCK, PAGE > 0)

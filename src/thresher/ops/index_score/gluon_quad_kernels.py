@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
 from thresher.ops.index_score.gluon_share import share
-from thresher.ops.index_score.gluon_tiles import ABSENT, COLUMNS, KEYS, NO_REQUEST, live, ring, sight
+from thresher.ops.index_score.gluon_tiles import ABSENT, COLUMNS, KEYS, NO_REQUEST, live, ring, scale_ring, sight
 
 
 @gluon.jit
@@ -58,7 +58,7 @@ def _consumer(
                 slot = turn & (STAGES - 1)
                 mbarrier.wait(full.index(slot), turn // STAGES & 1)
                 acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
-                scale = scales_of(scale_buffers.index(slot), PLACE)
+                scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
                 dots = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(slot))
                 score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
@@ -85,7 +85,7 @@ def prefill_quads_kernel(
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    scale_buffers = scale_ring(STAGES)
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, GROUPS)
     unit, last = share((num_queries + BLOCK - 1) // BLOCK, (width + KEYS - 1) // KEYS, low, high, num_queries, BLOCK, PAGE > 0)

@@ -66,6 +66,17 @@ def ring(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
+def scale_ring(TILES: gl.constexpr):
+    """Where tiles' scales stand, for a ring of ``TILES`` tiles: turn t's in ``t % (2 * STAGES)``, so that they last a round longer.
+
+    The matrix unit has read a tile when its product is there. Scales are read by loads, which nothing waits for before their first use: a
+    slot can be empty and filled again while a load is still under way, and was, once in a hundred launches (docs/lab-log.md). A round
+    later all of its consumers have used what they loaded.
+    """
+    return gl.allocate_shared_memory(gl.float32, [2 * TILES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+
+
+@gluon.jit
 def along(size: gl.constexpr, DIM: gl.constexpr, RANK: gl.constexpr, LAYOUT: gl.constexpr):
     """0, 1, 2 ... along one of ``RANK`` dims, 1 wide in the others."""
     if RANK == 1:
@@ -142,13 +153,14 @@ def absent():
 
 @gluon.jit
 def fetch(
-    k_desc, s_desc, page0, page1, valid0, valid1, tile0, tile1, slot, full, buffers, scale_buffers, nowhere,
+    k_desc, s_desc, page0, page1, valid0, valid1, tile0, tile1, slot, scale_slot, full, buffers, scale_buffers, nowhere,
     D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Ask the copy engine for ``TILES`` tiles and their scales into an empty slot. A page's that is not there are ``ABSENT``."""
+    """Ask the copy engine for ``TILES`` tiles and their scales, into an empty slot and ``scale_slot``. A page's that is not there are
+    ``ABSENT``."""
     scales: gl.constexpr = KEYS * 4
     if not valid0:
-        scale_buffers.index(slot * TILES).store(nowhere)
+        scale_buffers.index(scale_slot * TILES).store(nowhere)
         fence_async_shared()
     if TILES == 1:
         if valid0:
@@ -157,7 +169,7 @@ def fetch(
             mbarrier.expect(full.index(slot), KEYS * D)
     else:
         if not valid1:
-            scale_buffers.index(slot * 2 + 1).store(nowhere)
+            scale_buffers.index(scale_slot * 2 + 1).store(nowhere)
             fence_async_shared()
         if valid0 & valid1:
             mbarrier.expect(full.index(slot), 2 * KEYS * D + 2 * scales)
@@ -167,12 +179,12 @@ def fetch(
             mbarrier.expect(full.index(slot), 2 * KEYS * D)
     at0 = tile0 * KEYS % PAGE if PAGE > 0 else tile0 * KEYS
     if valid0:
-        tma.async_copy_global_to_shared(s_desc, [page0, PAGE * D // 4 + at0], full.index(slot), scale_buffers.index(slot * TILES))
+        tma.async_copy_global_to_shared(s_desc, [page0, PAGE * D // 4 + at0], full.index(slot), scale_buffers.index(scale_slot * TILES))
     tma.async_copy_global_to_shared(k_desc, [page0, at0, 0], full.index(slot), buffers.index(slot * TILES))
     if TILES == 2:
         at1 = tile1 * KEYS % PAGE if PAGE > 0 else tile1 * KEYS
         if valid1:
-            tma.async_copy_global_to_shared(s_desc, [page1, PAGE * D // 4 + at1], full.index(slot), scale_buffers.index(slot * 2 + 1))
+            tma.async_copy_global_to_shared(s_desc, [page1, PAGE * D // 4 + at1], full.index(slot), scale_buffers.index(scale_slot * 2 + 1))
         tma.async_copy_global_to_shared(k_desc, [page1, at1, 0], full.index(slot), buffers.index(slot * 2 + 1))
 
 

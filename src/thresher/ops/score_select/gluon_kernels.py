@@ -26,6 +26,7 @@ from thresher.ops.index_score.gluon_tiles import (
     load_queries,
     multiply,
     ring,
+    scale_ring,
     sight,
     whole_sums,
 )
@@ -75,8 +76,8 @@ def _producer(
                 ahead0, ahead1, next0, next1 = find_pages(table, (turn + runs) * TILES, stop, num_pages, PAGE, TILES)
                 mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
                 fetch(
-                    k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, full, buffers, scale_buffers,
-                    nowhere, D, PAGE, TILES,
+                    k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, count & (2 * STAGES - 1),
+                    full, buffers, scale_buffers, nowhere, D, PAGE, TILES,
                 )  # fmt: skip
                 page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
                 count += 1
@@ -145,8 +146,9 @@ def _consumer(
                 mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
                 acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
                 acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
-                a0, a1 = scales_of(scale_buffers.index(slot * TILES), lent, SUB)
-                b0, b1 = scales_of(scale_buffers.index(slot * TILES + TILES - 1), lent, SUB)
+                scale_slot = (count & (2 * STAGES - 1)) * TILES
+                a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
+                b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
                 quick = turn < edge
                 # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
                 sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
@@ -179,7 +181,7 @@ def collect_kernel(
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES * TILES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    scale_buffers = scale_ring(STAGES * TILES)
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, SUB * HB * 8, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, 2)
     gl.warp_specialize(

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, absent, find_page, live, ring, sight
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, absent, find_page, live, ring, scale_ring, sight
 from thresher.ops.score_select.gluon_lists import first_of_run
 
 
@@ -50,14 +50,13 @@ def _producer(
                 page_ahead, valid_ahead = find_page(table, gl.minimum(tile + runs, stop - 1), num_pages, PAGE)
                 if (tile & stride - 1 != 0) | (tile >= sampled):
                     slot = turn & (STAGES - 1)
+                    scales = scale_buffers.index(turn & (2 * STAGES - 1))
                     mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
                     if valid:
                         mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
-                        tma.async_copy_global_to_shared(
-                            s_desc, [page, PAGE * D // 4 + tile * KEYS % PAGE], full.index(slot), scale_buffers.index(slot)
-                        )
+                        tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + tile * KEYS % PAGE], full.index(slot), scales)
                     else:  # a page that is not there is seen by nobody: no score passes
-                        scale_buffers.index(slot).store(nowhere)
+                        scales.store(nowhere)
                         fence_async_shared()
                         mbarrier.expect(full.index(slot), KEYS * D)
                     tma.async_copy_global_to_shared(k_desc, [page, tile * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
@@ -77,7 +76,7 @@ def _score_tile(
     acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
     key = tile * KEYS + place
     PLACE: gl.constexpr = level.type.layout
-    scale = scales_of(scale_buffers.index(slot), PLACE)
+    scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
     dots = warpgroup_mma_wait(0, [acc])
     mbarrier.arrive(empty.index(slot))
     score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
@@ -152,7 +151,7 @@ def collect_quads_kernel(
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
-    scale_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))
+    scale_buffers = scale_ring(STAGES)
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [GROUPS, COLUMNS, D], gl.NVMMASharedLayout(D, 8, 2))
     full, empty = ring(STAGES, GROUPS)
     gl.warp_specialize(
