@@ -46,6 +46,12 @@ struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
 };
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+  u32 group;
+};
 struct Thread {
   ucontext_t begin;
   jmp_buf resume;  // from where it waits: unlike swapcontext, a jump asks the kernel for nothing
@@ -56,7 +62,8 @@ struct Thread {
   const Barrier* awaits = nullptr;  // with the turn that it must leave
   u32 turn = 0;
   bool done = false;
-  std::vector<std::pair<u64*, const u64*>> copies;  // begun, which show when they are awaited and not before
+  std::vector<Copy> copies;  // begun, which show when they are awaited and not before
+  u32 groups = 0;            // of them that were committed
 };
 
 inline Thread* current;
@@ -167,10 +174,27 @@ constexpr u32 EVERY = 0xffffffffu;
 
 inline u32 lane_of() { return threadIdx.x % 32; }
 inline u32 warp_of() { return threadIdx.x / 32; }
-inline void copy_ahead(u64* to, const u64* from) { host::current->copies.push_back({to, from}); }
-inline void await_copies() {
-  for (auto [to, from] : host::current->copies) *to = *from;
-  host::current->copies.clear();
+
+struct alignas(16) Four {
+  u32 a, b, c, d;
+};
+struct Two {
+  float a, b;
+};
+template <class T>
+void copy_ahead(T* to, const T* from) {
+  host::current->copies.push_back({to, from, sizeof(T), host::current->groups});
+}
+inline void commit_copies() { host::current->groups++; }
+template <u32 GROUPS>
+void await_copies() {
+  std::vector<host::Copy> left;
+  for (const host::Copy& copy : host::current->copies)
+    if (copy.group + GROUPS < host::current->groups)
+      std::memcpy(copy.to, copy.from, copy.size);
+    else
+      left.push_back(copy);
+  host::current->copies = left;
 }
 
 inline void __syncthreads() { host::meet(host::current->block->barrier, blockDim.x); }
@@ -193,6 +217,11 @@ inline u32 __reduce_max_sync(u32, u32 value) {
   });
 }
 inline u32 atomicAdd(u32* to, u32 value) { return *to += value, *to - value; }
+inline u32 atomicMin(u32* to, u32 value) {
+  u32 before = *to;
+  *to = std::min(*to, value);
+  return before;
+}
 inline u32 atomicOr(u32* to, u32 value) {
   u32 before = *to;
   *to |= value;
@@ -214,5 +243,22 @@ inline float __uint_as_float(u32 bits) {
   return value;
 }
 inline float __int_as_float(int bits) { return __uint_as_float((u32)bits); }
+inline Two from_e4m3(u32 a, u32 b) {
+  auto number = [](u32 code) {
+    u32 exponent = code >> 3 & 15, fraction = code & 7;
+    float size = exponent ? std::ldexp(8.0f + fraction, (int)exponent - 10) : std::ldexp((float)fraction, -9);
+    if ((code & 127) == 127) size = NAN;
+    return code & 128 ? -size : size;
+  };
+  return {number(a), number(b)};
+}
+inline unsigned char to_e4m3(float value) {
+  u32 sign = std::signbit(value) ? 128 : 0;
+  float size = std::fabs(value);
+  u32 exponent = size < 0.015625f ? 1 : (__float_as_uint(size) >> 23) - 120;
+  u32 steps = (u32)std::nearbyint(std::ldexp(size, 10 - (int)exponent));  // of the last place; 16 of them are the next exponent's 8
+  return (unsigned char)(sign | std::min((exponent - 1) * 8 + steps, 126u));
+}
+using std::fma;
 using std::max;
 using std::min;

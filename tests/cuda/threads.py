@@ -36,7 +36,7 @@ def in_order(order: int):
     """What takes the place of ``launch.launch``; ``order`` 0: threads in order, 1: backwards, else shuffled by it."""
 
     def run(source, name, arguments, grid, threads, shared, device) -> None:
-        failed = getattr(library(), f"run_{source}")(grid, threads, shared, order, ctypes.byref(arguments))
+        failed = getattr(library(), f"run_{name}")(grid, threads, shared, order, ctypes.byref(arguments))
         assert not failed, FAILURES[failed]
 
     return run

@@ -172,9 +172,6 @@ __device__ __forceinline__ u64 nth_largest(const Each& each, Range range, u32 wa
   return nth_near(want, work);
 }
 
-struct alignas(16) Four {
-  u32 a, b, c, d;
-};
 __device__ __forceinline__ Four load_four(const u32* from, u32 num) {  // zeros behind the `num`-th
   if (num >= 4) return *(const Four*)from;
   return {from[0], num > 1 ? from[1] : 0, num > 2 ? from[2] : 0, 0};
@@ -268,7 +265,8 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
     u64 cut = 0;
     if (num <= held) {
       listed.each([&](u32 at, const u64* from) { copy_ahead(pairs + at, from); });
-      await_copies();
+      commit_copies();
+      await_copies<0>();
       __syncthreads();
       Range range;
       for (u32 at = threadIdx.x; at < num; at += blockDim.x) {

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, mean_of, on_device, ordered_sum, paged_rows, warps_of
+from thresher.cache.walks import can_walk, pool
 from thresher.errors import require
 from thresher.ops.pool_keys.reference import room_for_means
 from thresher.types import IndexKeys
@@ -198,6 +199,9 @@ def paged_partial_means(keys: IndexKeys, requests: Tensor, positions: Tensor, bl
 
 def _pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int, out: Rows, out_width: int, dim: int) -> None:
     if not max_blocks or not len(old) or not out_width:
+        return
+    if can_walk(rows, block_size, dim):
+        pool(rows, old, new, block_size, max_blocks, out, out_width, dim)
         return
     with on_device(rows.values):
         _pool_kernel[(max_blocks, len(old))](

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from thresher.cache.block_means import PackedMeans
 from thresher.cache.device import INTERPRET, Rows, flat_rows, keys_under_way, on_device, paged_rows, unit_rows, warps_of
+from thresher.cache.walks import can_walk, own_sums
 from thresher.errors import require
 from thresher.ops.route_heads.reference import Means
 from thresher.ops.route_heads.triton_kernels import finish_kernel, own_kernel, route_kernel, segment_kernel
@@ -136,12 +137,15 @@ def _route(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, ac
     }  # fmt: skip
     warps = 8 if block_h > 64 or (block_h == 64 and q.element_size() > 1) else 4
     with on_device(q):
-        own_kernel[(num,)](
-            *sight, paged.values, paged.scales, paged.table, paged.table_width, paged.num_pages, own, num,
-            BLOCK_SIZE=block_size, DIM=dim, PAGE_SIZE=paged.page_size, VALUE_STRIDE=paged.value_stride, SCALE_STRIDE=paged.scale_stride,
-            SCALE_START=paged.scale_start, UNROLL=keys_under_way(paged.page_size, block_size),
-            LOOK=min(LOOK, triton.next_power_of_2(block_size)), num_warps=warps_of(dim),
-        )  # fmt: skip
+        if can_walk(paged, block_size, dim):
+            own_sums(paged, *sight[:3], block_size, own)
+        else:
+            own_kernel[(num,)](
+                *sight, paged.values, paged.scales, paged.table, paged.table_width, paged.num_pages, own, num,
+                BLOCK_SIZE=block_size, DIM=dim, PAGE_SIZE=paged.page_size, VALUE_STRIDE=paged.value_stride, SCALE_STRIDE=paged.scale_stride,
+                SCALE_START=paged.scale_start, UNROLL=keys_under_way(paged.page_size, block_size),
+                LOOK=min(LOOK, triton.next_power_of_2(block_size)), num_warps=warps_of(dim),
+            )  # fmt: skip
         if apart and num_segments:
             segment_kernel[(num, num_segments)](
                 q, *sight, *means_given, sums, q.stride(0), q.stride(1), num_segments, **constants, num_warps=warps

@@ -1,0 +1,90 @@
+"""Sums of index keys in position order on Hopper, in CUDA C++ (``thresher/cuda/walk.cu``): the bits of ``device.ordered_sum``.
+
+A walk is a chain of additions. There keys come from device memory a run at a time, 40 clocks a key, whatever is asked for ahead; here they
+are copied to shared memory first, by all threads, and the chain itself is most of what is left (docs/lab-log.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from thresher.cache.device import Rows
+from thresher.cuda import launch
+from thresher.ops.dispatch import installed
+
+PART, PARTS = 128, 3  # keys that are copied together, and how many such parts shared memory holds, as in walk.cu
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("values", "scales", "table")),
+        *((name, ctypes.c_uint) for name in ("table_width", "num_pages", "page_size", "value_stride", "scale_stride", "scale_start")),
+    ]
+
+
+class _Pool(ctypes.Structure):
+    _fields_ = [
+        ("keys", _Rows), ("means", _Rows), ("olds", ctypes.c_void_p), ("news", ctypes.c_void_p),
+        ("block_size", ctypes.c_uint), ("programs", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+class _Own(ctypes.Structure):
+    _fields_ = [
+        ("keys", _Rows), *((name, ctypes.c_void_p) for name in ("positions", "requests", "lengths", "sums")),
+        *((name, ctypes.c_uint) for name in ("num_queries", "num_requests", "block_size")),
+    ]  # fmt: skip
+
+
+def can_walk(rows: Rows, block_size: int, dim: int) -> bool:
+    """Whether these kernels take such keys. Others are ``ordered_sum``'s."""
+    values = rows.values
+    on_hopper = values.is_cuda and torch.cuda.get_device_capability(values.device) == (9, 0)
+    return on_hopper and installed("cuda.bindings") and fits(rows, block_size, dim)
+
+
+def fits(rows: Rows, block_size: int, dim: int) -> bool:
+    """Whether keys lie as these kernels read them, 16 bytes at a time."""
+    sixteens = (rows.page_size, block_size, rows.values.data_ptr())
+    return dim in (64, 128) and rows.page_size > 0 and all(x % 16 == 0 for x in sixteens)
+
+
+def pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int, out: Rows, out_width: int, dim: int) -> None:
+    """Write the means of the blocks ``old[r] // B <= b < new[r] // B`` of every request r, at most ``max_blocks`` of each.
+
+    Args:
+        old, new: int64 ``[B]``, tokens.
+        out: pages with block numbers as positions, or rows one after the other, ``out_width`` a request.
+    """
+    old, new = old.contiguous(), new.contiguous()
+    arguments = _Pool(
+        keys=_rows(rows), means=_rows(out, out_width), olds=old.data_ptr(), news=new.data_ptr(), block_size=block_size, programs=max_blocks
+    )
+    _launch(f"pool_{dim}", arguments, max_blocks * len(old), rows, block_size, dim)
+
+
+def own_sums(rows: Rows, positions: Tensor, requests: Tensor, lengths: Tensor, block_size: int, sums: Tensor) -> None:
+    """Write the sum of each query's own block up to the query into ``sums``, fp32 ``[Q, D]``; not that of a query which completes it."""
+    dim = sums.shape[1]
+    arguments = _Own(
+        keys=_rows(rows), positions=positions.data_ptr(), requests=requests.data_ptr(), lengths=lengths.data_ptr(), sums=sums.data_ptr(),
+        num_queries=len(positions), num_requests=len(lengths), block_size=block_size,
+    )  # fmt: skip
+    _launch(f"own_{dim}", arguments, len(positions), rows, block_size, dim)
+
+
+def _rows(rows: Rows, width: int | None = None) -> _Rows:
+    return _Rows(
+        values=rows.values.data_ptr(), scales=rows.scales.data_ptr(), table=rows.table.data_ptr(),
+        table_width=rows.table_width if width is None else width, num_pages=rows.num_pages, page_size=rows.page_size,
+        value_stride=rows.value_stride, scale_stride=rows.scale_stride, scale_start=rows.scale_start,
+    )  # fmt: skip
+
+
+def _launch(name: str, arguments: ctypes.Structure, grid: int, rows: Rows, block_size: int, dim: int) -> None:
+    pages = -(-block_size // rows.page_size) + 1
+    shared = PARTS * PART * (dim + 4) + 4 * (dim // 32 + 1 + pages)
+    launch.launch("walk", name, arguments, grid, dim, shared, rows.values.device)

@@ -1,0 +1,221 @@
+// Sums of FP8 keys in position order, and the means of blocks: see cache/walks.py.
+//
+// A thread block of as many threads as a key has dims walks one block of keys, a dim a thread: a chain of additions in fp32, whose order is
+// the result's. Keys come through shared memory, a part of them ahead of the walk, for from device memory each took ten times as long.
+#include <device.cuh>  // by angles, so that the tests can put their own in its place
+
+constexpr u32 PART = 128;  // keys that are copied together
+constexpr u32 PARTS = 3;   // in shared memory: one that is walked, two under way
+constexpr u32 TURN = 16;   // keys that a thread reads ahead
+
+struct Rows {  // struct Rows of cache/device.py, of keys in pages
+  const unsigned char* values;
+  const float* scales;
+  const int* table;
+  u32 table_width, num_pages, page_size, value_stride, scale_stride, scale_start;
+};
+
+struct Pool {
+  Rows keys;
+  Rows means;  // with page_size 0: rows one after the other, table_width of them a request
+  const long long *olds, *news;  // [requests]: lengths before and after
+  u32 block_size, programs;      // thread blocks for a request
+};
+
+struct Own {
+  Rows keys;
+  const long long *positions, *requests, *lengths;
+  float* sums;  // [queries, dims]
+  u32 num_queries, num_requests, block_size;
+};
+
+template <u32 DIM>
+struct Part {
+  alignas(16) unsigned char values[PART][DIM];
+  alignas(16) float scales[PART];
+};
+
+template <u32 DIM>
+struct Workspace {
+  Part<DIM> parts[PARTS];
+  u32 warps[DIM / 32];
+  u32 run;
+  int pages[1];  // of all that a block of keys lies in
+};
+
+// A thread's values of the keys from `at` on, and their scales. A product of both is exact, since scales are powers of two.
+template <u32 DIM>
+struct Turn {
+  float values[TURN], scales[TURN];
+  __device__ __forceinline__ Turn(const Part<DIM>& part, u32 at) {
+#pragma unroll
+    for (u32 key = 0; key < TURN; key += 2) {
+      Two two = from_e4m3(part.values[at + key][threadIdx.x], part.values[at + key + 1][threadIdx.x]);
+      values[key] = two.a, values[key + 1] = two.b;
+    }
+#pragma unroll
+    for (u32 key = 0; key < TURN; key += 4) {
+      Four four = *(const Four*)(part.scales + at + key);
+      scales[key] = __uint_as_float(four.a), scales[key + 1] = __uint_as_float(four.b);
+      scales[key + 2] = __uint_as_float(four.c), scales[key + 3] = __uint_as_float(four.d);
+    }
+  }
+};
+
+// Begin to copy the keys from `first` of the walk on, of `count` in all; zeros where there is no page.
+template <u32 DIM>
+__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, u32 within, u32 first, u32 count) {
+  Part<DIM>& part = work.parts[first / PART % PARTS];
+  constexpr u32 PIECES = DIM / 16;  // of 16 bytes
+  for (u32 piece = threadIdx.x; piece < PART * PIECES; piece += DIM) {
+    u32 key = piece / PIECES, row = within + first + key;
+    if (first + key >= count) break;
+    int page = work.pages[row / rows.page_size];
+    Four* to = (Four*)(part.values[key] + piece % PIECES * 16);
+    if (page < 0)
+      *to = {0, 0, 0, 0};
+    else
+      copy_ahead(to, (const Four*)(rows.values + (u64)page * rows.value_stride + row % rows.page_size * DIM + piece % PIECES * 16));
+  }
+  u32 key = threadIdx.x * 4, row = within + first + key;
+  if (key < PART && first + key < count) {
+    int page = work.pages[row / rows.page_size];
+    Four* to = (Four*)(part.scales + key);
+    if (page < 0)
+      *to = {0, 0, 0, 0};
+    else
+      copy_ahead(to, (const Four*)(rows.scales + (u64)page * rows.scale_stride + rows.scale_start + row % rows.page_size));
+  }
+  commit_copies();
+}
+
+// The sum of keys `start .. start + count - 1` of a request in this thread's dim. `step` is told of each key's number and the sum up to it.
+// `start` and pages are multiples of 16. Begins at a barrier.
+template <u32 DIM, class Step>
+__device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, u32 count, Workspace<DIM>& work, const Step& step) {
+  u32 column = start / rows.page_size, within = start % rows.page_size;
+  for (u32 at = threadIdx.x; at * rows.page_size < within + count; at += DIM) {
+    int page = column + at < rows.table_width ? rows.table[request * rows.table_width + column + at] : -1;
+    work.pages[at] = (u32)page < rows.num_pages ? page : -1;
+  }
+  __syncthreads();
+  fetch(rows, work, within, 0, count);
+  fetch(rows, work, within, PART, count);
+  float sum = 0.0f;
+  for (u32 first = 0; first < count; first += PART) {
+    await_copies<1>();
+    __syncthreads();
+    fetch(rows, work, within, first + 2 * PART, count);
+    const Part<DIM>& part = work.parts[first / PART % PARTS];
+    u32 num = min(count - first, PART);
+    u32 at = 0;
+    Turn<DIM> turn(part, 0);
+    for (; at + TURN <= num; at += TURN) {
+      Turn<DIM> next(part, min(at + TURN, PART - TURN));  // ahead of the chain
+#pragma unroll
+      for (u32 key = 0; key < TURN; key++) step(first + at + key, sum = fma(turn.values[key], turn.scales[key], sum));
+      turn = next;
+    }
+    for (; at < num; at++) step(first + at, sum = fma(from_e4m3(part.values[at][threadIdx.x], 0).a, part.scales[at], sum));
+  }
+  __syncthreads();
+  return sum;
+}
+
+// Store a mean in FP8 as cache.fp8.quantize_fp8 does, to the bit: the scale is a power of two, from the bits of the largest magnitude. A mean
+// that is not finite is stored as NaN under scale 1.
+template <u32 DIM>
+__device__ __forceinline__ void store_mean(float mean, unsigned char* values, float* scale, Workspace<DIM>& work) {
+  u32 top = __reduce_max_sync(EVERY, __float_as_uint(mean) & 0x7fffffffu);
+  if (lane_of() == 0) work.warps[warp_of()] = top;
+  __syncthreads();
+  for (u32 warp = 0; warp < DIM / 32; warp++) top = max(top, work.warps[warp]);
+  bool finite = top < 0x7f800000u;
+  top = max(top, 0x38d1b717u);  // 1e-4
+  // The largest over 448 = 1.75 * 2**8, rounded up to a power of two.
+  u32 exponent = finite ? (top >> 23) - 8 + ((top & 0x7fffffu) > 0x600000u) : 127;
+  float inverse = __uint_as_float((254 - exponent) << 23);
+  values[threadIdx.x] = finite ? to_e4m3(mean * inverse) : 0x7f;
+  if (threadIdx.x == 0) *scale = __uint_as_float(exponent << 23);
+}
+
+// A thread block takes one block of a request's keys that became full.
+template <u32 DIM>
+__device__ __forceinline__ void pool_block(const Pool& pool) {
+  Workspace<DIM>& work = *(Workspace<DIM>*)shared_memory;
+  const Rows& means = pool.means;
+  u64 request = blockIdx.x / pool.programs;
+  u64 block = (u64)max(pool.olds[request], 0ll) / pool.block_size + blockIdx.x % pool.programs;
+  if (pool.news[request] < 0 || block >= (u64)pool.news[request] / pool.block_size) return;
+  u64 value = 0, scale = 0;
+  bool there;
+  if (means.page_size == 0) {
+    there = block < means.table_width;
+    value = (request * means.table_width + block) * DIM, scale = request * means.table_width + block;
+  } else {
+    u64 column = block / means.page_size;
+    int page = column < means.table_width ? means.table[request * means.table_width + column] : -1;
+    there = (u32)page < means.num_pages;
+    value = (u64)page * means.value_stride + block % means.page_size * DIM;
+    scale = (u64)page * means.scale_stride + means.scale_start + block % means.page_size;
+  }
+  if (!there) return;
+  float sum = walk(pool.keys, request, (u32)block * pool.block_size, pool.block_size, work, [](u32, float) {});
+  store_mean(sum / (float)pool.block_size, (unsigned char*)means.values + value, (float*)means.scales + scale, work);
+}
+
+struct Sight {
+  long long request, last, offset;  // offset: of the last key seen in its block; -1 where the block is seen whole, or nothing is
+};
+__device__ __forceinline__ Sight sight(const Own& own, u64 query) {
+  Sight seen{own.requests[query], -1, -1};
+  if (seen.request < 0 || seen.request >= own.num_requests) return {-1, -1, -1};
+  seen.last = max(min(own.positions[query], own.lengths[seen.request] - 1), -1ll);
+  if (seen.last >= 0 && (seen.last + 1) % own.block_size != 0) seen.offset = seen.last % own.block_size;
+  return seen;
+}
+
+// The sum of a query's own block up to the query; nothing is written where the query completes the block. Queries that stand behind one
+// another in a block, as in prefill, are served by one walk, by the first one's thread block.
+template <u32 DIM>
+__device__ __forceinline__ void own_block(const Own& own) {
+  Workspace<DIM>& work = *(Workspace<DIM>*)shared_memory;
+  constexpr u32 LOOKS = 8;  // of each thread at once
+  u64 query = blockIdx.x;
+  Sight seen = sight(own, query);
+  if (seen.offset < 0) return;
+  long long length = own.lengths[seen.request];
+  auto follows = [&](u64 other, u32 steps) {  // whether that query stands so many keys behind
+    return (own.requests[other] == seen.request) & (min(own.positions[other], length - 1) == seen.last + steps);
+  };
+  if (query > 0 && seen.offset > 0) {
+    Sight before = sight(own, query - 1);
+    if (before.request == seen.request && before.last == seen.last - 1) return;
+  }
+  u32 most = (u32)min((u64)own.num_queries - query, (u64)own.block_size - 1 - seen.offset), run = 0;
+  while (true) {
+    if (threadIdx.x == 0) work.run = most;
+    __syncthreads();
+    u32 stop = most;
+    for (u32 look = LOOKS; look-- > 0;) {
+      u32 step = run + look * DIM + threadIdx.x;
+      if (step < most && !follows(query + step, step)) stop = step;
+    }
+    atomicMin(&work.run, stop);
+    __syncthreads();
+    run += LOOKS * DIM;
+    if (work.run < run || run >= most) break;
+    __syncthreads();
+  }
+  run = work.run;
+  u32 offset = (u32)seen.offset;
+  float* to = own.sums + query * DIM + threadIdx.x;
+  walk(own.keys, seen.request, (u32)(seen.last - offset), offset + run, work, [&](u32 key, float sum) {
+    if (key >= offset) to[(u64)(key - offset) * DIM] = sum;
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(128) pool_128(const Pool pool) { pool_block<128>(pool); }
+extern "C" __global__ void __launch_bounds__(64) pool_64(const Pool pool) { pool_block<64>(pool); }
+extern "C" __global__ void __launch_bounds__(128) own_128(const Own own) { own_block<128>(own); }
+extern "C" __global__ void __launch_bounds__(64) own_64(const Own own) { own_block<64>(own); }
