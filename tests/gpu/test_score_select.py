@@ -84,6 +84,12 @@ def world(kind: str, lengths: list[int], num: int, heads: int, dim: int) -> tupl
         ("signs", [8000, 100], 300, 12, 128, 2048),
         ("normal", [70000], 1024, 8, 128, 2048),
         ("nan", [30000, 5000], 150, 32, 128, 2048),
+        # The sample's turns are left out.
+        ("normal", [140000], 1024, 32, 128, 2048),
+        ("sorted", [140000, 9000, 135000], 1024, 8, 128, 2048),
+        ("mixed", [131072, 140000], 520, 64, 128, 2048),
+        ("plateaus", [140000], 1024, 16, 64, 2048),
+        ("descending", [140000], 1024, 32, 128, 2048),
     ],
 )
 def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_property):

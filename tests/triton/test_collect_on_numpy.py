@@ -22,23 +22,27 @@ order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
 RUNS = 3
 STRIDE, WHOLE = 4, 1700  # of the sample, and which rows have a level
+TWIST = (1 - STRIDE) % RUNS
 
 
-def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
+def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of all consumers of every unit, after one program."""
     ring, places = TileRing(world, fused.STAGES), 32
     shape = ring.shape
     found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
     counts = np.full((world.num, RUNS * places), -7, np.int32)
+    if kept:
+        keep(world, room, found, counts, shape["BLOCK"], ring.tiles)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
     owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
-    num, num_keys, requests, pages, runs = (array(x, np.int32) for x in (world.num, 48 * 64, 2, world.pages, RUNS))
+    sizes = (world.num, 48 * 64, 2, world.pages, RUNS, STRIDE, TWIST, WHOLE)
+    num, num_keys, requests, pages, *turns = (array(x, np.int32) for x in sizes)
     plain(kernels._producer, gl, ring.loading)(
-        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, ring.slots, ring.scales, *ring.barriers,
-        shape["BLOCK"], ring.stages, D, PAGE, ring.tiles,
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *turns, 48, ring.slots, ring.scales, *ring.barriers,
+        shape["BLOCK"], ring.stages, D, PAGE, ring.tiles, kept,
     )  # fmt: skip
     quick = 0
 
@@ -58,24 +62,27 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     for half in range(2):
         plain(kernels._consumer, gl, instead)(
             None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,
-            num, world.heads, num_keys, requests, runs, found.shape[1], 0, 0, 0,
+            num, world.heads, num_keys, requests, *turns, found.shape[1], 0, 0, 0,
             None, ring.scales, ring.chunks(half), *ring.barriers,
-            half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles,
+            half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles, kept,
         )  # fmt: skip
         assert ring.all_read()
     assert quick > 20
     return found, counts
 
 
-def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray) -> None:
-    """What ``level_kernel`` enters: the sample's pairs, of tiles that eight rows of one request all see, if each is longer than WHOLE."""
+def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray, together: int, tiles: int) -> None:
+    """What ``level_kernel`` enters: the sample's pairs, of turns that rows of one request which collect together all see to their end, if
+    each is longer than WHOLE."""
     counts[:] = 0
     ends = world.positions + 1
+    sampled = {number * STRIDE + number % RUNS * TWIST % RUNS for number in range(48)}
     for row in range(world.num):
-        near = [n for n in range(row // 8 * 8, min(row // 8 * 8 + 8, world.num)) if world.owners[n] == world.owners[row]]
-        stop = min(ends[n] // 64 if ends[n] > WHOLE else 0 for n in near)
+        block = row // together * together
+        near = [n for n in range(block, min(block + together, world.num)) if world.owners[n] == world.owners[row]]
+        stop = min(ends[n] // (64 * tiles) if ends[n] > WHOLE else 0 for n in near)
         for key, bits in world.passing(row).items():
-            if key // 64 < stop and key // 64 % STRIDE == 0:
+            if key // (64 * tiles) < stop and key // (64 * tiles) in sampled:
                 to = key % counts.shape[1]
                 if counts[row, to] < room:
                     found[row, to * room + counts[row, to]] = bits << 32 | key
@@ -88,14 +95,14 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
     found = np.full((world.num, RUNS * 64 * room), -7)
     counts = np.full((world.num, RUNS * 64), -7, np.int32)
     if kept:
-        keep(world, room, found, counts)
+        keep(world, room, found, counts, 8, 1)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
     owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
-    sizes = (world.num, 48 * 64, 2, world.pages, RUNS, STRIDE, WHOLE)
-    num, num_keys, requests, pages, runs, stride, whole = (array(x, np.int32) for x in sizes)
+    sizes = (world.num, 48 * 64, 2, world.pages, RUNS, STRIDE, TWIST, WHOLE)
+    num, num_keys, requests, pages, *turns = (array(x, np.int32) for x in sizes)
     fetched: list[tuple[int, bool]] = []  # page, and whether it was there: if not, its scales are NaN
     turn: dict[str, Any] = {"count": 0, "there": False}
 
@@ -139,7 +146,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
     tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
     mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
     plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier, "fence_async_shared": lambda: None})(
-        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, stride, whole, 48,
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *turns, 48,
         Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE, kept,
     )  # fmt: skip
 
@@ -167,8 +174,8 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
     for which in range(4):
         turn["count"] = 0
         plain(quads._consumer, gl, instead)(
-            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, runs,
-            stride, whole, 0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room, kept,
+            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, *turns,
+            0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room, kept,
         )  # fmt: skip
         assert turn["count"] == len(fetched)
     return found, counts
@@ -179,7 +186,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("room", [12, 72])
 def test_every_pair_that_passes_is_listed_once(heads, num, room, seed):
     world = World(heads, num, seed)
-    found, counts = collect_quads(world, room, seed % 2 == 1) if heads > fused.QUADS else collect(world, room)
+    found, counts = (collect_quads if heads > fused.QUADS else collect)(world, room, seed % 2 == 1)
     exact = 0
     for row in range(num):
         want = world.passing(row)

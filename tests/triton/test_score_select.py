@@ -36,11 +36,16 @@ def rows_of(width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.tensor([width, width, width, width - 5, width, width, width, width, topk - 3, 0])
 
 
+def sampled(plan):
+    """Tiles of the sample, ascending, as far as any of these rows goes."""
+    turns = [number * plan.stride + number % plan.spread * plan.twist % plan.spread for number in range(100)]
+    return torch.tensor([turn * plan.tiles + tile for turn in turns for tile in range(plan.tiles)])
+
+
 def find_levels(scores, ends, plan):
-    tiles = -(-scores.shape[1] // kernels.TILE)
-    width = -(-tiles // plan.stride) * kernels.TILE
+    width = kernels.sampled_tiles(-(-scores.shape[1] // kernels.TILE), plan.tiles, plan.stride) * kernels.TILE
     column = torch.arange(width)
-    key = column // 64 * plan.stride * 64 + column % 64
+    key = sampled(plan)[column // 64] * 64 + column % 64
     seen = (key // 64 + 1) * 64 <= ends[:, None]
     sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(~seen, -math.inf)
     levels, level_keys = torch.full(ends.shape, math.nan), torch.full(ends.shape, -9, dtype=torch.int32)
@@ -48,8 +53,9 @@ def find_levels(scores, ends, plan):
     found = torch.full((len(ends), plan.lists, plan.room), -7)
     counts = torch.full((len(ends), plan.lists), -9 if plan.kept else 0, dtype=torch.int32)
     parts.level_kernel[(len(ends),)](
-        sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.want, plan.slack, 200,
-        sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room, ROWS=TOGETHER, WARPS=1,
+        sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.spread, plan.twist,
+        plan.want, plan.slack, 200, sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
+        ROWS=TOGETHER, TILES=plan.tiles, WARPS=1,
     )  # fmt: skip
     return levels, level_keys, found, counts
 
@@ -60,11 +66,11 @@ def requests_of(ends):
 
 
 def left_out(ends, plan):
-    """Tiles, for each row, before which collecting leaves the sample's out."""
+    """Turns, for each row, before which collecting leaves the sample's out."""
     if not plan.kept:
         return [0] * len(ends)
     group = [(row // TOGETHER, request) for row, request in enumerate(requests_of(ends).tolist())]
-    stops = [end // 64 if end > 200 else 0 for end in ends.tolist()]
+    stops = [end // (64 * plan.tiles) if end > 200 else 0 for end in ends.tolist()]
     return [min(stop for stop, other in zip(stops, group, strict=True) if other == mine) for mine in group]
 
 
@@ -76,7 +82,7 @@ def collect(scores, ends, levels, level_keys, found, counts, plan):
         key = torch.arange(len(mine))
         passes = (mine > levels[row]) | ((mine == levels[row]) & (key <= level_keys[row]))
         if plan.kept:
-            passes &= (key // 64 % plan.stride > 0) | (key // 64 >= stop)
+            passes &= ~torch.isin(key // 64, sampled(plan)) | (key // 64 // plan.tiles >= stop)
         for n in key[passes].tolist():
             which = n // 64 % plan.runs * places + n % places
             if counts[row, which] < plan.room:
@@ -110,13 +116,15 @@ def settle(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("with_scores", "kept", "held"), [(True, False, None), (False, False, None), (True, True, 100)])
+@pytest.mark.parametrize(
+    ("with_scores", "kept", "tiles", "held"), [(True, False, 1, None), (False, False, 2, None), (True, True, 1, 100), (True, True, 2, None)]
+)
 @pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
 @pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept, held, settle):
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept, tiles, held, settle):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
-    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room, kept)
+    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room, tiles, kept)
     scores, ends = rows_of(width, topk)
     levels, level_keys, found, counts = find_levels(scores, ends, plan)
     if kept:
@@ -138,10 +146,9 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
 @needs_compiler
 def test_scores_of_a_sample_too_poor_for_a_level_are_kept(settle):
     """All but a few of a row's sample are NaN, those few are its best, and what lies between the sample's tiles fits into the lists."""
-    plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16, True)
+    plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16, kept=True)
     scores, ends = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0)), torch.tensor([1500, 1500])
-    sampled = torch.arange(1500) // 64 % 2 == 0
-    scores[0, sampled] = math.nan
+    scores[0, torch.isin(torch.arange(1500) // 64, sampled(plan))] = math.nan
     scores[0, 5:25] = 9.0
     levels, level_keys, found, counts = find_levels(scores, ends, plan)
     assert (levels[0], counts[0].sum()) == (-math.inf, 20)
@@ -153,19 +160,20 @@ def test_scores_of_a_sample_too_poor_for_a_level_are_kept(settle):
     assert torch.equal(lengths, want.lengths)
 
 
-@pytest.mark.parametrize("stride", [0, 3])
-def test_rows_are_prepared(stride):
+@pytest.mark.parametrize(("stride", "runs", "tiles"), [(0, 1, 1), (3, 1, 1), (4, 4, 1), (5, 3, 2), (4, 1, 2)])
+def test_rows_are_prepared(stride, runs, tiles):
     """Ends, levels and the sample's pages, out of positions and requests that need not be there, and of any table's strides."""
     table = torch.arange(2 * 300, dtype=torch.int32).view(300, 2).T.flip(0)
     generator = torch.Generator().manual_seed(1)
     positions, requests = (torch.randint(low, high, (200,), generator=generator) for low, high in ((-1, 20000), (-1, 3)))
     lengths, room = torch.tensor([7000, 90000]), 300 * kernels.TILE
-    sampled = -(-300 // stride) if stride else 0
+    plan = kernels.Plan(stride, 0, 0, runs, 0, 0, 0, tiles, kept=runs > 1)
+    columns = kernels.sampled_tiles(300, tiles, stride) if stride else 0
     ends, last = torch.full((200,), -9), torch.full((200,), -9)
-    levels, level_keys, pages = torch.zeros(200), torch.zeros(200, dtype=torch.int32), torch.full((2, sampled), -9, dtype=torch.int32)
-    parts.prepare_kernel[(5,)](
-        positions, requests, lengths, table, ends, levels, level_keys, last, pages, 200, 2, room, stride, sampled, *table.stride(),
-        TILE=kernels.TILE, BLOCK=64, SAMPLED=stride > 0,
+    levels, level_keys, pages = torch.zeros(200), torch.zeros(200, dtype=torch.int32), torch.full((2, columns), -9, dtype=torch.int32)
+    parts.prepare_kernel[(-(-max(200, 2 * columns) // 64),)](
+        positions, requests, lengths, table, ends, levels, level_keys, last, pages, 200, 2, room, stride, plan.spread, plan.twist,
+        columns, 300, *table.stride(), TILE=kernels.TILE, TILES=tiles, BLOCK=64, SAMPLED=stride > 0,
     )  # fmt: skip
     known = (requests >= 0) & (requests < 2)
     want = (torch.minimum(positions + 1, lengths.clamp(max=room)[requests.where(known, 0)])).where(known, 0)
@@ -173,8 +181,10 @@ def test_rows_are_prepared(stride):
     assert (levels == -math.inf).all()
     assert (level_keys == -1).all()
     if stride:
-        assert torch.equal(pages, table[:, ::stride])
-        whole = [[tile for tile in range(end // kernels.TILE) if tile % stride == 0] for end in want.tolist()]
+        tile = sampled(plan)[:columns]
+        assert torch.equal(pages, torch.where(tile < 300, table[:, tile.clamp(max=299)], -1))
+        assert runs == 1 or torch.bincount(tile // tiles % runs).amin() >= columns // tiles // runs, "each run has its share"
+        whole = [[at for at in tile.tolist() if at < end // kernels.TILE] for end in want.tolist()]
         assert last.tolist() == [len(tiles) * kernels.TILE - 1 for tiles in whole]
 
 

@@ -56,7 +56,7 @@ def _consumer(
             for tile in range(begin, stop):
                 n0 = tile * KEYS
                 slot = turn & (STAGES - 1)
-                mbarrier.wait(full.index(slot), turn // STAGES & 1)
+                mbarrier.wait(full.index(slot), (turn & STAGES) // STAGES)
                 acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
                 scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
                 dots = warpgroup_mma_wait(0, [acc])

@@ -6,7 +6,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from thresher.ops.index_score.gluon_tiles import along, sight
+from thresher.ops.index_score.gluon_tiles import KEYS, NO_REQUEST, along, sight
 
 QUICK = gl.constexpr(15)  # turns in a row, at most, that do not look at whether a list is full
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
@@ -16,6 +16,23 @@ NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
 def first_of_run(begin, run, runs):
     """The first number from ``begin`` on that belongs to the run: run r of R has every R-th from r on."""
     return begin + (run + runs - begin % runs) % runs
+
+
+@gluon.jit
+def first_left_out(run, runs, stride, twist, end, mine, whole, TILES: gl.constexpr):
+    """``(turn, bound)``: the first turn of the run that the sample has, and before which turn such are left out, since ``level_kernel`` has
+    entered their pairs; ``NO_REQUEST`` where there is none. Others follow ``runs * stride`` apart.
+
+    The rows ``mine`` of one request, of which each has a level, see the turns before ``bound`` to their end.
+    """
+    bound = gl.min(gl.where(mine, gl.where(end > whole, end // (KEYS * TILES), 0), NO_REQUEST), 0)
+    return left_out(run * stride + run * twist % runs, bound), bound
+
+
+@gluon.jit
+def left_out(turn, bound):
+    """A sampled turn if it is left out, else none that will ever come."""
+    return gl.where(turn < bound, turn, NO_REQUEST)
 
 
 @gluon.jit

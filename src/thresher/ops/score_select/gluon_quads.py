@@ -13,19 +13,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
 from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, absent, find_page, live, ring, scale_ring, sight
-from thresher.ops.score_select.gluon_lists import first_of_run
-
-
-@gluon.jit
-def _sampled(end, mine, whole):
-    """Before which tile those of the sample are left out: the block's rows of one request, of which each has a level, see them all."""
-    return gl.min(gl.where(mine, gl.where(end > whole, end // KEYS, 0), NO_REQUEST), 0)
+from thresher.ops.score_select.gluon_lists import first_left_out, first_of_run, left_out
 
 
 @gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, whole, table_row,
-    buffers, scale_buffers, full, empty,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, twist, whole,
+    table_row, buffers, scale_buffers, full, empty,
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile and its scales that a consumer will ask for, in the same order."""
@@ -38,58 +32,44 @@ def _producer(
         start, end, owner = sight(rows, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
-            begin, stop = live(start, end, owner == current, 0, tiles)
-            begin = first_of_run(begin, unit % runs, runs)
+            mine = owner == current
+            begin, stop = live(start, end, mine, 0, tiles)
+            tile = first_of_run(begin, unit % runs, runs)
+            skip, bound = begin * 0 + NO_REQUEST, begin
+            if KEPT:
+                skip, bound = first_left_out(unit % runs, runs, stride, twist, end, mine, whole, 1)
             table = page_table + current.to(gl.int64) * table_row
             page, valid = begin * 0, begin < begin
-            if begin < stop:
-                page, valid = find_page(table, begin, num_pages, PAGE)
-            sampled = _sampled(end, owner == current, whole) if KEPT else begin * 0
-            for tile in range(begin, stop, runs):
-                # Asked for one tile ahead, so that nothing waits for the answer.
-                page_ahead, valid_ahead = find_page(table, gl.minimum(tile + runs, stop - 1), num_pages, PAGE)
-                if (tile & stride - 1 != 0) | (tile >= sampled):
+            if tile < stop:
+                page, valid = find_page(table, gl.minimum(tile + gl.where(tile == skip, runs, 0), stop - 1), num_pages, PAGE)
+            while tile < stop:
+                for now in range(tile, gl.minimum(skip, stop), runs):
+                    # Asked for one tile ahead, so that nothing waits for the answer.
+                    ahead = now + runs
+                    ahead += gl.where(ahead == skip, runs, 0)
+                    page_ahead, valid_ahead = find_page(table, gl.minimum(ahead, stop - 1), num_pages, PAGE)
                     slot = turn & (STAGES - 1)
                     scales = scale_buffers.index(turn & (2 * STAGES - 1))
-                    mbarrier.wait(empty.index(slot), (turn // STAGES & 1) ^ 1)
+                    mbarrier.wait(empty.index(slot), (turn & STAGES) // STAGES ^ 1)
                     if valid:
                         mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
-                        tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + tile * KEYS % PAGE], full.index(slot), scales)
+                        tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + now * KEYS % PAGE], full.index(slot), scales)
                     else:  # a page that is not there is seen by nobody: no score passes
                         scales.store(nowhere)
                         fence_async_shared()
                         mbarrier.expect(full.index(slot), KEYS * D)
-                    tma.async_copy_global_to_shared(k_desc, [page, tile * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
+                    tma.async_copy_global_to_shared(k_desc, [page, now * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
                     turn += 1
-                page, valid = page_ahead, valid_ahead
+                    page, valid = page_ahead, valid_ahead
+                tile = gl.minimum(skip, stop) + runs
+                skip = left_out(gl.minimum(skip, bound) + runs * stride, bound)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-
-
-@gluon.jit
-def _score_tile(
-    buffers, scale_buffers, full, empty, mat, w, lane, zero, place, level, level_key, last, tile, turn, at, limit, found,
-    STAGES: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """Score a tile and append what passes; returns where the lists go on."""
-    slot = turn & (STAGES - 1)
-    mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
-    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
-    key = tile * KEYS + place
-    PLACE: gl.constexpr = level.type.layout
-    scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
-    dots = warpgroup_mma_wait(0, [acc])
-    mbarrier.arrive(empty.index(slot))
-    score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
-    keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
-    pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
-    gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
-    return at + keep.to(gl.int32)
 
 
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -121,33 +101,38 @@ def _consumer(
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
-            begin, stop = live(start, end, owner == current, 0, tiles)
-            begin = first_of_run(begin, run, runs)
+            mine = owner == current
+            begin, stop = live(start, end, mine, 0, tiles)
+            tile = first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
-            middle = begin
+            skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
-                middle = first_of_run(gl.maximum(gl.minimum(_sampled(end, owner == current, whole), stop), begin), run, runs)
-                for tile in range(begin, middle, runs):
-                    if tile & stride - 1 != 0:
-                        at = _score_tile(
-                            buffers, scale_buffers, full, empty, mat, w, lane, zero, place, level, level_key, last, tile, turn, at, limit,
-                            found, STAGES, D,
-                        )  # fmt: skip
-                        turn += 1
-            for tile in range(middle, stop, runs):
-                at = _score_tile(
-                    buffers, scale_buffers, full, empty, mat, w, lane, zero, place, level, level_key, last, tile, turn, at, limit, found,
-                    STAGES, D,
-                )  # fmt: skip
-                turn += 1
+                skip, bound = first_left_out(run, runs, stride, twist, end, mine, whole, 1)
+            while tile < stop:
+                for now in range(tile, gl.minimum(skip, stop), runs):
+                    slot = turn & (STAGES - 1)
+                    mbarrier.wait(full.index(slot), (turn & STAGES) // STAGES)
+                    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
+                    key = now * KEYS + place
+                    scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
+                    dots = warpgroup_mma_wait(0, [acc])
+                    mbarrier.arrive(empty.index(slot))
+                    score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
+                    keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
+                    pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
+                    gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
+                    at += keep.to(gl.int32)
+                    turn += 1
+                tile = gl.minimum(skip, stop) + runs
+                skip = left_out(gl.minimum(skip, bound) + runs * stride, bound)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + index, at - index * ROOM, mask=here)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "twist", "whole"])
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, twist, whole, q_row, q_head, w_row, table_row,
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
@@ -157,19 +142,19 @@ def collect_quads_kernel(
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM, KEPT)),
             (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
-                stride, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),
+                stride, twist, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

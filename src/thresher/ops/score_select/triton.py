@@ -1,8 +1,8 @@
 """Score and select on Hopper without a matrix of scores.
 
-1. ``prepare_kernel``, ``paged_index_score`` over every S-th tile of 64 keys, and ``level_kernel``: a level for each row that somewhat more
-   than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass as a whole.
-2. ``collect_kernel`` scores every key and keeps what lies above the level.
+1. ``prepare_kernel``, ``paged_index_score`` over one of every S turns, one or two tiles of 64 keys each, and ``level_kernel``: a level for
+   each row that somewhat more than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass whole.
+2. ``collect_kernel`` scores every key, where it can all but the sample's, and keeps what lies above the level.
 3. ``settle``, in CUDA C++, selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
 4. ``score_marked_kernel`` scores the first of the marked rows, all programs together, and ``redo_kernel`` selects from them, a program a
    row, and scores the others too.
@@ -53,14 +53,15 @@ class Plan:
     """How rows are cut: a function of shapes alone.
 
     Attributes:
-        stride: every stride-th tile is in the sample; 0 where rows are short enough to be collected whole.
+        stride: one of every stride turns is in the sample; 0 where rows are short enough to be collected whole.
+        tiles: of 64 keys, that are a turn.
         want: which largest of the sample the level is.
         slack: how many places the level may be lower, to end its search sooner.
         runs: runs that a row's turns are dealt into.
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
         row: entries that a row's lists take.
-        kept: whether lists begin with what passes of the sample, whose tiles are then to be left out in collecting.
+        kept: whether lists begin with what passes of the sample, whose turns are then left out in collecting.
     """
 
     stride: int
@@ -70,7 +71,28 @@ class Plan:
     lists: int
     room: int
     row: int
+    tiles: int = 1
     kept: bool = False
+
+    @property
+    def spread(self) -> int:
+        """How many runs the sample's turns are dealt to: see ``triton_kernels.sampled_turn``."""
+        return self.runs if self.kept else 1
+
+    @property
+    def twist(self) -> int:
+        """``sampled_turn``'s."""
+        return (1 - self.stride) % self.spread
+
+
+def tiles_of_turn(num_heads: int) -> int:
+    """Tiles that a program collects from at a time."""
+    return 1 if num_heads > QUADS else layout(num_heads)["TILES"]
+
+
+def sampled_tiles(num_tiles: int, tiles: int, stride: int) -> int:
+    """Tiles of the sample of rows of ``num_tiles``, of which ``tiles`` are a turn."""
+    return triton.cdiv(triton.cdiv(num_tiles, tiles), stride) * tiles
 
 
 def rows_together(num_heads: int) -> int:
@@ -106,9 +128,10 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     most = max(most, likely + 3.5 * math.sqrt(likely))
     room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
     row = lists * room + (PAST if heads <= QUADS else 0)
+    tiles = tiles_of_turn(heads)
     if room_tokens <= lists * room:
-        return Plan(0, 0, 0, runs, lists, room, row)
-    return Plan(stride, want, want // 16, runs, lists, room, row, heads > QUADS)
+        return Plan(0, 0, 0, runs, lists, room, row, tiles)
+    return Plan(stride, want, want // 16, runs, lists, room, row, tiles, kept=stride >= max(runs, 2))
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
@@ -141,7 +164,7 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
     room_tokens = keys.room
-    if triton.cdiv(keys.page_table.shape[1], sample_stride(room_tokens, topk)) * TILE > MAX_SAMPLE:
+    if sampled_tiles(keys.page_table.shape[1], tiles_of_turn(query.num_heads), sample_stride(room_tokens, topk)) * TILE > MAX_SAMPLE:
         return f"needs a larger topk than {topk} for a page table with room for {room_tokens} keys"
     return None
 
@@ -227,14 +250,15 @@ def find_levels(
 ) -> None:
     """Write each row's end and level, which takes the scores of the sample unless rows are short."""
     num, requests, stride = query.num_queries, query.requests.contiguous(), plan.stride
-    sampled = triton.cdiv(keys.page_table.shape[1], stride) if stride else 0
+    table_tiles = keys.page_table.shape[1]
+    sampled = sampled_tiles(table_tiles, plan.tiles, stride) if stride else 0
     table = torch.empty(keys.num_requests, sampled, dtype=torch.int32, device=query.q.device)
     last_seen = torch.empty(num, dtype=torch.int64, device=query.q.device) if stride else ends
     with on_device(query.q):
         prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
             query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
-            num, keys.num_requests, keys.room, stride, sampled, *keys.page_table.stride(),
-            TILE=TILE, BLOCK=PREPARED, SAMPLED=stride > 0,
+            num, keys.num_requests, keys.room, stride, plan.spread, plan.twist, sampled, table_tiles, *keys.page_table.stride(),
+            TILE=TILE, TILES=plan.tiles, BLOCK=PREPARED, SAMPLED=stride > 0,
         )  # fmt: skip
     if not stride:
         return
@@ -244,9 +268,10 @@ def find_levels(
     warps = min(max(block // SAMPLED, 4), 32)
     with on_device(query.q):
         level_kernel[(num,)](
-            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.want, plan.slack, plan.lists * plan.room,
-            sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-            ROWS=rows_together(query.num_heads), WARPS=warps, num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
+            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.spread, plan.twist, plan.want, plan.slack,
+            plan.lists * plan.room, sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
+            ROWS=rows_together(query.num_heads), TILES=plan.tiles, WARPS=warps, num_warps=warps,
+            maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
         )  # fmt: skip
 
 
@@ -261,17 +286,18 @@ def collect(
     desc, scales, table, record = paged_keys(keys)
     q, weights = unit_rows(query.q), unit_rows(query.weights)
     rows = (query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table, levels, level_keys, found, counts)
-    sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0], plan.runs)
+    sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0])
+    turns = (plan.runs, plan.stride, plan.twist, plan.lists * plan.room)
     strides = (q.stride(0), q.stride(1), weights.stride(0))
     tiles = scale_tiles(scales, len(keys.pages), record // 4)
     if query.num_heads > QUADS:
         collect_quads_kernel[(programs,)](
-            desc, tiles, q, weights, *rows, *sizes, plan.stride, plan.lists * plan.room, *strides, table.stride(0),
+            desc, tiles, q, weights, *rows, *sizes, *turns, *strides, table.stride(0),
             STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
-        desc, tiles, q, weights, *rows, *sizes, found.stride(0), *strides, table.stride(0),
-        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
+        desc, tiles, q, weights, *rows, *sizes, *turns, found.stride(0), *strides, table.stride(0),
+        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **constants, **OPTIONS,
     )  # fmt: skip

@@ -13,12 +13,22 @@ _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 
 
 @triton.jit
+def sampled_turn(number, stride, spread, twist):
+    """Which turn of ``TILES`` tiles is in the sample as this one: one of every stride turns, in run ``number % spread``.
+
+    ``spread``: the runs that collecting shares turns out to, run r those that leave r, so that each has as many to leave out; or 1, for
+    every stride-th turn. ``twist``: ``(1 - stride) % spread``.
+    """
+    return number * stride + number % spread * twist % spread
+
+
+@triton.jit
 def prepare_kernel(
     positions, requests, lengths, page_table, ends, levels, level_keys, last_seen, table,
-    num_rows, num_requests, room_tokens, stride, num_sampled, table_row, table_page,
-    TILE: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
+    num_rows, num_requests, room_tokens, stride, spread, twist, num_sampled, table_width, table_row, table_page,
+    TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """What the others ask of rows, and the sample's page table: every stride-th page, ``num_sampled`` for each request.
+    """What the others ask of rows, and the sample's page table: that of ``sampled_turn``, ``num_sampled`` pages for each request.
 
     ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass. ``last_seen``: the last of the sample's
     columns that a row sees, which are the tiles that it sees to their end.
@@ -33,34 +43,49 @@ def prepare_kernel(
     tl.store(levels + at, tl.full([BLOCK], float("-inf"), tl.float32), mask=here)
     tl.store(level_keys + at, tl.full([BLOCK], -1, tl.int32), mask=here)
     if SAMPLED:
-        tl.store(last_seen + at, (end // TILE + stride - 1) // stride * TILE - 1, mask=here)
+        seen = end // TILE
+        turns = seen // TILES
+        number = turns // stride
+        edge = sampled_turn(number, stride, spread, twist)
+        tiles = number * TILES + tl.where(edge < turns, TILES, tl.where(edge == turns, seen % TILES, 0))
+        tl.store(last_seen + at, tiles * TILE - 1, mask=here)
+        column = at % num_sampled
+        tile = sampled_turn(column // TILES, stride, spread, twist) * TILES + column % TILES
+        inside = at < num_requests * num_sampled
         page = tl.load(
-            page_table + (at // num_sampled).to(tl.int64) * table_row + (at % num_sampled).to(tl.int64) * stride * table_page,
-            mask=at < num_requests * num_sampled,
-        )
-        tl.store(table + at, page, mask=at < num_requests * num_sampled)
+            page_table + (at // num_sampled).to(tl.int64) * table_row + tile.to(tl.int64) * table_page,
+            mask=inside & (tile < table_width), other=-1,
+        )  # fmt: skip
+        tl.store(table + at, page, mask=inside)
+
+
+@triton.jit
+def _key_of(column, stride, spread, twist, TILES: tl.constexpr):
+    """The key that a column of the sample is."""
+    tile = column // 64
+    return (sampled_turn(tile // TILES, stride, spread, twist) * TILES + tile % TILES) * 64 + column % 64
 
 
 @triton.jit
 def _keep(
-    row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row,
-    BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+    row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, twist, whole, found_row,
+    BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Enter what passes of a row's sample into its lists, whose counts are 0, from the tiles that collecting then leaves out.
+    """Enter what passes of a row's sample into its lists, whose counts are 0, from the turns that collecting then leaves out.
 
-    ``ROWS`` rows collect together. Of those that have one request, the tiles are left out that all see to their end, none if any of these
+    ``ROWS`` rows collect together. Of those that have one request, the turns are left out that all see to their end, none if any of these
     rows is so short that it needs no level. ``sample`` is at the row's start. Few pass, so each thread enters its own one by one.
     """
     near = row // ROWS * ROWS + tl.arange(0, ROWS)
     same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
     end = tl.load(ends + near, mask=same, other=0)
-    stop = tl.min(tl.where(same, tl.where(end > whole, end // 64, 0), 2**31 - 1), axis=0)
-    passes = passes & (tl.arange(0, BLOCK) // 64 * stride < stop)
-    word = pack(tl.reshape(passes, [BLOCK // 32, 32]), BLOCK)
+    stop = tl.min(tl.where(same, tl.where(end > whole, end // (64 * TILES), 0), 2**31 - 1), axis=0)
+    turn = sampled_turn(tl.arange(0, BLOCK) // (64 * TILES), stride, spread, twist)
+    word = pack(tl.reshape(passes & (turn < stop), [BLOCK // 32, 32]), BLOCK)
     for _turn in range(tl.max(count_bits(word), axis=0)):
         live = word != 0
         column = tl.arange(0, BLOCK // 32) * 32 + lowest_bit(word)
-        key = column // 64 * (stride * 64) + column % 64
+        key = _key_of(column, stride, spread, twist, TILES)
         to = key % LISTS  # any would do
         place = tl.atomic_add(counts + row * LISTS + to, 1, mask=live, sem="relaxed")
         bits = tl.load(sample + column, mask=live, other=0.0).to(tl.int32, bitcast=True)
@@ -71,13 +96,14 @@ def _keep(
 
 @triton.jit
 def level_kernel(
-    sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, want, slack, whole, sample_row, found_row,
-    BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
+    sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, spread, twist, want, slack, whole, sample_row,
+    found_row, BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
-    Column c of the sample is the key ``c // 64 * stride * 64 + c % 64``. A row of up to ``whole`` keys gets -inf: all of it is collected.
-    So does one whose sample has too few scores, which its lists will not hold. Where ``KEPT``, the sample's own pairs go to the lists.
+    Which keys the sample's columns are, ``_key_of`` says. A row of up to ``whole`` keys gets -inf: all of it is collected. So does one
+    whose sample has too few scores, which its lists will not hold. Where ``KEPT``, the sample's own pairs go to the lists.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -104,8 +130,11 @@ def level_kernel(
                 last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
                 level_key = (last + 1) * stride - 1
     if KEPT:  # with a level or without: collecting leaves the tiles out either way
-        key = column // 64 * (stride * 64) + column % 64
+        key = _key_of(column, stride, spread, twist, TILES)
         passes = (score > level) | ((score == level) & (key <= level_key))
-        _keep(row, passes, sample, requests, ends, found, counts, num_rows, stride, whole, found_row, BLOCK, LISTS, ROOM, ROWS)
+        _keep(
+            row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, twist, whole, found_row,
+            BLOCK, LISTS, ROOM, ROWS, TILES,
+        )  # fmt: skip
     tl.store(levels + row, level)
     tl.store(level_keys + row, level_key)
