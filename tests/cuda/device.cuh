@@ -259,6 +259,6 @@ inline unsigned char to_e4m3(float value) {
   u32 steps = (u32)std::nearbyint(std::ldexp(size, 10 - (int)exponent));  // of the last place; 16 of them are the next exponent's 8
   return (unsigned char)(sign | std::min((exponent - 1) * 8 + steps, 126u));
 }
-using std::fma;
+inline float fmaf(float a, float b, float c) { return std::fma(a, b, c); }
 using std::max;
 using std::min;

@@ -48,8 +48,8 @@ def can_walk(rows: Rows, block_size: int, dim: int) -> bool:
 
 def fits(rows: Rows, block_size: int, dim: int) -> bool:
     """Whether keys lie as these kernels read them, 16 bytes at a time."""
-    sixteens = (rows.page_size, block_size, rows.values.data_ptr())
-    return dim in (64, 128) and rows.page_size > 0 and all(x % 16 == 0 for x in sixteens)
+    size = rows.page_size
+    return dim in (64, 128) and size >= 16 and size & (size - 1) == 0 and block_size % 16 == 0 and rows.values.data_ptr() % 16 == 0
 
 
 def pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int, out: Rows, out_width: int, dim: int) -> None:

@@ -62,61 +62,74 @@ struct Turn {
   }
 };
 
-// Begin to copy the keys from `first` of the walk on, of `count` in all; zeros where there is no page.
+// Where the keys of a walk lie: the first is `within` a page, whose size is 1 << shift, the first of work.pages.
+struct Place {
+  u32 shift, within;
+};
+
+// Begin to copy 16 bytes, zeros where there is no page: `page` is its number in the walk.
 template <u32 DIM>
-__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, u32 within, u32 first, u32 count) {
+__device__ __forceinline__ void fetch_piece(void* to, const void* from, u64 stride, u64 offset, u32 page, const Workspace<DIM>& work) {
+  int held = work.pages[page];
+  if (held < 0)
+    *(Four*)to = {0, 0, 0, 0};
+  else
+    copy_ahead((Four*)to, (const Four*)((const unsigned char*)from + (u64)held * stride + offset));
+}
+
+// Begin to copy the keys from `first` of the walk on, of `count` in all.
+template <u32 DIM>
+__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Place place, u32 first, u32 count) {
   Part<DIM>& part = work.parts[first / PART % PARTS];
-  constexpr u32 PIECES = DIM / 16;  // of 16 bytes
-  for (u32 piece = threadIdx.x; piece < PART * PIECES; piece += DIM) {
-    u32 key = piece / PIECES, row = within + first + key;
-    if (first + key >= count) break;
-    int page = work.pages[row / rows.page_size];
-    Four* to = (Four*)(part.values[key] + piece % PIECES * 16);
-    if (page < 0)
-      *to = {0, 0, 0, 0};
-    else
-      copy_ahead(to, (const Four*)(rows.values + (u64)page * rows.value_stride + row % rows.page_size * DIM + piece % PIECES * 16));
+  constexpr u32 PIECES = DIM / 16;  // of a key, of 16 bytes
+  u32 mask = (1u << place.shift) - 1;
+#pragma unroll
+  for (u32 turn = 0; turn < PART * PIECES / DIM; turn++) {
+    u32 piece = turn * DIM + threadIdx.x, key = piece / PIECES, row = place.within + first + key, at = piece % PIECES * 16;
+    if (first + key < count)
+      fetch_piece(part.values[key] + at, rows.values, rows.value_stride, (row & mask) * DIM + at, row >> place.shift, work);
   }
-  u32 key = threadIdx.x * 4, row = within + first + key;
-  if (key < PART && first + key < count) {
-    int page = work.pages[row / rows.page_size];
-    Four* to = (Four*)(part.scales + key);
-    if (page < 0)
-      *to = {0, 0, 0, 0};
-    else
-      copy_ahead(to, (const Four*)(rows.scales + (u64)page * rows.scale_stride + rows.scale_start + row % rows.page_size));
+  for (u32 key = threadIdx.x * 4; key < PART && first + key < count; key += 4 * DIM) {
+    u32 row = place.within + first + key;
+    u64 offset = 4 * ((u64)rows.scale_start + (row & mask));
+    fetch_piece(part.scales + key, rows.scales, 4 * (u64)rows.scale_stride, offset, row >> place.shift, work);
   }
   commit_copies();
 }
 
-// The sum of keys `start .. start + count - 1` of a request in this thread's dim. `step` is told of each key's number and the sum up to it.
-// `start` and pages are multiples of 16. Begins at a barrier.
-template <u32 DIM, class Step>
-__device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, u32 count, Workspace<DIM>& work, const Step& step) {
-  u32 column = start / rows.page_size, within = start % rows.page_size;
-  for (u32 at = threadIdx.x; at * rows.page_size < within + count; at += DIM) {
+// The sum of keys `start .. start + count - 1` of a request in this thread's dim. `use` is told of each key's number and the sum up to it, up to
+// TURN of them at a time. `start` is a multiple of 16, a page's size too, and a power of two. Begins at a barrier.
+template <u32 DIM, class Use>
+__device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, u32 count, Workspace<DIM>& work, const Use& use) {
+  Place place{(u32)__ffs(rows.page_size) - 1, start & (rows.page_size - 1)};
+  u32 column = start >> place.shift;
+  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += DIM) {
     int page = column + at < rows.table_width ? rows.table[request * rows.table_width + column + at] : -1;
     work.pages[at] = (u32)page < rows.num_pages ? page : -1;
   }
   __syncthreads();
-  fetch(rows, work, within, 0, count);
-  fetch(rows, work, within, PART, count);
+  fetch(rows, work, place, 0, count);
+  fetch(rows, work, place, PART, count);
   float sum = 0.0f;
   for (u32 first = 0; first < count; first += PART) {
     await_copies<1>();
     __syncthreads();
-    fetch(rows, work, within, first + 2 * PART, count);
+    fetch(rows, work, place, first + 2 * PART, count);
     const Part<DIM>& part = work.parts[first / PART % PARTS];
-    u32 num = min(count - first, PART);
-    u32 at = 0;
+    u32 num = min(count - first, PART), at = 0;
     Turn<DIM> turn(part, 0);
     for (; at + TURN <= num; at += TURN) {
       Turn<DIM> next(part, min(at + TURN, PART - TURN));  // ahead of the chain
+      float sums[TURN];
 #pragma unroll
-      for (u32 key = 0; key < TURN; key++) step(first + at + key, sum = fma(turn.values[key], turn.scales[key], sum));
+      for (u32 key = 0; key < TURN; key++) sums[key] = sum = fmaf(turn.values[key], turn.scales[key], sum);
+      use(first + at, sums, TURN);
       turn = next;
     }
-    for (; at < num; at++) step(first + at, sum = fma(from_e4m3(part.values[at][threadIdx.x], 0).a, part.scales[at], sum));
+    for (; at < num; at++) {
+      sum = fmaf(from_e4m3(part.values[at][threadIdx.x], 0).a, part.scales[at], sum);
+      use(first + at, &sum, 1);
+    }
   }
   __syncthreads();
   return sum;
@@ -160,7 +173,7 @@ __device__ __forceinline__ void pool_block(const Pool& pool) {
     scale = (u64)page * means.scale_stride + means.scale_start + block % means.page_size;
   }
   if (!there) return;
-  float sum = walk(pool.keys, request, (u32)block * pool.block_size, pool.block_size, work, [](u32, float) {});
+  float sum = walk(pool.keys, request, (u32)block * pool.block_size, pool.block_size, work, [](u32, const float*, u32) {});
   store_mean(sum / (float)pool.block_size, (unsigned char*)means.values + value, (float*)means.scales + scale, work);
 }
 
@@ -210,9 +223,19 @@ __device__ __forceinline__ void own_block(const Own& own) {
   run = work.run;
   u32 offset = (u32)seen.offset;
   float* to = own.sums + query * DIM + threadIdx.x;
-  walk(own.keys, seen.request, (u32)(seen.last - offset), offset + run, work, [&](u32 key, float sum) {
-    if (key >= offset) to[(u64)(key - offset) * DIM] = sum;
-  });
+  auto use = [&](u32 key, const float* sums, u32 num) {
+    float* from = to + ((long long)key - offset) * DIM;
+    if (key >= offset) {
+#pragma unroll
+      for (u32 at = 0; at < TURN; at++)
+        if (at < num) from[at * DIM] = sums[at];
+    } else {
+#pragma unroll
+      for (u32 at = 0; at < TURN; at++)
+        if (at < num && key + at >= offset) from[at * DIM] = sums[at];
+    }
+  };
+  walk(own.keys, seen.request, (u32)(seen.last - offset), offset + run, work, use);
 }
 
 extern "C" __global__ void __launch_bounds__(128) pool_128(const Pool pool) { pool_block<128>(pool); }
