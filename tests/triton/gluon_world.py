@@ -132,7 +132,7 @@ class TileRing:
 
     def load(self, q: Any, weights: Any, first: Any, *rest: Any) -> list[np.ndarray]:
         self.first = int(first)
-        return [array(np.broadcast_to(self.of_columns(self.world.weights, chunk), (64, self.columns))) for chunk in range(2)]
+        return [array(np.broadcast_to(self.of_columns(self.world.weights / 2, chunk), (64, self.columns))) for chunk in range(2)]
 
     def tile(self, index: int, rounds: int = 1) -> tuple[int, bool]:
         """The page in a slot that is being consumed, of a ring ``rounds`` times as long as that of tiles, and whether it is there."""

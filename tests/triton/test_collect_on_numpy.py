@@ -20,17 +20,19 @@ quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
 gluon = importlib.import_module("thresher.ops.index_score.gluon")
 order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
-RUNS = 3
 STRIDE, WHOLE = 4, 1700  # of the sample, and which rows have a level
-TWIST = (1 - STRIDE) % RUNS
+
+
+def runs_of(kept: bool) -> int:
+    return 2 if kept else 3  # the sample's turns are left out where runs are a power of two
 
 
 def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of all consumers of every unit, after one program."""
-    ring, places = TileRing(world, fused.STAGES), 32
+    ring, places, runs = TileRing(world, fused.STAGES), 32, runs_of(kept)
     shape = ring.shape
-    found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
-    counts = np.full((world.num, RUNS * places), -7, np.int32)
+    found = np.full((world.num, runs * places * room + fused.PAST), -7)
+    counts = np.full((world.num, runs * places), -7, np.int32)
     if kept:
         keep(world, room, found, counts, shape["BLOCK"], ring.tiles)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
@@ -38,7 +40,7 @@ def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
-    sizes = (world.num, 48 * 64, 2, world.pages, RUNS, STRIDE, TWIST, WHOLE)
+    sizes = (world.num, 48 * 64, 2, world.pages, runs, STRIDE, WHOLE)
     num, num_keys, requests, pages, *turns = (array(x, np.int32) for x in sizes)
     plain(kernels._producer, gl, ring.loading)(
         None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *turns, 48, ring.slots, ring.scales, *ring.barriers,
@@ -76,7 +78,7 @@ def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray, togethe
     each is longer than WHOLE."""
     counts[:] = 0
     ends = world.positions + 1
-    sampled = {number * STRIDE + number % RUNS * TWIST % RUNS for number in range(48)}
+    sampled = {number * STRIDE + number % 2 for number in range(48)}
     for row in range(world.num):
         block = row // together * together
         near = [n for n in range(block, min(block + together, world.num)) if world.owners[n] == world.owners[row]]
@@ -91,9 +93,9 @@ def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray, togethe
 
 def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """The same of the kernel for more heads, with its four consumers."""
-    stages = gluon.QUAD_STAGES
-    found = np.full((world.num, RUNS * 64 * room), -7)
-    counts = np.full((world.num, RUNS * 64), -7, np.int32)
+    stages, runs = gluon.QUAD_STAGES, runs_of(kept)
+    found = np.full((world.num, runs * 64 * room), -7)
+    counts = np.full((world.num, runs * 64), -7, np.int32)
     if kept:
         keep(world, room, found, counts, 8, 1)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
@@ -101,7 +103,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
-    sizes = (world.num, 48 * 64, 2, world.pages, RUNS, STRIDE, TWIST, WHOLE)
+    sizes = (world.num, 48 * 64, 2, world.pages, runs, STRIDE, WHOLE)
     num, num_keys, requests, pages, *turns = (array(x, np.int32) for x in sizes)
     fetched: list[tuple[int, bool]] = []  # page, and whether it was there: if not, its scales are NaN
     turn: dict[str, Any] = {"count": 0, "there": False}
@@ -157,7 +159,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
 
     def load(q, weights, first, *rest):
         turn["first"] = int(first)
-        return array(np.broadcast_to(of_columns(world.weights), (64, 128)))
+        return array(np.broadcast_to(of_columns(world.weights / 2), (64, 128)))
 
     def scales_of(slots, layout):
         assert slots.slot == (turn["count"] - 1) % (2 * stages)

@@ -53,7 +53,7 @@ def test_whole_heads_are_added_in_the_order_of_plain_triton(heads):
     sums = np.zeros((), np.float32)
     for chunk in range(heads // shape["HB"]):
         take = (slice(None), row, head + chunk * shape["HB"])
-        sums = plain(tiles.chunk_sums)(dots[take], weights[take], sums, shape["SUB"], shape["HB"], chunk == 0)
+        sums = plain(tiles.chunk_sums)(dots[take], weights[take] / 2, sums, shape["SUB"], shape["HB"], chunk == 0)
     total = plain(tiles.whole_sums)(sums, shape["SUB"])
     assert np.array_equal(total.reshape(64, shape["ROWS"]), in_order(dots, weights))
 
@@ -64,7 +64,7 @@ def test_four_lanes_are_added_in_the_order_of_plain_triton():
     row, head = plain(quads.row_and_head)(np.arange(128))
     take = (slice(None), row, head)
     zero = np.zeros((64, 128), np.float32)
-    sums = on_numpy(quads.sums_of_heads, GL, {"_across_four": across_four})(dots[take], weights[take], None, zero)
+    sums = on_numpy(quads.sums_of_heads, GL, {"_across_four": across_four})(dots[take], weights[take] / 2, None, zero)
     key, query = plain(quads.places)(None)
     assert np.array_equal(sums, in_order(dots, weights)[key, query])
     assert len(set((key * 2 + query).flatten().tolist())) == 128

@@ -292,16 +292,19 @@ def test_compiles_for_hopper_and_all_forms_add_alike():
         assert len({columns for columns, _ in products}) == 1
         # A thread holds two rows of every 64 keys, and all their sums lie in its group of four lanes.
         heads, sums = padded_and_sums(ptx, int(products[0][0]), record)
-        assert len(re.findall(r"\bmul\.rn\.f32", ptx)) == 3 * sums  # the first head of two of the eight sums, and the key's scale
+        halved = r"\bmul\.rn\.f32\s+%\w+, %\w+, 0f3F000000"  # weights
+        assert len(re.findall(r"\bmul\.rn\.f32", ptx)) - len(re.findall(halved, ptx)) == 3 * sums  # first heads of two sums, and the scale
         assert len(re.findall(r"\bfma\.rn\.f32", ptx)) == 2 * (heads // 8 - 1) * sums
-        assert len(re.findall(r"\badd\.rn\.f32", ptx)) == 4 * sums  # the two sums, two lanes, two pairs of lanes, +0.0
+        relus = len(re.findall(r"\babs\.f32", ptx))
+        # Beside the relus the two sums, two lanes, two pairs of lanes, +0.0.
+        assert len(re.findall(r"\badd\.rn\.f32", ptx)) - relus == 4 * sums
         assert not re.findall(r"\b(?:add|mul)\.f32|\bfma\.f32", ptx), "a rounding that ptxas may fuse"
 
 
 def padded_and_sums(ptx: str, columns: int, record: dict) -> tuple[int, int]:
     """(padded heads, head sums a thread ends up with), from the relus: one for each accumulator."""
-    accumulators = len(re.findall(r"\bmax\.NaN\.f32", ptx))
-    sums = (len(re.findall(r"\badd\.rn\.f32", ptx))) // 4
+    accumulators = len(re.findall(r"\babs\.f32", ptx))
+    sums = (len(re.findall(r"\badd\.rn\.f32", ptx)) - accumulators) // 4
     heads = accumulators // sums * 4
     assert accumulators % (columns // 2) == 0
     assert heads in (8, 16, 32, 64, 128)

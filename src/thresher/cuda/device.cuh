@@ -19,14 +19,14 @@ struct Two {
   float a, b;
 };
 
-// Begin to copy 8 or 16 bytes to shared memory. Wait for all that this thread began to copy, but for the last so many groups of it.
-template <class T>
-__device__ __forceinline__ void copy_ahead(T* to, const T* from) {
-  u32 there = (u32)__cvta_generic_to_shared(to);
-  if constexpr (sizeof(T) == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(there), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(there), "l"(from) : "memory");
+// Begin to copy 8 bytes to shared memory, or 16 or as many zeros. Wait for all that this thread began to copy, but for the last so many
+// groups of it.
+__device__ __forceinline__ void copy_ahead(u64* to, const u64* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_or_zero(Four* to, const Four* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int GROUPS>

@@ -67,33 +67,26 @@ struct Place {
   u32 shift, within;
 };
 
-// Begin to copy 16 bytes, zeros where there is no page: `page` is its number in the walk.
-template <u32 DIM>
-__device__ __forceinline__ void fetch_piece(void* to, const void* from, u64 stride, u64 offset, u32 page, const Workspace<DIM>& work) {
-  int held = work.pages[page];
-  if (held < 0)
-    *(Four*)to = {0, 0, 0, 0};
-  else
-    copy_ahead((Four*)to, (const Four*)((const unsigned char*)from + (u64)held * stride + offset));
-}
-
-// Begin to copy the keys from `first` of the walk on, of `count` in all.
+// Begin to copy the keys from `first` of the walk on, of `count` in all; zeros where there is no page or no key. Without a branch, so that
+// loads of pages do not wait for one another.
 template <u32 DIM>
 __device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Place place, u32 first, u32 count) {
   Part<DIM>& part = work.parts[first / PART % PARTS];
   constexpr u32 PIECES = DIM / 16;  // of a key, of 16 bytes
   u32 mask = (1u << place.shift) - 1;
+  auto copy = [&](void* to, const void* from, u64 stride, u32 key, u32 start, u32 each) {
+    u32 row = place.within + first + key;
+    int page = work.pages[first + key < count ? row >> place.shift : 0];
+    u64 offset = (u64)max(page, 0) * stride + start + (row & mask) * each;
+    copy_or_zero((Four*)to, (const Four*)((const unsigned char*)from + offset), page >= 0 && first + key < count);
+  };
 #pragma unroll
   for (u32 turn = 0; turn < PART * PIECES / DIM; turn++) {
-    u32 piece = turn * DIM + threadIdx.x, key = piece / PIECES, row = place.within + first + key, at = piece % PIECES * 16;
-    if (first + key < count)
-      fetch_piece(part.values[key] + at, rows.values, rows.value_stride, (row & mask) * DIM + at, row >> place.shift, work);
+    u32 piece = turn * DIM + threadIdx.x, key = piece / PIECES, at = piece % PIECES * 16;
+    copy(part.values[key] + at, rows.values, rows.value_stride, key, at, DIM);
   }
-  for (u32 key = threadIdx.x * 4; key < PART && first + key < count; key += 4 * DIM) {
-    u32 row = place.within + first + key;
-    u64 offset = 4 * ((u64)rows.scale_start + (row & mask));
-    fetch_piece(part.scales + key, rows.scales, 4 * (u64)rows.scale_stride, offset, row >> place.shift, work);
-  }
+  if (threadIdx.x < PART / 4)
+    copy(part.scales + threadIdx.x * 4, rows.scales, 4 * (u64)rows.scale_stride, threadIdx.x * 4, 4 * rows.scale_start, 4);
   commit_copies();
 }
 

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NAN_ALL, along, load_chunk
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, along, load_chunk, twice_relu
 
 GROUPS = gl.constexpr(4)
 QUERIES = gl.constexpr(2)  # of a chunk
@@ -32,7 +32,7 @@ def row_and_head(column):
 def load_queries(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, buffer, zero, D: gl.constexpr, ACC: gl.constexpr
 ):  # fmt: skip
-    """The chunk of the queries from ``first`` on into ``buffer``; returns its weights ``[64, 128]``."""
+    """The chunk of the queries from ``first`` on into ``buffer``; returns half its weights ``[64, 128]``."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)))
     load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)))
@@ -94,7 +94,7 @@ def sums_of_heads(dots, weights, lane, zero):
 
     ``lane``: what ``lanes(zero)`` returns. ``zero`` lends its shape.
     """
-    dots = gl.maximum(dots, 0.0, propagate_nan=NAN_ALL)
+    dots = twice_relu(dots)
     shape: gl.constexpr = [KEYS, 16, 4, 2]
     sums = _class_sums(gl.reshape(dots, shape), gl.reshape(weights, shape), gl.reshape(zero, shape), 16, True)
     even, odd = gl.split(gl.permute(sums, (0, 2, 3, 1)))

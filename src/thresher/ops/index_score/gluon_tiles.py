@@ -8,16 +8,20 @@ its queries, in eight classes modulo 8, and adds them up in the order of ``trito
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
-NAN_ALL = gl.constexpr(triton.language.PropagateNan.ALL)
 NO_REQUEST = gl.constexpr(2**31 - 1)
 KEYS = gl.constexpr(64)
 COLUMNS = gl.constexpr(128)  # of a chunk
 ABSENT = gl.constexpr(0x7FFFABCD)  # bits of a scale whose page is not there: a NaN that no cache holds
+
+
+@gluon.jit
+def twice_relu(dots):
+    """``2 * max(dots, 0)``, NaN where those are: see ``triton_kernels.score_tile``."""
+    return dots + gl.abs(dots)
 
 
 @gluon.jit
@@ -35,8 +39,8 @@ def _sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.co
 
 @gluon.jit
 def chunk_sums(dots, weights, sums, SUB: gl.constexpr, HB: gl.constexpr, FIRST: gl.constexpr):
-    """A chunk's products onto the sums of its groups' heads."""
-    dots = gl.maximum(dots, 0.0, propagate_nan=NAN_ALL)
+    """A chunk's products onto the sums of its groups' heads; ``weights`` as ``load_chunk`` returns them."""
+    dots = twice_relu(dots)
     return _sums(gl.reshape(dots, [KEYS, SUB, HB, 2, 4]), gl.reshape(weights, [KEYS, SUB, HB, 2, 4]), sums, SUB, HB, FIRST)
 
 
@@ -199,13 +203,15 @@ def load_chunk(
     q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer,
     D: gl.constexpr, LOAD: gl.constexpr,
 ):  # fmt: skip
-    """A chunk's queries into its buffer; returns its weights ``[1, 128]``. What each column is is given once in either layout."""
+    """A chunk's queries into its buffer; returns half its weights ``[1, 128]``, for ``twice_relu``. What each column is is given once in
+    either layout.
+    """
     used = (first + load_row < num_queries) & (load_head < num_heads)
     at = (first + load_row).to(gl.int64) * q_row + load_head * q_head
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
     buffer.store(gl.load(q + at[:, None] + dim[None, :], mask=used[:, None], other=0.0))
     used = (first + row < num_queries) & (head < num_heads)
-    return gl.expand_dims(gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0), 0)
+    return gl.expand_dims(gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0) * 0.5, 0)
 
 
 @gluon.jit
@@ -219,7 +225,7 @@ def load_queries(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
     HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's queries into its buffers, two chunks with 32 heads, otherwise one; returns the weights of both."""
+    """A consumer's queries into its buffers, two chunks with 32 heads, otherwise one; returns the halved weights of both."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
     row, head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(0, ACC)), HB)
     load_row, load_head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(1, LOAD)), HB)

@@ -52,7 +52,7 @@ def _turns(begin, stop, run, runs, TILES: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, twist, whole,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, whole,
     table_row, buffers, scale_buffers, full, empty,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def _producer(
             first, last = _turns(begin, stop, unit % runs, runs, TILES)
             skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
-                skip, bound = first_left_out(unit % runs, runs, stride, twist, end, mine, whole, TILES)
+                skip, bound = first_left_out(unit % runs, stride, end, mine, whole, TILES)
             table = page_table + current.to(gl.int64) * table_row
             page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
             if first < last:
@@ -111,7 +111,7 @@ def scales_of(buffer, sums, SUB: gl.constexpr):
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, found_row, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
@@ -158,7 +158,7 @@ def _consumer(
             bar, edge = nothing, first
             skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
-                skip, bound = first_left_out(run, runs, stride, twist, end, here, whole, TILES)
+                skip, bound = first_left_out(run, stride, end, here, whole, TILES)
             while first < last:
                 for turn in range(first, gl.minimum(skip, last), runs):
                     key = turn * (TILES * KEYS) + place
@@ -193,10 +193,10 @@ def _consumer(
         gl.store(counts + (own_row * runs + run) * PLACES + which, (at - list_start) // 8, mask=own_row < num_queries)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "twist", "whole"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
 def collect_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, twist, whole, found_row, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, found_row, q_row, q_head, w_row, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -210,16 +210,16 @@ def collect_kernel(
         [
             (_consumer, (
                 q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES, KEPT,
             )),
             (_consumer, (
                 q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES, KEPT,
             )),
             (_producer, (
-                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, twist,
+                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride,
                 whole, table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES, KEPT,
             )),
         ],

@@ -19,14 +19,15 @@ def first_of_run(begin, run, runs):
 
 
 @gluon.jit
-def first_left_out(run, runs, stride, twist, end, mine, whole, TILES: gl.constexpr):
+def first_left_out(run, stride, end, mine, whole, TILES: gl.constexpr):
     """``(turn, bound)``: the first turn of the run that the sample has, and before which turn such are left out, since ``level_kernel`` has
-    entered their pairs; ``NO_REQUEST`` where there is none. Others follow ``runs * stride`` apart.
+    entered their pairs; ``NO_REQUEST`` where there is none. Others follow
+    ``runs * stride`` apart.
 
     The rows ``mine`` of one request, of which each has a level, see the turns before ``bound`` to their end.
     """
     bound = gl.min(gl.where(mine, gl.where(end > whole, end // (KEYS * TILES), 0), NO_REQUEST), 0)
-    return left_out(run * stride + run * twist % runs, bound), bound
+    return left_out(run * stride + run, bound), bound
 
 
 @gluon.jit

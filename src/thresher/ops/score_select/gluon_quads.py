@@ -18,7 +18,7 @@ from thresher.ops.score_select.gluon_lists import first_left_out, first_of_run, 
 
 @gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, twist, whole,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, whole,
     table_row, buffers, scale_buffers, full, empty,
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def _producer(
             tile = first_of_run(begin, unit % runs, runs)
             skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
-                skip, bound = first_left_out(unit % runs, runs, stride, twist, end, mine, whole, 1)
+                skip, bound = first_left_out(unit % runs, stride, end, mine, whole, 1)
             table = page_table + current.to(gl.int64) * table_row
             page, valid = begin * 0, begin < begin
             if tile < stop:
@@ -69,7 +69,7 @@ def _producer(
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -107,7 +107,7 @@ def _consumer(
             last = gl.where(own_owner == current, own_end, 0)
             skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
-                skip, bound = first_left_out(run, runs, stride, twist, end, mine, whole, 1)
+                skip, bound = first_left_out(run, stride, end, mine, whole, 1)
             while tile < stop:
                 for now in range(tile, gl.minimum(skip, stop), runs):
                     slot = turn & (STAGES - 1)
@@ -129,10 +129,10 @@ def _consumer(
         gl.store(counts + index, at - index * ROOM, mask=here)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "twist", "whole"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, twist, whole, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, q_row, q_head, w_row, table_row,
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
@@ -142,19 +142,19 @@ def collect_quads_kernel(
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, twist, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM, KEPT)),
             (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
-                stride, twist, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),
+                stride, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

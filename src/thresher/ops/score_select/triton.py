@@ -79,11 +79,6 @@ class Plan:
         """How many runs the sample's turns are dealt to: see ``triton_kernels.sampled_turn``."""
         return self.runs if self.kept else 1
 
-    @property
-    def twist(self) -> int:
-        """``sampled_turn``'s."""
-        return (1 - self.stride) % self.spread
-
 
 def tiles_of_turn(num_heads: int) -> int:
     """Tiles that a program collects from at a time."""
@@ -131,7 +126,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     tiles = tiles_of_turn(heads)
     if room_tokens <= lists * room:
         return Plan(0, 0, 0, runs, lists, room, row, tiles)
-    return Plan(stride, want, want // 16, runs, lists, room, row, tiles, kept=stride >= max(runs, 2))
+    return Plan(stride, want, want // 16, runs, lists, room, row, tiles, kept=stride >= max(runs, 2) and runs & (runs - 1) == 0)
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
@@ -257,7 +252,7 @@ def find_levels(
     with on_device(query.q):
         prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
             query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
-            num, keys.num_requests, keys.room, stride, plan.spread, plan.twist, sampled, table_tiles, *keys.page_table.stride(),
+            num, keys.num_requests, keys.room, stride, plan.spread, sampled, table_tiles, *keys.page_table.stride(),
             TILE=TILE, TILES=plan.tiles, BLOCK=PREPARED, SAMPLED=stride > 0,
         )  # fmt: skip
     if not stride:
@@ -268,7 +263,7 @@ def find_levels(
     warps = min(max(block // SAMPLED, 4), 32)
     with on_device(query.q):
         level_kernel[(num,)](
-            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.spread, plan.twist, plan.want, plan.slack,
+            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.spread, plan.want, plan.slack,
             plan.lists * plan.room, sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
             ROWS=rows_together(query.num_heads), TILES=plan.tiles, WARPS=warps, num_warps=warps,
             maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
@@ -287,7 +282,7 @@ def collect(
     q, weights = unit_rows(query.q), unit_rows(query.weights)
     rows = (query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table, levels, level_keys, found, counts)
     sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0])
-    turns = (plan.runs, plan.stride, plan.twist, plan.lists * plan.room)
+    turns = (plan.runs, plan.stride, plan.lists * plan.room)
     strides = (q.stride(0), q.stride(1), weights.stride(0))
     tiles = scale_tiles(scales, len(keys.pages), record // 4)
     if query.num_heads > QUADS:

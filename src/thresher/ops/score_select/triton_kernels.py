@@ -13,19 +13,19 @@ _SIGN = tl.constexpr(0x7FFFFFFF)  # every bit but the sign
 
 
 @triton.jit
-def sampled_turn(number, stride, spread, twist):
+def sampled_turn(number, stride, spread):
     """Which turn of ``TILES`` tiles is in the sample as this one: one of every stride turns, in run ``number % spread``.
 
     ``spread``: the runs that collecting shares turns out to, run r those that leave r, so that each has as many to leave out; or 1, for
-    every stride-th turn. ``twist``: ``(1 - stride) % spread``.
+    every stride-th turn. Both are powers of two, the stride no less.
     """
-    return number * stride + number % spread * twist % spread
+    return number * stride + (number & (spread - 1))
 
 
 @triton.jit
 def prepare_kernel(
     positions, requests, lengths, page_table, ends, levels, level_keys, last_seen, table,
-    num_rows, num_requests, room_tokens, stride, spread, twist, num_sampled, table_width, table_row, table_page,
+    num_rows, num_requests, room_tokens, stride, spread, num_sampled, table_width, table_row, table_page,
     TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """What the others ask of rows, and the sample's page table: that of ``sampled_turn``, ``num_sampled`` pages for each request.
@@ -46,11 +46,11 @@ def prepare_kernel(
         seen = end // TILE
         turns = seen // TILES
         number = turns // stride
-        edge = sampled_turn(number, stride, spread, twist)
+        edge = sampled_turn(number, stride, spread)
         tiles = number * TILES + tl.where(edge < turns, TILES, tl.where(edge == turns, seen % TILES, 0))
         tl.store(last_seen + at, tiles * TILE - 1, mask=here)
         column = at % num_sampled
-        tile = sampled_turn(column // TILES, stride, spread, twist) * TILES + column % TILES
+        tile = sampled_turn(column // TILES, stride, spread) * TILES + column % TILES
         inside = at < num_requests * num_sampled
         page = tl.load(
             page_table + (at // num_sampled).to(tl.int64) * table_row + tile.to(tl.int64) * table_page,
@@ -60,15 +60,15 @@ def prepare_kernel(
 
 
 @triton.jit
-def _key_of(column, stride, spread, twist, TILES: tl.constexpr):
+def _key_of(column, stride, spread, TILES: tl.constexpr):
     """The key that a column of the sample is."""
     tile = column // 64
-    return (sampled_turn(tile // TILES, stride, spread, twist) * TILES + tile % TILES) * 64 + column % 64
+    return (sampled_turn(tile // TILES, stride, spread) * TILES + tile % TILES) * 64 + column % 64
 
 
 @triton.jit
 def _keep(
-    row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, twist, whole, found_row,
+    row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, whole, found_row,
     BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Enter what passes of a row's sample into its lists, whose counts are 0, from the turns that collecting then leaves out.
@@ -80,12 +80,12 @@ def _keep(
     same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
     end = tl.load(ends + near, mask=same, other=0)
     stop = tl.min(tl.where(same, tl.where(end > whole, end // (64 * TILES), 0), 2**31 - 1), axis=0)
-    turn = sampled_turn(tl.arange(0, BLOCK) // (64 * TILES), stride, spread, twist)
+    turn = sampled_turn(tl.arange(0, BLOCK) // (64 * TILES), stride, spread)
     word = pack(tl.reshape(passes & (turn < stop), [BLOCK // 32, 32]), BLOCK)
     for _turn in range(tl.max(count_bits(word), axis=0)):
         live = word != 0
         column = tl.arange(0, BLOCK // 32) * 32 + lowest_bit(word)
-        key = _key_of(column, stride, spread, twist, TILES)
+        key = _key_of(column, stride, spread, TILES)
         to = key % LISTS  # any would do
         place = tl.atomic_add(counts + row * LISTS + to, 1, mask=live, sem="relaxed")
         bits = tl.load(sample + column, mask=live, other=0.0).to(tl.int32, bitcast=True)
@@ -96,7 +96,7 @@ def _keep(
 
 @triton.jit
 def level_kernel(
-    sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, spread, twist, want, slack, whole, sample_row,
+    sample, ends, levels, level_keys, requests, found, counts, num_rows, width, stride, spread, want, slack, whole, sample_row,
     found_row, BLOCK: tl.constexpr, KEPT: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -130,10 +130,10 @@ def level_kernel(
                 last = tl.max(tl.where((tied > 0) & (upto <= want - above), column, -1), axis=0)
                 level_key = (last + 1) * stride - 1
     if KEPT:  # with a level or without: collecting leaves the tiles out either way
-        key = _key_of(column, stride, spread, twist, TILES)
+        key = _key_of(column, stride, spread, TILES)
         passes = (score > level) | ((score == level) & (key <= level_key))
         _keep(
-            row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, twist, whole, found_row,
+            row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, whole, found_row,
             BLOCK, LISTS, ROOM, ROWS, TILES,
         )  # fmt: skip
     tl.store(levels + row, level)
