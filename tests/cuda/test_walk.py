@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.cache import walks
 from thresher.cache.device import flat_rows, paged_rows
 from thresher.ops import quantize_fp8
+from thresher.ops.pool_keys import walks
 from thresher.types import IndexKeys
 
 from .threads import in_order, needs_compiler

@@ -1,4 +1,4 @@
-// Sums of FP8 keys in position order, and the means of blocks: see cache/walks.py.
+// Sums of FP8 keys in position order, and the means of blocks: see ops/pool_keys/walks.py.
 //
 // A thread block of as many threads as a key has dims walks one block of keys, a dim a thread: a chain of additions in fp32, whose order is
 // the result's. Keys come through shared memory, a part of them ahead of the walk, for from device memory each took ten times as long.

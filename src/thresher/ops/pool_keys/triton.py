@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, mean_of, on_device, ordered_sum, paged_rows, warps_of
-from thresher.cache.walks import can_walk, pool
 from thresher.errors import require
 from thresher.ops.pool_keys.reference import room_for_means
+from thresher.ops.pool_keys.walks import can_walk, pool
 from thresher.types import IndexKeys
 
 MAX_DIM = 1024

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from thresher.cache.block_means import PackedMeans
 from thresher.cache.device import INTERPRET, Rows, flat_rows, keys_under_way, on_device, paged_rows, unit_rows, warps_of
-from thresher.cache.walks import can_walk, own_sums
 from thresher.errors import require
+from thresher.ops.pool_keys.walks import can_walk, own_sums
 from thresher.ops.route_heads.reference import Means
 from thresher.ops.route_heads.triton_kernels import finish_kernel, own_kernel, route_kernel, segment_kernel
 from thresher.types import IndexKeys, IndexQuery
