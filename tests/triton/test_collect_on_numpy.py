@@ -27,6 +27,14 @@ def runs_of(kept: bool) -> int:
     return 2 if kept else 3  # the sample's turns are left out where runs are a power of two
 
 
+def append(score, bar, key, at, into):
+    """What stands for ``append_quick``, which is written in assembly."""
+    passes = score >= bar
+    bits = np.ascontiguousarray(score).view(np.int32).astype(np.int64)
+    store(into + (at >> 3), bits << 32 | key, passes)
+    return at + passes.astype(np.int32) * 8
+
+
 def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of all consumers of every unit, after one program."""
     ring, places, runs = TileRing(world, fused.STAGES), 32, runs_of(kept)
@@ -48,13 +56,10 @@ def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray
     )  # fmt: skip
     quick = 0
 
-    def append_quick(score, bar, key, at, into):
-        passes = score >= bar
-        bits = np.ascontiguousarray(score).view(np.int32).astype(np.int64)
-        store(into + (at >> 3), bits << 32 | key, passes)
+    def append_quick(*given):
         nonlocal quick
         quick += 1
-        return at + passes.astype(np.int32) * 8
+        return append(*given)
 
     def scales_of(slots, sums, sub):
         scale = ring.scales_of(slots).reshape(4, 2, 8, 1, 1, 1)
@@ -94,7 +99,7 @@ def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray, togethe
 def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
     """The same of the kernel for more heads, with its four consumers."""
     stages, runs = gluon.QUAD_STAGES, runs_of(kept)
-    found = np.full((world.num, runs * 64 * room), -7)
+    found = np.full((world.num, runs * 64 * room + fused.PAST), -7)
     counts = np.full((world.num, runs * 64), -7, np.int32)
     if kept:
         keep(world, room, found, counts, 8, 1)
@@ -168,18 +173,26 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
         scale = world.bytes[page, PAGE * D // 4 :][key] if there else np.float32(np.nan) + 0 * key
         return array(scale, np.float32)
 
+    quick = 0
+
+    def append_quick(*given):
+        nonlocal quick
+        quick += 1
+        return append(*given)
+
     instead = {
         "load_queries": load, "warpgroup_mma": lambda slots, *rest, **options: array(of_columns(world.dots[fetched[turn["count"] - 1][0]])),
         "warpgroup_mma_wait": lambda left, given: given[0], "mbarrier": mbarrier, "scales_of": scales_of, "_across_four": across_four,
-        "lanes": lambda zero: None,
+        "lanes": lambda zero: None, "append_quick": append_quick, "SPAN": 7,
     }  # fmt: skip
     for which in range(4):
         turn["count"] = 0
         plain(quads._consumer, gl, instead)(
             None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, *turns,
-            0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room, kept,
+            found.shape[1], 0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room, kept,
         )  # fmt: skip
         assert turn["count"] == len(fetched)
+    assert quick > 20
     return found, counts
 
 

@@ -19,6 +19,8 @@ from .test_index_score import world
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
 settling = importlib.import_module("thresher.ops.score_select.settle")
+kept_lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
+quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
 TOGETHER = 4  # rows that collect together
 ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
@@ -232,7 +234,8 @@ def test_the_plan():
         each = 1 if heads > kernels.QUADS else tiles * 2  # keys of a turn that share a list
         assert torch.bincount(turns % plan.runs).max() * each <= plan.room
         assert plan.room % each == 0
-        assert 15 * each <= kernels.PAST, "what a list may run over before it is noticed"
+        unseen = quads.SPAN.value if heads > kernels.QUADS else kept_lists.QUICK.value
+        assert unseen * each <= kernels.PAST, "what a list may run over before it is noticed"
         expected = plan.want * plan.stride / plan.lists
         assert expected + 6 * math.sqrt(expected) <= plan.room
         assert plan.stride * plan.want >= 1.5 * topk

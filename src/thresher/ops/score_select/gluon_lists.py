@@ -116,6 +116,20 @@ def _smallest(x):
 
 
 @gluon.jit
+def bar_at(begin, end, level, tie_end, full):
+    """What a row's scores must not be below to pass, from key ``begin`` on and up to ``change_after``."""
+    bits = level.to(gl.int32, bitcast=True)
+    after = gl.where(level == 0.0, 1, gl.where(bits < 0, bits - 1, bits + 1))
+    return gl.where((end <= begin) | full, NEVER, gl.where(tie_end <= begin, after, bits)).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def change_after(begin, end, tie_end, SPAN: gl.constexpr):
+    """The first turn of ``SPAN`` keys, from key ``begin`` on, in which the row ends or stops taking ties."""
+    return gl.minimum(gl.where(end > begin, end // SPAN, NO_REQUEST), gl.where(tie_end > begin, tie_end // SPAN, NO_REQUEST))
+
+
+@gluon.jit
 def look_ahead(turn, runs, end, level, tie_end, full, SPAN: gl.constexpr):
     """``(bar, edge)``: turns from ``turn`` on and before ``edge``, of ``SPAN`` keys each, may append by the bar alone.
 
@@ -123,9 +137,5 @@ def look_ahead(turn, runs, end, level, tie_end, full, SPAN: gl.constexpr):
     ended or a list has overflowed (its row is done again) nothing passes; where ties no longer do, the bar is the number after the level.
     """
     begin = turn * SPAN
-    bits = level.to(gl.int32, bitcast=True)
-    after = gl.where(level == 0.0, 1, gl.where(bits < 0, bits - 1, bits + 1))
-    bar = gl.where((end <= begin) | full, NEVER, gl.where(tie_end <= begin, after, bits))
     far = turn + QUICK * runs
-    change = gl.minimum(gl.where(end > begin, end // SPAN, far), gl.where(tie_end > begin, tie_end // SPAN, far))
-    return bar.to(gl.float32, bitcast=True), gl.minimum(_smallest(change), far)
+    return bar_at(begin, end, level, tie_end, full), gl.minimum(_smallest(change_after(begin, end, tie_end, SPAN)), far)

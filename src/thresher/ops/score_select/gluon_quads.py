@@ -2,7 +2,8 @@
 """``gluon_kernels.py`` for 33 to 64 heads, with four groups of four warps (``index_score/gluon_quads.py``).
 
 Programs take turns at units (block of queries, run), where run r of R holds every R-th tile of 64 keys from tile r on. A thread has one
-place of every tile and one query, and a list of its own for them. Registers are all in use: one more, and the loop spills.
+place of every tile and one query, and a list of its own for them. Registers are all in use: one more, and the loop spills. So it has as
+little to keep as can be, a bar that scores must not be below, in tiles where no row of the block changes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
 from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, absent, find_page, live, ring, scale_ring, sight
-from thresher.ops.score_select.gluon_lists import first_left_out, first_of_run, left_out
+from thresher.ops.score_select.gluon_lists import (
+    append_careful,
+    append_quick,
+    bar_at,
+    change_after,
+    first_left_out,
+    first_of_run,
+    left_out,
+    read_rows,
+)
+
+SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full: fewer than what lies behind a row's last
 
 
 @gluon.jit
@@ -67,9 +79,23 @@ def _producer(
 
 
 @gluon.jit
+def _score(
+    buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES: gl.constexpr, D: gl.constexpr, PLACE: gl.constexpr
+):  # fmt: skip
+    """A tile's scores for a chunk."""
+    slot = turn & (STAGES - 1)
+    mbarrier.wait(full.index(slot), (turn & STAGES) // STAGES)
+    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
+    scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
+    dots = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(empty.index(slot))
+    return gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
+
+
+@gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -86,53 +112,52 @@ def _consumer(
         first = block + WHICH * QUERIES
         w = load_queries(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), zero, D, ACC)
         mat = q_buffers.index(WHICH).permute((1, 0))
+        # Of the block's rows, which decide what tiles there are and in which of them care is due; and of the thread's own.
         row = block + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
-        start, end, owner = sight(row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+        end, owner, _level, ties = read_rows(row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests)
         own = first + query
-        _start, own_end, own_owner = sight(own, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
-        here = own < num_queries
-        level = gl.load(levels + own, mask=here, other=float("inf"))
-        level_key = gl.load(level_keys + own, mask=here, other=-1)
+        own_end, own_owner, level, tie_end = read_rows(
+            own, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
+        )
         index = (own * runs + run) * KEYS + place
-        at = index * ROOM
-        limit = at + ROOM
+        list_start = (own * found_row + (run * KEYS + place) * ROOM) * 8
+        at = list_start
         if KEPT:
-            at += gl.load(counts + index, mask=here, other=0)
+            at = list_start + 8 * gl.load(counts + index, mask=own < num_queries, other=0)
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             mine = owner == current
-            begin, stop = live(start, end, mine, 0, tiles)
+            begin, stop = live(end * 0, end, mine, 0, tiles)
             tile = first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
             skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
                 skip, bound = first_left_out(run, stride, end, mine, whole, 1)
             while tile < stop:
-                for now in range(tile, gl.minimum(skip, stop), runs):
-                    slot = turn & (STAGES - 1)
-                    mbarrier.wait(full.index(slot), (turn & STAGES) // STAGES)
-                    acc = warpgroup_mma(buffers.index(slot).reshape([KEYS, D]), mat, zero, use_acc=False, is_async=True)
-                    key = now * KEYS + place
-                    scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
-                    dots = warpgroup_mma_wait(0, [acc])
-                    mbarrier.arrive(empty.index(slot))
-                    score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
-                    keep = ((score > level) | ((score == level) & (key <= level_key))) & (key < last)
-                    pair = (score.to(gl.uint32, bitcast=True).to(gl.uint64) << 32) | key.to(gl.uint32, bitcast=True).to(gl.uint64)
-                    gl.store(found + at.to(gl.int64), pair.to(gl.int64, bitcast=True), mask=keep & (at < limit))
-                    at += keep.to(gl.int32)
+                upto = gl.minimum(gl.minimum(skip, stop), tile + SPAN * runs)
+                bar = bar_at(tile * KEYS, last, level, tie_end, at - list_start > ROOM * 8)
+                change = change_after(tile * KEYS, gl.where(mine, end, 0), gl.where(mine, ties, 0), KEYS)
+                quick = gl.minimum(upto, gl.min(change, 0)) - tile
+                careful = tile + (quick + runs - 1) // runs * runs
+                for now in range(tile, tile + quick, runs):
+                    score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
+                    at = append_quick(score, bar, now * KEYS + place, at, found)
                     turn += 1
-                tile = gl.minimum(skip, stop) + runs
-                skip = left_out(gl.minimum(skip, bound) + runs * stride, bound)
+                for now in range(careful, upto, runs):
+                    score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
+                    at = append_careful(score, now * KEYS + place, last, level, tie_end, at, found, list_start, ROOM)
+                    turn += 1
+                tile = upto + gl.where(upto == skip, runs, 0)
+                skip = gl.where(upto == skip, left_out(gl.minimum(skip, bound) + runs * stride, bound), skip)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        gl.store(counts + index, at - index * ROOM, mask=here)
+        gl.store(counts + index, (at - list_start) // 8, mask=own < num_queries)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, found_row, q_row, q_head, w_row, table_row,
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
@@ -142,16 +167,16 @@ def collect_quads_kernel(
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM, KEPT)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM, KEPT)),
             (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
                 stride, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),

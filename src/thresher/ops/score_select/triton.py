@@ -39,7 +39,7 @@ ROWS = 1024  # at a time, at most: enough for all multiprocessors
 LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take up to 109 MB at topk 2048, and 172 at 4096
 STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
-PAST = 64  # entries behind a row of up to QUADS heads, for its last list to run on into before that is noticed
+PAST = 64  # entries behind a row, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
 SHARED_ROWS = 16  # rows done again whose scores all programs share
@@ -122,7 +122,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     likely = expected * (1 + 4.5 / math.sqrt(want))
     most = max(most, likely + 3.5 * math.sqrt(likely))
     room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
-    row = lists * room + (PAST if heads <= QUADS else 0)
+    row = lists * room + PAST
     tiles = tiles_of_turn(heads)
     if room_tokens <= lists * room:
         return Plan(0, 0, 0, runs, lists, room, row, tiles)
@@ -287,7 +287,7 @@ def collect(
     tiles = scale_tiles(scales, len(keys.pages), record // 4)
     if query.num_heads > QUADS:
         collect_quads_kernel[(programs,)](
-            desc, tiles, q, weights, *rows, *sizes, *turns, *strides, table.stride(0),
+            desc, tiles, q, weights, *rows, *sizes, *turns, found.stride(0), *strides, table.stride(0),
             STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
         )  # fmt: skip
         return
