@@ -1,7 +1,7 @@
 """Sums of index keys in position order on Hopper, in CUDA C++ (``thresher/cuda/walk.cu``): the bits of ``device.ordered_sum``.
 
 A walk is a chain of additions. There keys come from device memory a run at a time, 40 clocks a key, whatever is asked for ahead; here they
-are copied to shared memory first, by all threads, and the chain itself is most of what is left (docs/lab-log.md).
+are copied to shared memory first, by all threads, and a key takes 27 (docs/lab-log.md).
 """
 
 from __future__ import annotations

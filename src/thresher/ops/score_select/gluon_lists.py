@@ -20,9 +20,8 @@ def first_of_run(begin, run, runs):
 
 @gluon.jit
 def first_left_out(run, stride, end, mine, whole, TILES: gl.constexpr):
-    """``(turn, bound)``: the first turn of the run that the sample has, and before which turn such are left out, since ``level_kernel`` has
-    entered their pairs; ``NO_REQUEST`` where there is none. Others follow
-    ``runs * stride`` apart.
+    """``(turn, bound)``: the first turn of the run that the sample has, ``NO_REQUEST`` where there is none, and before which turn such are
+    left out, since ``level_kernel`` has entered their pairs. Others follow ``runs * stride`` apart.
 
     The rows ``mine`` of one request, of which each has a level, see the turns before ``bound`` to their end.
     """
