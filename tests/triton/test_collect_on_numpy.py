@@ -65,7 +65,7 @@ def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray
         scale = ring.scales_of(slots).reshape(4, 2, 8, 1, 1, 1)
         return scale[:, 0], scale[:, 1]
 
-    instead = ring.consuming | {"append_quick": append_quick, "QUICK": 4, "scales_of": scales_of}
+    instead = ring.consuming | {"append_quick": append_quick, "SPAN": 7, "scales_of": scales_of}
     for half in range(2):
         plain(kernels._consumer, gl, instead)(
             None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,

@@ -98,10 +98,10 @@ def test_every_tile_has_one_turn(runs, tiles_a_turn):
 
 
 def test_the_bar_lets_pass_what_the_rule_does():
-    """For every turn before the edge, on scores around the level, in rows that have ended, end in it or stop taking ties in it."""
+    """For every quick turn, on scores around the level, in rows that have ended, end in it or stop taking ties in it; others need care."""
     levels = np.float32([1.5, 0.0, -0.0, -2.0, np.inf, -np.inf, 1e-45, -1e-45, np.finfo(np.float32).max, 3e38])
     rng = np.random.default_rng(0)
-    quick, runs, span = lists.QUICK.value, 3, 128
+    most, runs, span = 10, 3, 128
     longest = 0
     for _ in range(300):
         shape = (1, 1, 2, 2, 4)
@@ -109,15 +109,18 @@ def test_the_bar_lets_pass_what_the_rule_does():
         end = rng.integers(0, 60 * span, shape) if rng.random() < 0.5 else rng.integers(0, 3, shape) * 40 * span
         tie_end = rng.choice([0, 2**31 - 1, 17 * span, int(rng.integers(0, 60 * span))], shape)
         overfull = rng.random(shape) < 0.2
-        turn = int(rng.integers(0, 50))
-        bar, edge = plain(lists.look_ahead)(turn, runs, end, level, tie_end, overfull, span)
-        assert edge <= turn + quick * runs
-        longest = max(longest, edge - turn)
+        turn, limit = int(rng.integers(0, 50)), int(rng.choice([51, 75, 999]))
+        rows = end.flatten(), tie_end.flatten()
+        upto, quick, careful, bar = plain(lists.look_ahead)(turn, limit, runs, *rows, end, level, tie_end, overfull, most, span)
+        assert upto == min(limit, turn + most * runs)
+        assert (careful - turn) % runs == 0
+        assert [*range(turn, quick, runs), *range(careful, upto, runs)] == [*range(turn, upto, runs)]
+        longest = max(longest, len(range(turn, quick, runs)))
         with np.errstate(over="ignore"):
             around = np.nextafter(level, np.float32(np.inf)), np.nextafter(level, np.float32(-np.inf))
-        for at in range(turn, edge, runs):
+        for at in range(turn, quick, runs):
             for key in (at * span, at * span + 5, at * span + span - 1):
                 for score in (level, *around, level * np.nan, -level):
                     passes = ((score > level) | ((score == level) & (key < tie_end))) & (key < end) & ~overfull
                     assert np.array_equal(np.asarray(score) >= np.asarray(bar), passes)
-    assert longest == quick * runs
+    assert longest == most

@@ -42,6 +42,7 @@ from thresher.ops.score_select.gluon_lists import (
 )
 
 PLACES = gl.constexpr(32)  # lists of a run: a thread has two keys of a tile
+SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
 
 
 @gluon.jit
@@ -109,6 +110,37 @@ def scales_of(buffer, sums, SUB: gl.constexpr):
 
 
 @gluon.jit
+def _take(
+    buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, turn, count,
+    bar, end, level, tie_end, at, lists, list_start,
+    QUICK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """Score a turn and append what passes, by the bar alone if ``QUICK``; returns where the lists go on."""
+    key = turn * (TILES * KEYS) + place
+    slot = count & (STAGES - 1)
+    mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
+    acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
+    acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
+    scale_slot = (count & (2 * STAGES - 1)) * TILES
+    a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
+    b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
+    # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
+    sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
+    if TILES == 2:
+        s0, s1 = halves(whole_sums(sums, SUB), SUB)
+        s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
+        # Here and not below, so that it is done while the other tile is multiplied.
+        at = append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
+        key += KEYS
+    dots = warpgroup_mma_wait(0, [acc1])
+    mbarrier.arrive(empty.index(slot))
+    s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
+    s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
+    return append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
+
+
+@gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
     num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
@@ -137,8 +169,9 @@ def _consumer(
         )
         q0 = q_buffers.index(HALF * CHUNKS).permute((1, 0))
         q1 = q_buffers.index(HALF * CHUNKS + CHUNKS - 1).permute((1, 0))
+        # Of the block's rows, which decide what tiles there are and in which of them care is due; and of the thread's own.
         row = block + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, ACC))
-        start, end, owner = sight(row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+        end, owner, _level, ties = read_rows(row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests)
         own_row = first_row + inside
         lists = found + first_row.to(gl.int64) * found_row
         list_start = (inside * found_row + (run * PLACES + which) * ROOM) * 8
@@ -149,46 +182,34 @@ def _consumer(
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             here = owner == current
-            begin, stop = live(start, end, here, 0, tiles)
+            begin, stop = live(end * 0, end, here, 0, tiles)
             first, last = _turns(begin, stop, run, runs, TILES)
             own_end, own_owner, level, tie_end = read_rows(
                 own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
             )
             mine = gl.where(own_owner == current, own_end, 0)
-            bar, edge = nothing, first
             skip, bound = begin * 0 + NO_REQUEST, begin
             if KEPT:
                 skip, bound = first_left_out(run, stride, end, here, whole, TILES)
             while first < last:
-                for turn in range(first, gl.minimum(skip, last), runs):
-                    key = turn * (TILES * KEYS) + place
-                    slot = count & (STAGES - 1)
-                    mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
-                    acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
-                    acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
-                    scale_slot = (count & (2 * STAGES - 1)) * TILES
-                    a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
-                    b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
-                    quick = turn < edge
-                    # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
-                    sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
-                    if TILES == 2:
-                        s0, s1 = halves(whole_sums(sums, SUB), SUB)
-                        s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
-                        # Here and not below, so that it is done while the other tile is multiplied.
-                        at = append_two(s0, s1, quick, bar, key, mine, level, tie_end, at, lists, list_start, ROOM)
-                        key += KEYS
-                    dots = warpgroup_mma_wait(0, [acc1])
-                    mbarrier.arrive(empty.index(slot))
-                    s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
-                    s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
-                    at = append_two(s0, s1, quick, bar, key, mine, level, tie_end, at, lists, list_start, ROOM)
-                    if not quick:
-                        overfull = at - list_start > ROOM * 8
-                        bar, edge = look_ahead(turn + runs, runs, mine, level, tie_end, overfull, TILES * KEYS)
+                upto, quick, careful, bar = look_ahead(
+                    first, gl.minimum(skip, last), runs, gl.where(here, end, 0), gl.where(here, ties, 0),
+                    mine, level, tie_end, at - list_start > ROOM * 8, SPAN // TILES, TILES * KEYS,
+                )  # fmt: skip
+                for turn in range(first, quick, runs):
+                    at = _take(
+                        buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, turn, count,
+                        bar, mine, level, tie_end, at, lists, list_start, True, STAGES, D, HB, SUB, ROOM, TILES,
+                    )  # fmt: skip
                     count += 1
-                first = gl.minimum(skip, last) + runs
-                skip = left_out(gl.minimum(skip, bound) + runs * stride, bound)
+                for turn in range(careful, upto, runs):
+                    at = _take(
+                        buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, turn, count,
+                        bar, mine, level, tie_end, at, lists, list_start, False, STAGES, D, HB, SUB, ROOM, TILES,
+                    )  # fmt: skip
+                    count += 1
+                first = upto + gl.where(upto == skip, runs, 0)
+                skip = gl.where(upto == skip, left_out(gl.minimum(skip, bound) + runs * stride, bound), skip)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + (own_row * runs + run) * PLACES + which, (at - list_start) // 8, mask=own_row < num_queries)
 
@@ -201,7 +222,7 @@ def collect_kernel(
     HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, KEPT: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
-    entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by up to ``QUICK`` turns' entries."""
+    entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by what ``SPAN`` tiles bring."""
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * TILES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = scale_ring(STAGES * TILES)
     q_buffers = gl.allocate_shared_memory(gl.float8e4nv, [6 - 2 * TILES, SUB * HB * 8, D], gl.NVMMASharedLayout(D, 8, 2))

@@ -8,7 +8,6 @@ from triton.experimental.gluon import language as gl
 
 from thresher.ops.index_score.gluon_tiles import KEYS, NO_REQUEST, along, sight
 
-QUICK = gl.constexpr(15)  # turns in a row, at most, that do not look at whether a list is full
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
 
 
@@ -109,32 +108,29 @@ def append_two(s0, s1, quick, bar, key, end, level, tie_end, at, lists, list_sta
 
 
 @gluon.jit
-def _smallest(x):
-    """Of a tensor of five dims."""
-    return gl.min(gl.min(gl.min(gl.min(gl.min(x, 4), 3), 2), 1), 0)
-
-
-@gluon.jit
 def bar_at(begin, end, level, tie_end, full):
-    """What a row's scores must not be below to pass, from key ``begin`` on and up to ``change_after``."""
+    """What a row's scores must not be below to pass, from key ``begin`` on, as long as it does not end or stop taking ties.
+
+    A score is not below it if and only if it passes. Where a row has ended or a list has overflowed (its row is done again) nothing passes;
+    where ties no longer do, it is the number after the level.
+    """
     bits = level.to(gl.int32, bitcast=True)
     after = gl.where(level == 0.0, 1, gl.where(bits < 0, bits - 1, bits + 1))
     return gl.where((end <= begin) | full, NEVER, gl.where(tie_end <= begin, after, bits)).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def change_after(begin, end, tie_end, SPAN: gl.constexpr):
-    """The first turn of ``SPAN`` keys, from key ``begin`` on, in which the row ends or stops taking ties."""
-    return gl.minimum(gl.where(end > begin, end // SPAN, NO_REQUEST), gl.where(tie_end > begin, tie_end // SPAN, NO_REQUEST))
+def look_ahead(turn, limit, runs, ends, ties, end, level, tie_end, full, SPAN: gl.constexpr, KEYS_OF_TURN: gl.constexpr):
+    """``(upto, quick, careful, bar)``: the run's turns from ``turn`` on and before ``quick`` may append by the bar alone, those from
+    ``careful`` on and before ``upto`` by the rule.
 
-
-@gluon.jit
-def look_ahead(turn, runs, end, level, tie_end, full, SPAN: gl.constexpr):
-    """``(bar, edge)``: turns from ``turn`` on and before ``edge``, of ``SPAN`` keys each, may append by the bar alone.
-
-    A score is not below the bar if and only if it passes: no row ends in such a turn, and none stops taking ties in it. Where a row has
-    ended or a list has overflowed (its row is done again) nothing passes; where ties no longer do, the bar is the number after the level.
+    Before ``limit``, and ``SPAN`` turns at most. ``ends``, ``ties``: of all rows at hand, which do not change in quick turns; the others of
+    the thread's own.
     """
-    begin = turn * SPAN
-    far = turn + QUICK * runs
-    return bar_at(begin, end, level, tie_end, full), gl.minimum(_smallest(change_after(begin, end, tie_end, SPAN)), far)
+    upto = gl.minimum(limit, turn + SPAN * runs)
+    begin = turn * KEYS_OF_TURN
+    change = gl.minimum(
+        gl.where(ends > begin, ends // KEYS_OF_TURN, NO_REQUEST), gl.where(ties > begin, ties // KEYS_OF_TURN, NO_REQUEST)
+    )
+    quick = gl.minimum(upto, gl.min(change, 0))
+    return upto, quick, turn + (quick - turn + runs - 1) // runs * runs, bar_at(begin, end, level, tie_end, full)

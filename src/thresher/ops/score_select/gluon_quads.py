@@ -17,15 +17,14 @@ from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, abse
 from thresher.ops.score_select.gluon_lists import (
     append_careful,
     append_quick,
-    bar_at,
-    change_after,
     first_left_out,
     first_of_run,
     left_out,
+    look_ahead,
     read_rows,
 )
 
-SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full: fewer than what lies behind a row's last
+SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
 
 
 @gluon.jit
@@ -135,12 +134,11 @@ def _consumer(
             if KEPT:
                 skip, bound = first_left_out(run, stride, end, mine, whole, 1)
             while tile < stop:
-                upto = gl.minimum(gl.minimum(skip, stop), tile + SPAN * runs)
-                bar = bar_at(tile * KEYS, last, level, tie_end, at - list_start > ROOM * 8)
-                change = change_after(tile * KEYS, gl.where(mine, end, 0), gl.where(mine, ties, 0), KEYS)
-                quick = gl.minimum(upto, gl.min(change, 0)) - tile
-                careful = tile + (quick + runs - 1) // runs * runs
-                for now in range(tile, tile + quick, runs):
+                upto, quick, careful, bar = look_ahead(
+                    tile, gl.minimum(skip, stop), runs, gl.where(mine, end, 0), gl.where(mine, ties, 0),
+                    last, level, tie_end, at - list_start > ROOM * 8, SPAN, KEYS,
+                )  # fmt: skip
+                for now in range(tile, quick, runs):
                     score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
                     at = append_quick(score, bar, now * KEYS + place, at, found)
                     turn += 1
