@@ -18,7 +18,7 @@ pytestmark = needs_compiler
 def world(dim: int, page_size: int) -> tuple[IndexKeys, torch.Tensor]:
     """Three requests in shuffled pages, with holes and pages that do not exist, and their keys fp32 ``[3, N, D]``, zeros in holes."""
     gen = torch.Generator().manual_seed(dim + page_size)
-    lengths, width = torch.tensor([700, 0, 333]), 1 + 700 // page_size
+    lengths, width = torch.tensor([1500, 0, 333]), 1 + 1500 // page_size
     table = torch.randperm(3 * width, generator=gen).view(3, width).int()
     table[0, [1, width - 1]], table[2, 2] = torch.tensor([-1, 3 * width], dtype=torch.int32), 2**31 - 1
     scaled = torch.randn(3 * width, page_size, dim, generator=gen) * 10.0 ** torch.randint(-3, 4, (3 * width, page_size, 1), generator=gen)
@@ -43,25 +43,25 @@ def running(keys: torch.Tensor) -> torch.Tensor:
     return torch.stack(sums) if sums else keys
 
 
-@pytest.fixture(params=[0, 1, 7])
+@pytest.fixture(params=[0, 1, 7, 8])
 def order(request, monkeypatch):
     monkeypatch.setattr(walks.launch, "launch", in_order(request.param))
 
 
-@pytest.mark.parametrize(("dim", "page_size", "block_size"), [(128, 64, 128), (64, 16, 272), (128, 32, 32), (64, 64, 16)])
+@pytest.mark.parametrize(("dim", "page_size", "block_size"), [(128, 64, 128), (64, 16, 272), (128, 32, 32), (64, 64, 16), (64, 64, 640)])
 @pytest.mark.parametrize("paged", [True, False])
 def test_means_of_blocks(dim, page_size, block_size, paged, order):
     keys, vectors = world(dim, page_size)
-    most = 700 // block_size
-    old = torch.tensor([block_size + 3, -5, 0])
+    most = 1500 // block_size
+    old = torch.tensor([block_size + 3 if block_size < 600 else 0, -5, 0])
     pages = torch.full((8, 16, 1, dim + 4), 0xEE, dtype=torch.uint8)
     table = torch.full((3, 3), -1, dtype=torch.int32)
     table[0], table[2, :2] = torch.tensor([5, 2, 7]), torch.tensor([1, 8])
     if paged:
         out, width = paged_rows(IndexKeys(pages, table, keys.lengths)), 3
     else:
-        flat = torch.full((3, 50, dim), 0xEE, dtype=torch.uint8).view(torch.float8_e4m3fn), torch.full((3, 50), -7.0)
-        out, width = flat_rows(*flat, keys.lengths), 50
+        flat = torch.full((3, 99, dim), 0xEE, dtype=torch.uint8).view(torch.float8_e4m3fn), torch.full((3, 99), -7.0)
+        out, width = flat_rows(*flat, keys.lengths), 99
     walks.pool(paged_rows(keys), old, keys.lengths, block_size, most, out, width, dim)
     done = {}
     for request in (0, 2):
@@ -71,7 +71,7 @@ def test_means_of_blocks(dim, page_size, block_size, paged, order):
     assert len(done) > 1
     if not paged:
         for request in range(3):
-            for block in range(50):
+            for block in range(99):
                 values, scales = done.get((request, block), (None, torch.tensor([-7.0])))
                 assert flat[1][request, block] == scales
                 wanted = 0xEE if values is None else values.view(torch.uint8)
@@ -91,7 +91,7 @@ def test_means_of_blocks(dim, page_size, block_size, paged, order):
 def test_sums_of_own_blocks(dim, page_size, block_size, order):
     """Runs of queries that one walk serves, broken by a block's end, another request, a step back; and queries that see nothing."""
     keys, vectors = world(dim, page_size)
-    positions = [*range(100, 300), 299, *range(298, 290, -1), 5000, -1, 699, 0, 1, 2]
+    positions = [*range(100, 300), 299, *range(298, 290, -1), 5000, -1, 699, 0, 1, 2, *range(1100, 1110)]
     positions += [*range(block_size - 4, block_size + 3), 40, 330, 331, 332]
     requests = [0] * (len(positions) - 4) + [1, 2, 2, 2]
     requests[30], requests[31] = 3, -1
