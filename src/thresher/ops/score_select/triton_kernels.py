@@ -68,18 +68,15 @@ def _key_of(column, stride, spread, TILES: tl.constexpr):
 
 @triton.jit
 def _keep(
-    row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, whole, found_row,
-    BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    row, passes, sample, near_ends, found, counts, stride, spread, whole, found_row,
+    BLOCK: tl.constexpr, LISTS: tl.constexpr, ROOM: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Enter what passes of a row's sample into its lists, whose counts are 0, from the turns that collecting then leaves out.
 
-    ``ROWS`` rows collect together. Of those that have one request, the turns are left out that all see to their end, none if any of these
+    Those are the turns that all rows of one request which collect together, with ends ``near_ends``, see to their end; none if any of these
     rows is so short that it needs no level. ``sample`` is at the row's start. Few pass, so each thread enters its own one by one.
     """
-    near = row // ROWS * ROWS + tl.arange(0, ROWS)
-    same = (near < num_rows) & (tl.load(requests + near, mask=near < num_rows, other=-1) == tl.load(requests + row))
-    end = tl.load(ends + near, mask=same, other=0)
-    stop = tl.min(tl.where(same, tl.where(end > whole, end // (64 * TILES), 0), 2**31 - 1), axis=0)
+    stop = tl.min(tl.where(near_ends > whole, near_ends // (64 * TILES), 0), axis=0)
     turn = sampled_turn(tl.arange(0, BLOCK) // (64 * TILES), stride, spread)
     word = pack(tl.reshape(passes & (turn < stop), [BLOCK // 32, 32]), BLOCK)
     for _turn in range(tl.max(count_bits(word), axis=0)):
@@ -113,6 +110,10 @@ def level_kernel(
     level = tl.full([], float("-inf"), tl.float32)
     level_key = tl.full([], -1, tl.int32)
     if KEPT:
+        # Of the rows that collect with this one: asked for here, so that nothing waits for the answer.
+        near = row // ROWS * ROWS + tl.arange(0, ROWS)
+        request, near_request = tl.load(requests + row), tl.load(requests + near, mask=near < num_rows, other=-1)
+        near_ends = tl.load(ends + near, mask=near < num_rows, other=0)
         tl.store(counts + row * LISTS + column, tl.zeros([BLOCK], tl.int32), mask=column < LISTS)
         tl.debug_barrier()
     if tl.load(ends + row) > whole:
@@ -132,9 +133,7 @@ def level_kernel(
     if KEPT:  # with a level or without: collecting leaves the tiles out either way
         key = _key_of(column, stride, spread, TILES)
         passes = (score > level) | ((score == level) & (key <= level_key))
-        _keep(
-            row, passes, sample, requests, ends, found, counts, num_rows, stride, spread, whole, found_row,
-            BLOCK, LISTS, ROOM, ROWS, TILES,
-        )  # fmt: skip
+        near_ends = tl.where((near < num_rows) & (near_request == request), near_ends, 2**31 - 1)
+        _keep(row, passes, sample, near_ends, found, counts, stride, spread, whole, found_row, BLOCK, LISTS, ROOM, TILES)
     tl.store(levels + row, level)
     tl.store(level_keys + row, level_key)
