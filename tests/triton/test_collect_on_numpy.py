@@ -27,12 +27,18 @@ def runs_of(kept: bool) -> int:
     return 2 if kept else 3  # the sample's turns are left out where runs are a power of two
 
 
-def append(score, bar, key, at, into):
-    """What stands for ``append_quick``, which is written in assembly."""
-    passes = score >= bar
-    bits = np.ascontiguousarray(score).view(np.int32).astype(np.int64)
-    store(into + (at >> 3), bits << 32 | key, passes)
-    return at + passes.astype(np.int32) * 8
+class AppendQuick:
+    """What stands for ``append_quick``, which is written in assembly, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, score, bar, key, at, into):
+        self.calls += 1
+        passes = score >= bar
+        bits = np.ascontiguousarray(score).view(np.int32).astype(np.int64)
+        store(into + (at >> 3), bits << 32 | key, passes)
+        return at + passes.astype(np.int32) * 8
 
 
 def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -54,12 +60,7 @@ def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray
         None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *turns, 48, ring.slots, ring.scales, *ring.barriers,
         shape["BLOCK"], ring.stages, D, PAGE, ring.tiles, kept,
     )  # fmt: skip
-    quick = 0
-
-    def append_quick(*given):
-        nonlocal quick
-        quick += 1
-        return append(*given)
+    append_quick = AppendQuick()
 
     def scales_of(slots, sums, sub):
         scale = ring.scales_of(slots).reshape(4, 2, 8, 1, 1, 1)
@@ -74,7 +75,7 @@ def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray
             half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles, kept,
         )  # fmt: skip
         assert ring.all_read()
-    assert quick > 20
+    assert append_quick.calls > 20
     return found, counts
 
 
@@ -173,12 +174,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
         scale = world.bytes[page, PAGE * D // 4 :][key] if there else np.float32(np.nan) + 0 * key
         return array(scale, np.float32)
 
-    quick = 0
-
-    def append_quick(*given):
-        nonlocal quick
-        quick += 1
-        return append(*given)
+    append_quick = AppendQuick()
 
     instead = {
         "load_queries": load, "warpgroup_mma": lambda slots, *rest, **options: array(of_columns(world.dots[fetched[turn["count"] - 1][0]])),
@@ -192,7 +188,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
             found.shape[1], 0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room, kept,
         )  # fmt: skip
         assert turn["count"] == len(fetched)
-    assert quick > 20
+    assert append_quick.calls > 20
     return found, counts
 
 

@@ -19,8 +19,7 @@ from .test_index_score import world
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
 settling = importlib.import_module("thresher.ops.score_select.settle")
-few = importlib.import_module("thresher.ops.score_select.gluon_kernels")
-quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
+collecting = importlib.import_module("thresher.ops.score_select.gluon_lists")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
 TOGETHER = 4  # rows that collect together
 ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
@@ -234,7 +233,7 @@ def test_the_plan():
         each = 1 if heads > kernels.QUADS else tiles * 2  # keys of a turn that share a list
         assert torch.bincount(turns % plan.runs).max() * each <= plan.room
         assert plan.room % each == 0
-        unseen = quads.SPAN.value if heads > kernels.QUADS else few.SPAN.value // tiles
+        unseen = collecting.SPAN.value // tiles
         assert unseen * each <= kernels.PAST, "what a list may run over before it is noticed"
         expected = plan.want * plan.stride / plan.lists
         assert expected + 6 * math.sqrt(expected) <= plan.room

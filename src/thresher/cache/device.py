@@ -55,9 +55,14 @@ def flat_rows(values: Tensor, scales: Tensor, starts: Tensor) -> Rows:
 GLUON = "3.6."
 
 
+def on_hopper(tensor: Tensor) -> bool:
+    """Whether a tensor is on a card that kernels for Hopper alone run on."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == (9, 0)
+
+
 def runs_gluon(tensor: Tensor) -> bool:
     """Whether kernels written in Gluon for Hopper can run for a tensor."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == (9, 0) and triton.__version__.startswith(GLUON)
+    return on_hopper(tensor) and triton.__version__.startswith(GLUON)
 
 
 def overlapped(tensor: Tensor) -> dict[str, bool]:

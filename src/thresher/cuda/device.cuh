@@ -41,6 +41,7 @@ __device__ __forceinline__ void await_round(u64* at, u32 parity) {
       "r"(parity)
       : "memory");
 }
+// What this thread wrote to shared memory comes before what the copy engine brings there.
 __device__ __forceinline__ void fence_for_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Have the copy engine bring bytes, a multiple of 16 as both addresses are, of which the barrier is told.
 __device__ __forceinline__ void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {

@@ -15,6 +15,12 @@ struct Rows {  // struct Rows of cache/device.py, of keys in pages
   u32 table_width, num_pages, page_size, value_stride, scale_stride, scale_start;
 };
 
+// A page of a request's, by its place in the table; -1 where there is none.
+__device__ __forceinline__ int page_of(const Rows& rows, u64 request, u64 column) {
+  int page = column < rows.table_width ? rows.table[request * rows.table_width + column] : -1;
+  return (u32)page < rows.num_pages ? page : -1;
+}
+
 struct Pool {
   Rows keys;
   Rows means;  // with page_size 0: rows one after the other, table_width of them a request
@@ -114,10 +120,7 @@ __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, 
     for (u32 at = 0; at < PARTS; at++) begin_barrier(&work.full[at], 1);
     fence_begun_barriers();
   }
-  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += DIM) {
-    int page = column + at < rows.table_width ? rows.table[request * rows.table_width + column + at] : -1;
-    work.pages[at] = (u32)page < rows.num_pages ? page : -1;
-  }
+  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += DIM) work.pages[at] = page_of(rows, request, column + at);
   __syncthreads();
   if (warp_of() == 0)
     for (u32 number = 0; number < PARTS; number++) fetch(rows, work, place, number, count);
@@ -176,9 +179,8 @@ __device__ __forceinline__ void pool_block(const Pool& pool) {
     there = block < means.table_width;
     value = (request * means.table_width + block) * DIM, scale = request * means.table_width + block;
   } else {
-    u64 column = block / means.page_size;
-    int page = column < means.table_width ? means.table[request * means.table_width + column] : -1;
-    there = (u32)page < means.num_pages;
+    int page = page_of(means, request, block / means.page_size);
+    there = page >= 0;
     value = (u64)page * means.value_stride + block % means.page_size * DIM;
     scale = (u64)page * means.scale_stride + means.scale_start + block % means.page_size;
   }
@@ -208,13 +210,10 @@ __device__ __forceinline__ void own_block(const Own& own) {
   Sight seen = sight(own, query);
   if (seen.offset < 0) return;
   long long length = own.lengths[seen.request];
-  auto follows = [&](u64 other, u32 steps) {  // whether that query stands so many keys behind
+  auto follows = [&](u64 other, long long steps) {  // whether that query stands so many keys behind
     return (own.requests[other] == seen.request) & (min(own.positions[other], length - 1) == seen.last + steps);
   };
-  if (query > 0 && seen.offset > 0) {
-    Sight before = sight(own, query - 1);
-    if (before.request == seen.request && before.last == seen.last - 1) return;
-  }
+  if (query > 0 && seen.offset > 0 && follows(query - 1, -1)) return;
   u32 most = (u32)min((u64)own.num_queries - query, (u64)own.block_size - 1 - seen.offset), run = 0;
   while (true) {
     if (threadIdx.x == 0) work.run = most;
@@ -235,7 +234,7 @@ __device__ __forceinline__ void own_block(const Own& own) {
   float* to = own.sums + query * DIM + threadIdx.x;
   auto use = [&](u32 key, const float* sums, u32 num) {
     float* from = to + ((long long)key - offset) * DIM;
-    if (key >= offset) {
+    if (key >= offset) {  // without a branch for each
 #pragma unroll
       for (u32 at = 0; at < TURN; at++)
         if (at < num) from[at * DIM] = sums[at];

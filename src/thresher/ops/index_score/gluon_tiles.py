@@ -74,7 +74,7 @@ def scale_ring(TILES: gl.constexpr):
     """Where tiles' scales stand, for a ring of ``TILES`` tiles: turn t's in ``t % (2 * STAGES)``, so that they last a round longer.
 
     The matrix unit has read a tile when its product is there. Scales are read by loads, which nothing waits for before their first use: a
-    slot can be empty and filled again while a load is still under way, and was, once in a hundred launches (docs/lab-log.md). A round
+    slot can be empty and filled again while a load is still under way, and was, in 7 % of one case's launches (docs/lab-log.md). A round
     later all of its consumers have used what they loaded.
     """
     return gl.allocate_shared_memory(gl.float32, [2 * TILES, 1, KEYS], gl.NVMMASharedLayout(0, 32, 2))

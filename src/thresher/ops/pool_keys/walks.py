@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
-from thresher.cache.device import Rows
+from thresher.cache.device import Rows, on_hopper
 from thresher.cuda import launch
 from thresher.ops.dispatch import installed
 
@@ -19,10 +18,7 @@ PART, PARTS = 128, 3  # keys that are copied together, and how many such parts s
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("values", "scales", "table")),
-        *((name, ctypes.c_uint) for name in ("table_width", "num_pages", "page_size", "value_stride", "scale_stride", "scale_start")),
-    ]
+    _fields_ = [(name, ctypes.c_void_p if name in ("values", "scales", "table") else ctypes.c_uint) for name in Rows._fields]
 
 
 class _Pool(ctypes.Structure):
@@ -41,9 +37,7 @@ class _Own(ctypes.Structure):
 
 def can_walk(rows: Rows, block_size: int, dim: int) -> bool:
     """Whether these kernels take such keys. Others are ``ordered_sum``'s."""
-    values = rows.values
-    on_hopper = values.is_cuda and torch.cuda.get_device_capability(values.device) == (9, 0)
-    return on_hopper and installed("cuda.bindings") and fits(rows, block_size, dim)
+    return on_hopper(rows.values) and installed("cuda.bindings") and fits(rows, block_size, dim)
 
 
 def fits(rows: Rows, block_size: int, dim: int) -> bool:
@@ -61,8 +55,9 @@ def pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int,
     """
     old, new = old.contiguous(), new.contiguous()
     arguments = _Pool(
-        keys=_rows(rows), means=_rows(out, out_width), olds=old.data_ptr(), news=new.data_ptr(), block_size=block_size, programs=max_blocks
-    )
+        keys=_rows(rows), means=_rows(out._replace(table_width=out_width)), olds=old.data_ptr(), news=new.data_ptr(),
+        block_size=block_size, programs=max_blocks,
+    )  # fmt: skip
     _launch(f"pool_{dim}", arguments, max_blocks * len(old), rows, block_size, dim)
 
 
@@ -76,12 +71,8 @@ def own_sums(rows: Rows, positions: Tensor, requests: Tensor, lengths: Tensor, b
     _launch(f"own_{dim}", arguments, len(positions), rows, block_size, dim)
 
 
-def _rows(rows: Rows, width: int | None = None) -> _Rows:
-    return _Rows(
-        values=rows.values.data_ptr(), scales=rows.scales.data_ptr(), table=rows.table.data_ptr(),
-        table_width=rows.table_width if width is None else width, num_pages=rows.num_pages, page_size=rows.page_size,
-        value_stride=rows.value_stride, scale_stride=rows.scale_stride, scale_start=rows.scale_start,
-    )  # fmt: skip
+def _rows(rows: Rows) -> _Rows:
+    return _Rows(*(x.data_ptr() if isinstance(x, Tensor) else x for x in rows))
 
 
 def _launch(name: str, arguments: ctypes.Structure, grid: int, rows: Rows, block_size: int, dim: int) -> None:

@@ -31,18 +31,18 @@ from thresher.ops.index_score.gluon_tiles import (
     whole_sums,
 )
 from thresher.ops.score_select.gluon_lists import (
+    SPAN,
     append_two,
     first_left_out,
     first_of_run,
     halves,
-    left_out,
     look_ahead,
     read_rows,
     rows_and_places,
+    step_over,
 )
 
 PLACES = gl.constexpr(32)  # lists of a run: a thread has two keys of a tile
-SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
 
 
 @gluon.jit
@@ -70,16 +70,15 @@ def _producer(
             mine = owner == current
             begin, stop = live(start, end, mine, 0, tiles)
             first, last = _turns(begin, stop, unit % runs, runs, TILES)
-            skip, bound = begin * 0 + NO_REQUEST, begin
-            if KEPT:
-                skip, bound = first_left_out(unit % runs, stride, end, mine, whole, TILES)
+            skip, bound = first_left_out(unit % runs, stride, end, mine, whole, TILES, KEPT)
             table = page_table + current.to(gl.int64) * table_row
             page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
             if first < last:
                 start_at = first + gl.where(first == skip, runs, 0)
                 page0, page1, valid0, valid1 = find_pages(table, start_at * TILES, stop, num_pages, PAGE, TILES)
             while first < last:
-                for turn in range(first, gl.minimum(skip, last), runs):
+                upto = gl.minimum(skip, last)
+                for turn in range(first, upto, runs):
                     slot = count & (STAGES - 1)
                     # Asked for one turn ahead, so that nothing waits for the answer.
                     ahead = turn + runs
@@ -92,8 +91,7 @@ def _producer(
                     )  # fmt: skip
                     page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
                     count += 1
-                first = gl.minimum(skip, last) + runs
-                skip = left_out(gl.minimum(skip, bound) + runs * stride, bound)
+                first, skip = step_over(upto, skip, bound, runs, stride)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
 
 
@@ -111,33 +109,37 @@ def scales_of(buffer, sums, SUB: gl.constexpr):
 
 @gluon.jit
 def _take(
-    buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, turn, count,
+    first, last, runs, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, count,
     bar, end, level, tie_end, at, lists, list_start,
     QUICK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
-    """Score a turn and append what passes, by the bar alone if ``QUICK``; returns where the lists go on."""
-    key = turn * (TILES * KEYS) + place
-    slot = count & (STAGES - 1)
-    mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
-    acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
-    acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
-    scale_slot = (count & (2 * STAGES - 1)) * TILES
-    a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
-    b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
-    # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
-    sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
-    if TILES == 2:
-        s0, s1 = halves(whole_sums(sums, SUB), SUB)
-        s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
-        # Here and not below, so that it is done while the other tile is multiplied.
+    """Score the turns from ``first`` on and before ``last`` and append what passes, by the bar alone if ``QUICK``; returns where the lists
+    go on, and the turns so far."""
+    for turn in range(first, last, runs):
+        key = turn * (TILES * KEYS) + place
+        slot = count & (STAGES - 1)
+        mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
+        acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
+        acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
+        scale_slot = (count & (2 * STAGES - 1)) * TILES
+        a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
+        b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
+        # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
+        sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
+        if TILES == 2:
+            s0, s1 = halves(whole_sums(sums, SUB), SUB)
+            s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
+            # Here and not below, so that it is done while the other tile is multiplied.
+            at = append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
+            key += KEYS
+        dots = warpgroup_mma_wait(0, [acc1])
+        mbarrier.arrive(empty.index(slot))
+        s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
+        s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
         at = append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
-        key += KEYS
-    dots = warpgroup_mma_wait(0, [acc1])
-    mbarrier.arrive(empty.index(slot))
-    s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
-    s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
-    return append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
+        count += 1
+    return at, count
 
 
 @gluon.jit
@@ -188,28 +190,21 @@ def _consumer(
                 own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
             )
             mine = gl.where(own_owner == current, own_end, 0)
-            skip, bound = begin * 0 + NO_REQUEST, begin
-            if KEPT:
-                skip, bound = first_left_out(run, stride, end, here, whole, TILES)
+            skip, bound = first_left_out(run, stride, end, here, whole, TILES, KEPT)
             while first < last:
                 upto, quick, careful, bar = look_ahead(
                     first, gl.minimum(skip, last), runs, gl.where(here, end, 0), gl.where(here, ties, 0),
                     mine, level, tie_end, at - list_start > ROOM * 8, SPAN // TILES, TILES * KEYS,
                 )  # fmt: skip
-                for turn in range(first, quick, runs):
-                    at = _take(
-                        buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, turn, count,
-                        bar, mine, level, tie_end, at, lists, list_start, True, STAGES, D, HB, SUB, ROOM, TILES,
-                    )  # fmt: skip
-                    count += 1
-                for turn in range(careful, upto, runs):
-                    at = _take(
-                        buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, turn, count,
-                        bar, mine, level, tie_end, at, lists, list_start, False, STAGES, D, HB, SUB, ROOM, TILES,
-                    )  # fmt: skip
-                    count += 1
-                first = upto + gl.where(upto == skip, runs, 0)
-                skip = gl.where(upto == skip, left_out(gl.minimum(skip, bound) + runs * stride, bound), skip)
+                at, count = _take(
+                    first, quick, runs, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, count,
+                    bar, mine, level, tie_end, at, lists, list_start, True, STAGES, D, HB, SUB, ROOM, TILES,
+                )  # fmt: skip
+                at, count = _take(
+                    careful, upto, runs, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, count,
+                    bar, mine, level, tie_end, at, lists, list_start, False, STAGES, D, HB, SUB, ROOM, TILES,
+                )  # fmt: skip
+                first, skip = step_over(upto, skip, bound, runs, stride)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + (own_row * runs + run) * PLACES + which, (at - list_start) // 8, mask=own_row < num_queries)
 

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from thresher.ops.index_score.gluon_tiles import KEYS, NO_REQUEST, along, sight
 
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
+SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
 
 
 @gluon.jit
@@ -18,18 +19,27 @@ def first_of_run(begin, run, runs):
 
 
 @gluon.jit
-def first_left_out(run, stride, end, mine, whole, TILES: gl.constexpr):
+def first_left_out(run, stride, end, mine, whole, TILES: gl.constexpr, KEPT: gl.constexpr):
     """``(turn, bound)``: the first turn of the run that the sample has, ``NO_REQUEST`` where there is none, and before which turn such are
-    left out, since ``level_kernel`` has entered their pairs. Others follow ``runs * stride`` apart.
+    left out, since ``level_kernel`` has entered their pairs, if ``KEPT``. Others follow ``runs * stride`` apart.
 
     The rows ``mine`` of one request, of which each has a level, see the turns before ``bound`` to their end.
     """
-    bound = gl.min(gl.where(mine, gl.where(end > whole, end // (KEYS * TILES), 0), NO_REQUEST), 0)
-    return left_out(run * stride + run, bound), bound
+    bound = run * 0
+    if KEPT:
+        bound = gl.min(gl.where(mine, gl.where(end > whole, end // (KEYS * TILES), 0), NO_REQUEST), 0)
+    return _left_out(run * stride + run, bound), bound
 
 
 @gluon.jit
-def left_out(turn, bound):
+def step_over(upto, skip, bound, runs, stride):
+    """``(turn, skip)``: where the run goes on behind its turns before ``upto``, over that turn if it is ``skip``; and the next such."""
+    at_skip = upto == skip
+    return upto + gl.where(at_skip, runs, 0), gl.where(at_skip, _left_out(gl.minimum(skip, bound) + runs * stride, bound), skip)
+
+
+@gluon.jit
+def _left_out(turn, bound):
     """A sampled turn if it is left out, else none that will ever come."""
     return gl.where(turn < bound, turn, NO_REQUEST)
 

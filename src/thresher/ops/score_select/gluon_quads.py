@@ -15,16 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
 from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, absent, find_page, live, ring, scale_ring, sight
 from thresher.ops.score_select.gluon_lists import (
+    SPAN,
     append_careful,
     append_quick,
     first_left_out,
     first_of_run,
-    left_out,
     look_ahead,
     read_rows,
+    step_over,
 )
-
-SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
 
 
 @gluon.jit
@@ -46,15 +45,14 @@ def _producer(
             mine = owner == current
             begin, stop = live(start, end, mine, 0, tiles)
             tile = first_of_run(begin, unit % runs, runs)
-            skip, bound = begin * 0 + NO_REQUEST, begin
-            if KEPT:
-                skip, bound = first_left_out(unit % runs, stride, end, mine, whole, 1)
+            skip, bound = first_left_out(unit % runs, stride, end, mine, whole, 1, KEPT)
             table = page_table + current.to(gl.int64) * table_row
             page, valid = begin * 0, begin < begin
             if tile < stop:
                 page, valid = find_page(table, gl.minimum(tile + gl.where(tile == skip, runs, 0), stop - 1), num_pages, PAGE)
             while tile < stop:
-                for now in range(tile, gl.minimum(skip, stop), runs):
+                upto = gl.minimum(skip, stop)
+                for now in range(tile, upto, runs):
                     # Asked for one tile ahead, so that nothing waits for the answer.
                     ahead = now + runs
                     ahead += gl.where(ahead == skip, runs, 0)
@@ -72,8 +70,7 @@ def _producer(
                     tma.async_copy_global_to_shared(k_desc, [page, now * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
                     turn += 1
                     page, valid = page_ahead, valid_ahead
-                tile = gl.minimum(skip, stop) + runs
-                skip = left_out(gl.minimum(skip, bound) + runs * stride, bound)
+                tile, skip = step_over(upto, skip, bound, runs, stride)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
 
 
@@ -130,9 +127,7 @@ def _consumer(
             begin, stop = live(end * 0, end, mine, 0, tiles)
             tile = first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
-            skip, bound = begin * 0 + NO_REQUEST, begin
-            if KEPT:
-                skip, bound = first_left_out(run, stride, end, mine, whole, 1)
+            skip, bound = first_left_out(run, stride, end, mine, whole, 1, KEPT)
             while tile < stop:
                 upto, quick, careful, bar = look_ahead(
                     tile, gl.minimum(skip, stop), runs, gl.where(mine, end, 0), gl.where(mine, ties, 0),
@@ -146,8 +141,7 @@ def _consumer(
                     score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
                     at = append_careful(score, now * KEYS + place, last, level, tie_end, at, found, list_start, ROOM)
                     turn += 1
-                tile = upto + gl.where(upto == skip, runs, 0)
-                skip = gl.where(upto == skip, left_out(gl.minimum(skip, bound) + runs * stride, bound), skip)
+                tile, skip = step_over(upto, skip, bound, runs, stride)
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + index, (at - list_start) // 8, mask=own < num_queries)
 
