@@ -45,7 +45,12 @@ struct Block {
   std::vector<unsigned char> memory;
   Barrier barrier;
   std::vector<Warp> warps;
-  std::vector<std::function<void()>> fetches;  // that the copy engine has not begun
+};
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size;
+  u32 group;
 };
 struct Thread {
   ucontext_t begin;
@@ -57,13 +62,13 @@ struct Thread {
   const Barrier* awaits = nullptr;  // with the turn that it must leave
   u32 turn = 0;
   bool done = false;
-  std::vector<std::pair<u64*, const u64*>> copies;  // begun, which show when they are awaited and not before
+  std::vector<Copy> copies;  // begun, which show when they are awaited and not before
+  u32 groups = 0;            // of them that were committed
 };
 
 inline Thread* current;
 inline jmp_buf scheduler;
 inline Dim block_size;
-inline bool lazy;   // whether the copy engine begins only when somebody waits
 inline bool moved;  // whether anything happened since the scheduler last asked
 inline std::function<void()> body;
 
@@ -114,12 +119,10 @@ Value exchange(Value value, const Combine& combine) {
   return result;
 }
 
-// Run a kernel; `order` 0: threads in order, 1: backwards, else shuffled by it, and half of the warps rest at a time; in odd ones the copy
-// engine is late. Returns 1 where threads wait for each other forever, 2 where shared memory did not suffice, 3 where it does not come to an
-// end.
+// Run a kernel; `order` 0: threads in order, 1: backwards, else shuffled by it, and half of the warps rest at a time. Returns 1 where
+// threads wait for each other forever, 2 where shared memory did not suffice, 3 where it does not come to an end.
 inline int run(const std::function<void()>& kernel, u32 grid, u32 threads, u32 shared, u32 order) {
   body = kernel;
-  lazy = order % 2 == 1;
   block_size = {threads, 1, 1};
   std::mt19937 random(order);
   for (u32 index = 0; index < grid; index++) {
@@ -180,52 +183,23 @@ struct alignas(16) Four {
 struct Two {
   float a, b;
 };
-inline void copy_ahead(u64* to, const u64* from) { host::current->copies.push_back({to, from}); }
-inline void await_copies() {
-  for (auto [to, from] : host::current->copies) *to = *from;
-  host::current->copies.clear();
+inline void copy_ahead(u64* to, const u64* from) { host::current->copies.push_back({to, from, sizeof(u64), host::current->groups}); }
+inline void copy_or_zero(Four* to, const Four* from, bool there) {
+  static const Four zeros = {0, 0, 0, 0};
+  host::current->copies.push_back({to, there ? from : &zeros, sizeof(Four), host::current->groups});
+}
+inline void commit_copies() { host::current->groups++; }
+template <u32 GROUPS>
+void await_copies() {
+  std::vector<host::Copy> left;
+  for (const host::Copy& copy : host::current->copies)
+    if (copy.group + GROUPS < host::current->groups)
+      std::memcpy(copy.to, copy.from, copy.size);
+    else
+      left.push_back(copy);
+  host::current->copies = left;
 }
 
-namespace host {
-struct Counter {
-  unsigned char arrivals, missing, round, spare;
-  int bytes;
-};
-static_assert(sizeof(Counter) == sizeof(u64));
-inline void count(u64* at, u32 arrivals, int bytes) {
-  Counter* counter = (Counter*)at;
-  counter->missing -= arrivals, counter->bytes += bytes;
-  if (counter->missing == 0 && counter->bytes == 0) counter->round ^= 1, counter->missing = counter->arrivals;
-  moved = true;
-}
-}  // namespace host
-
-inline void begin_barrier(u64* at, u32 arrivals) {
-  *(host::Counter*)at = {(unsigned char)arrivals, (unsigned char)arrivals, 0, 0, 0};
-}
-inline void fence_begun_barriers() {}
-inline void fence_for_engine() {}
-inline void arrive_and_expect(u64* at, u32 bytes) { host::count(at, 1, bytes); }
-inline void await_round(u64* at, u32 parity) {
-  while (((host::Counter*)at)->round == parity) {
-    std::vector<std::function<void()>> fetches;
-    std::swap(fetches, host::current->block->fetches);
-    for (auto& fetch : fetches) fetch();
-    if (fetches.empty()) host::yield();
-  }
-}
-inline void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
-  auto fetch = [=] {
-    std::memcpy(to, from, bytes);
-    host::count(barrier, 0, -(int)bytes);
-  };
-  if (host::lazy)
-    host::current->block->fetches.push_back(fetch);
-  else
-    fetch();
-}
-
-inline void __syncwarp() { host::meet(host::current->block->warps[threadIdx.x / 32].barrier, 32); }
 inline void __syncthreads() { host::meet(host::current->block->barrier, blockDim.x); }
 inline bool __syncthreads_or(bool value) { return host::meet(host::current->block->barrier, blockDim.x, value) > 0; }
 inline u32 __shfl_up_sync(u32, u32 value, u32 step) {

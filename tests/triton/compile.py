@@ -35,8 +35,8 @@ class Hopper:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers a thread; bytes of local memory a thread (spilled registers, run-time indexed arrays); and how many instructions of the
-    innermost loops around a matrix product touch that memory."""
+    """Registers a thread; bytes of local memory a thread (spilled registers, run-time indexed arrays); and of the innermost loops around a
+    matrix product how many instructions touch that memory, and how many wait because all they read is in one bank of registers."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     if not os.path.exists(tool):
         return {}
@@ -45,16 +45,26 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         text = subprocess.run([tool, "--dump-resource-usage", "-sass", file.name], capture_output=True, text=True).stdout
     found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["reg"], "stack": found["stack"], "hot_spills": hot_spills(text)} if "reg" in found else {}
+    if "reg" not in found:
+        return {}
+    hot = hot_code(text)
+    spills, crowded = sum("LDL" in what or "STL" in what for what in hot), sum(map(is_crowded, hot))
+    return {"registers": found["reg"], "stack": found["stack"], "hot_spills": spills, "hot_crowded": crowded}
 
 
-def hot_spills(sass: str) -> int:
-    """Loads and stores of local memory inside the innermost loops that hold a matrix instruction."""
+def is_crowded(what: str) -> bool:
+    """Whether an instruction multiplies and adds three registers whose numbers are all even or all odd."""
+    read = re.match(r"FFMA\S* R\d+, -?R(\d+)(?:\.reuse)?, -?R(\d+)(?:\.reuse)?, -?R(\d+)", what)
+    return read is not None and len({int(number) % 2 for number in read.groups()}) == 1
+
+
+def hot_code(sass: str) -> list[str]:
+    """The instructions inside the innermost loops that hold a matrix instruction."""
     code = [(int(at, 16), what) for at, what in re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?);", sass, re.MULTILINE)]
     jumps = [(int(to.group(1), 16), at) for at, what in code if (to := re.search(r"BRA.*?0x([0-9a-f]+)", what))]
     loops = [(to, at) for to, at in jumps if to < at and any(to <= pos <= at and "GMMA" in what for pos, what in code)]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    return sum(("LDL" in what or "STL" in what) and any(a <= pos <= b for a, b in inner) for pos, what in code)
+    return [what for pos, what in code if any(a <= pos <= b for a, b in inner)]
 
 
 def main() -> None:

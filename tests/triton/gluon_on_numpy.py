@@ -87,7 +87,9 @@ def language(memory: list[np.ndarray], program: int = 0, programs: int = 1) -> t
         minimum=lambda a, b: array(np.minimum(a, b)), where=lambda c, a, b: array(np.where(c, a, b)),
         maximum=lambda a, b, propagate_nan=None: array(np.maximum(a, np.asarray(b, np.asarray(a).dtype))),
         associative_scan=lambda x, axis, combine: array(np.add.accumulate(x, axis)),  # sums are all that is asked for
-        abs=np.abs, split=lambda x: (x[..., 0], x[..., 1]), zeros=lambda shape, kind, layout: array(np.zeros(shape, kind)),
+        split=lambda x: (x[..., 0], x[..., 1]), join=lambda a, b: np.stack((a, b), -1), broadcast=np.broadcast_arrays,
+        abs=np.abs, zeros=lambda shape, kind, layout: array(np.zeros(shape, kind)),
+        convert_layout=lambda x, layout, assert_trivial: x, SwizzledSharedLayout=lambda *args: None,
         SliceLayout=lambda dim, parent: None, BlockedLayout=lambda *args: None, NVMMADistributedLayout=lambda *args: None,
         arange=lambda start, stop, layout: array(np.arange(start, stop, dtype=np.int32)),
         pointer_type=lambda kind: PointerType(memory, kind), program_id=lambda axis: program, num_programs=lambda axis: programs,

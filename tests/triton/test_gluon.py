@@ -64,6 +64,7 @@ def test_prefill_compiles(compile_for_hopper, heads, kernel, spills, dim):
         assert "cp.async.bulk.tensor" in kernel.ptx
         assert kernel.shared <= SHARED_LIMIT
         assert getattr(kernel, "hot_spills", 0) <= spills
+        assert getattr(kernel, "hot_crowded", 0) <= 8, "weights stand apart from products and sums"
 
 
 COLLECT = """
@@ -95,3 +96,4 @@ def test_collect_compiles(compile_for_hopper, dim):
         assert kernel.shared <= SHARED_LIMIT
         # Scalars, outside of what a common turn executes: where a tile is looked at closely, or a wait goes on.
         assert getattr(kernel, "hot_spills", 0) <= 45
+        assert getattr(kernel, "hot_crowded", 0) <= 8, "weights stand apart from products and sums"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .gluon_on_numpy import across_four, array, fma, language
+from .gluon_on_numpy import Pointer, across_four, array, fma, language
 from .gluon_on_numpy import plain as on_numpy
 
 tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
@@ -18,6 +18,7 @@ lists = importlib.import_module("thresher.ops.score_select.gluon_lists")
 kernels = importlib.import_module("thresher.ops.score_select.gluon_kernels")
 fused = importlib.import_module("thresher.ops.score_select.triton")
 GL = language([])
+GL.allocate_shared_memory = lambda kind, shape, layout, value: Held(value)
 
 
 def plain(jitted: Any) -> Any:
@@ -68,6 +69,48 @@ def test_four_lanes_are_added_in_the_order_of_plain_triton():
     key, query = plain(quads.places)(None)
     assert np.array_equal(sums, in_order(dots, weights)[key, query])
     assert len(set((key * 2 + query).flatten().tolist())) == 128
+
+
+class Held:
+    """Shared memory that is given what it holds."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def load(self, layout: Any) -> Any:
+        return self.value
+
+    def store(self, value: Any) -> None:
+        self.value = value
+
+    def index(self, number: int) -> Held:
+        return self
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_every_column_has_its_own_weight(heads):
+    """Although those of the columns beside them are loaded, and no row or head that is not there."""
+    num, given = 11, heads - 3
+    memory = [np.zeros((num, given, 64), np.uint8), np.random.default_rng(0).standard_normal((num, given), np.float32)]
+    q, weights = (Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory))
+    loading = {"fence_async_shared": lambda: None}
+    if heads == 64:
+        zero, first = np.zeros((64, 128), np.float32), 10
+        got = [on_numpy(quads.load_queries, GL, loading)(q, weights, first, num, given, given * 64, 64, given, Held(None), zero, 64, None)]
+        columns = [plain(quads.row_and_head)(np.arange(128))]
+    else:
+        shape = fused.layout(heads)
+        zero, first, chunk = np.zeros((64, shape["SUB"] * shape["HB"] * 8), np.float32), 8, shape["HB"]
+        got = on_numpy(tiles.load_queries, GL, loading)(
+            q, weights, first, num, given, given * 64, 64, given, Held(None), zero, 0, heads, 64, chunk, shape["SUB"], None
+        )
+        row, head = plain(tiles.row_and_head)(np.arange(zero.shape[1]), chunk)
+        columns = [(row, head), (row, head + chunk * (heads > chunk))]
+    for weight, (row, head) in zip(got, columns, strict=True):
+        there = (first + row < num) & (head < given)
+        want = np.where(there, memory[1][np.where(there, first + row, 0), np.where(there, head, 0)] / 2, 0)
+        assert weight.shape == zero.shape
+        assert (weight == want).all()
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32])

@@ -12,8 +12,6 @@ constexpr u32 EVERY = 0xffffffffu;  // lanes of a warp
 __device__ __forceinline__ u32 lane_of() { return threadIdx.x % 32; }
 __device__ __forceinline__ u32 warp_of() { return threadIdx.x / 32; }
 
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-
 struct alignas(16) Four {
   u32 a, b, c, d;
 };
@@ -21,33 +19,19 @@ struct Two {
   float a, b;
 };
 
-// Begin to copy 8 bytes to shared memory, and wait for all that this thread began to.
+// Begin to copy 8 bytes to shared memory, or 16 or as many zeros. Wait for all that this thread began to copy, but for the last so many
+// groups of it.
 __device__ __forceinline__ void copy_ahead(u64* to, const u64* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Barriers in shared memory that count arrivals and bytes of the copy engine. They are waited for by the parity of their round.
-__device__ __forceinline__ void begin_barrier(u64* at, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void fence_begun_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void arrive_and_expect(u64* at, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void await_round(u64* at, u32 parity) {
-  asm volatile(
-      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(shared_address(at)),
-      "r"(parity)
-      : "memory");
-}
-// What this thread wrote to shared memory comes before what the copy engine brings there.
-__device__ __forceinline__ void fence_for_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Have the copy engine bring bytes, a multiple of 16 as both addresses are, of which the barrier is told.
-__device__ __forceinline__ void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+__device__ __forceinline__ void copy_or_zero(Four* to, const Four* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int GROUPS>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
 // FP8 e4m3 and fp32.

@@ -265,7 +265,8 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
     u64 cut = 0;
     if (num <= held) {
       listed.each([&](u32 at, const u64* from) { copy_ahead(pairs + at, from); });
-      await_copies();
+      commit_copies();
+      await_copies<0>();
       __syncthreads();
       Range range;
       for (u32 at = threadIdx.x; at < num; at += blockDim.x) {

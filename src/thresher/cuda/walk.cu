@@ -1,11 +1,11 @@
 // Sums of FP8 keys in position order, and the means of blocks: see ops/pool_keys/walks.py.
 //
 // A thread block of as many threads as a key has dims walks one block of keys, a dim a thread: a chain of additions in fp32, whose order is
-// the result's. The copy engine brings keys to shared memory, parts of them ahead of the walk.
+// the result's. Keys come through shared memory, a part of them ahead of the walk, for from device memory each took ten times as long.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
 constexpr u32 PART = 128;  // keys that are copied together
-constexpr u32 PARTS = 3;   // in shared memory: one that is walked, two that come
+constexpr u32 PARTS = 3;   // in shared memory: one that is walked, two under way
 constexpr u32 TURN = 16;   // keys that a thread reads ahead
 
 struct Rows {  // struct Rows of cache/device.py, of keys in pages
@@ -44,7 +44,6 @@ struct Part {
 template <u32 DIM>
 struct Workspace {
   Part<DIM> parts[PARTS];
-  u64 full[PARTS];
   u32 warps[DIM / 32];
   u32 run;
   int pages[1];  // of all that a block of keys lies in
@@ -74,61 +73,46 @@ struct Place {
   u32 shift, within;
 };
 
-// Have a part of the keys brought, of `count` in all, by one warp; zeros where there is no page. Sixteen at a time, so some more may come.
+// Begin to copy the keys from `first` of the walk on, of `count` in all; zeros where there is no page or no key. Without a branch, so that
+// loads of pages do not wait for one another.
 template <u32 DIM>
-__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Place place, u32 number, u32 count) {
-  u32 first = number * PART;
-  if (first >= count) return;
-  u32 num = (min(count - first, PART) + 15) / 16 * 16, page_size = 1u << place.shift;
-  Part<DIM>& part = work.parts[number % PARTS];
-  u64* full = &work.full[number % PARTS];
-  // Each piece of the part that lies in one page.
-  auto each = [&](auto use) {
-    for (u32 key = 0, keys; key < num; key += keys) {
-      u32 row = place.within + first + key, inside = row & (page_size - 1);
-      keys = min(num - key, page_size - inside);
-      use(key, keys, work.pages[row >> place.shift], inside);
-    }
+__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Place place, u32 first, u32 count) {
+  Part<DIM>& part = work.parts[first / PART % PARTS];
+  constexpr u32 PIECES = DIM / 16;  // of a key, of 16 bytes
+  u32 mask = (1u << place.shift) - 1;
+  auto copy = [&](void* to, const void* from, u64 stride, u32 key, u32 start, u32 each) {
+    u32 row = place.within + first + key;
+    int page = work.pages[first + key < count ? row >> place.shift : 0];
+    u64 offset = (u64)max(page, 0) * stride + start + (row & mask) * each;
+    copy_or_zero((Four*)to, (const Four*)((const unsigned char*)from + offset), page >= 0 && first + key < count);
   };
-  u32 bytes = 0;
-  each([&](u32 key, u32 keys, int page, u32) {
-    if (page >= 0) {
-      bytes += keys * (DIM + 4);
-      return;
-    }
-    for (u32 at = lane_of(); at < keys * DIM / 16; at += 32) ((Four*)part.values[key])[at] = {0, 0, 0, 0};
-    for (u32 at = lane_of(); at < keys; at += 32) part.scales[key + at] = 0.0f;
-    fence_for_engine();  // which brings other keys to this place later
-  });
-  __syncwarp();
-  if (lane_of() > 0) return;
-  arrive_and_expect(full, bytes);
-  each([&](u32 key, u32 keys, int page, u32 inside) {
-    if (page < 0) return;
-    fetch_bytes(part.values[key], rows.values + (u64)page * rows.value_stride + inside * DIM, keys * DIM, full);
-    fetch_bytes(part.scales + key, rows.scales + (u64)page * rows.scale_stride + rows.scale_start + inside, keys * 4, full);
-  });
+#pragma unroll
+  for (u32 turn = 0; turn < PART * PIECES / DIM; turn++) {
+    u32 piece = turn * DIM + threadIdx.x, key = piece / PIECES, at = piece % PIECES * 16;
+    copy(part.values[key] + at, rows.values, rows.value_stride, key, at, DIM);
+  }
+  if (threadIdx.x < PART / 4)
+    copy(part.scales + threadIdx.x * 4, rows.scales, 4 * (u64)rows.scale_stride, threadIdx.x * 4, 4 * rows.scale_start, 4);
+  commit_copies();
 }
 
 // The sum of keys `start .. start + count - 1` of a request in this thread's dim. `use` is told of each key's number and the sum up to it, up to
-// TURN of them at a time. `start` is a multiple of 16, a page's size too, and a power of two. Once a thread block; begins at a barrier.
+// TURN of them at a time. `start` is a multiple of 16, a page's size too, and a power of two. Begins at a barrier.
 template <u32 DIM, class Use>
 __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, u32 count, Workspace<DIM>& work, const Use& use) {
   Place place{(u32)__ffs(rows.page_size) - 1, start & (rows.page_size - 1)};
   u32 column = start >> place.shift;
-  if (threadIdx.x == 0) {
-    for (u32 at = 0; at < PARTS; at++) begin_barrier(&work.full[at], 1);
-    fence_begun_barriers();
-  }
   for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += DIM) work.pages[at] = page_of(rows, request, column + at);
   __syncthreads();
-  if (warp_of() == 0)
-    for (u32 number = 0; number < PARTS; number++) fetch(rows, work, place, number, count);
+  fetch(rows, work, place, 0, count);
+  fetch(rows, work, place, PART, count);
   float sum = 0.0f;
-  for (u32 number = 0; number * PART < count; number++) {
-    await_round(&work.full[number % PARTS], number / PARTS % 2);
-    const Part<DIM>& part = work.parts[number % PARTS];
-    u32 first = number * PART, num = min(count - first, PART), at = 0;
+  for (u32 first = 0; first < count; first += PART) {
+    await_copies<1>();
+    __syncthreads();
+    fetch(rows, work, place, first + 2 * PART, count);
+    const Part<DIM>& part = work.parts[first / PART % PARTS];
+    u32 num = min(count - first, PART), at = 0;
     Turn<DIM> turn(part, 0);
     for (; at + TURN <= num; at += TURN) {
       Turn<DIM> next(part, min(at + TURN, PART - TURN));  // ahead of the chain
@@ -142,9 +126,8 @@ __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, 
       sum = fmaf(from_e4m3(part.values[at][threadIdx.x], 0).a, part.scales[at], sum);
       use(first + at, &sum, 1);
     }
-    __syncthreads();  // everybody has used what it read
-    if (warp_of() == 0) fetch(rows, work, place, number + PARTS, count);
   }
+  __syncthreads();
   return sum;
 }
 

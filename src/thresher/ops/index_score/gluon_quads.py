@@ -34,13 +34,13 @@ def load_queries(
 ):  # fmt: skip
     """The chunk of the queries from ``first`` on into ``buffer``; returns half its weights ``[64, 128]``."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)))
+    row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)) ^ 1)
     load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)))
     w = load_chunk(
-        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer, D, LOAD
+        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer, zero, D, LOAD
     )
     fence_async_shared()
-    return zero + w
+    return w
 
 
 @gluon.jit
