@@ -125,7 +125,7 @@ def test_lists_hold_the_same_again(kind, heads, dim):
     ends, levels = torch.empty(64, dtype=torch.int64, device=DEVICE), torch.empty(64, device=DEVICE)
     level_keys, counts = (torch.empty(64, *more, dtype=torch.int32, device=DEVICE) for more in ((), (plan.lists,)))
     found = torch.empty(64, plan.row, dtype=torch.int64, device=DEVICE)
-    fused.find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
+    fused.find_levels(query, keys, plan, ends, levels, level_keys)
 
     def lists() -> list[torch.Tensor]:
         filled = [counts.clone(), found.clone()]

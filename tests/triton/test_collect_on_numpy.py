@@ -20,11 +20,7 @@ quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
 gluon = importlib.import_module("thresher.ops.index_score.gluon")
 order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
-STRIDE, WHOLE = 4, 1700  # of the sample, and which rows have a level
-
-
-def runs_of(kept: bool) -> int:
-    return 2 if kept else 3  # the sample's turns are left out where runs are a power of two
+RUNS = 3
 
 
 class AppendQuick:
@@ -41,24 +37,22 @@ class AppendQuick:
         return at + passes.astype(np.int32) * 8
 
 
-def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
+def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     """``found`` and ``counts`` of all consumers of every unit, after one program."""
-    ring, places, runs = TileRing(world, fused.STAGES), 32, runs_of(kept)
+    ring, places = TileRing(world, fused.STAGES), 32
     shape = ring.shape
-    found = np.full((world.num, runs * places * room + fused.PAST), -7)
-    counts = np.full((world.num, runs * places), -7, np.int32)
-    if kept:
-        keep(world, room, found, counts, shape["BLOCK"], ring.tiles)
+    found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
+    counts = np.full((world.num, RUNS * places), -7, np.int32)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
     owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
-    sizes = (world.num, 48 * 64, 2, world.pages, runs, STRIDE, WHOLE)
-    num, num_keys, requests, pages, *turns = (array(x, np.int32) for x in sizes)
+    sizes = (world.num, 48 * 64, 2, world.pages, RUNS)
+    num, num_keys, requests, pages, runs = (array(x, np.int32) for x in sizes)
     plain(kernels._producer, gl, ring.loading)(
-        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *turns, 48, ring.slots, ring.scales, *ring.barriers,
-        shape["BLOCK"], ring.stages, D, PAGE, ring.tiles, kept,
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, ring.slots, ring.scales, *ring.barriers,
+        shape["BLOCK"], ring.stages, D, PAGE, ring.tiles,
     )  # fmt: skip
     append_quick = AppendQuick()
 
@@ -70,47 +64,27 @@ def collect(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray
     for half in range(2):
         plain(kernels._consumer, gl, instead)(
             None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,
-            num, world.heads, num_keys, requests, *turns, found.shape[1], 0, 0, 0,
+            num, world.heads, num_keys, requests, runs, found.shape[1], 0, 0, 0,
             None, ring.scales, ring.chunks(half), *ring.barriers,
-            half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles, kept,
+            half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles,
         )  # fmt: skip
         assert ring.all_read()
     assert append_quick.calls > 20
     return found, counts
 
 
-def keep(world: World, room: int, found: np.ndarray, counts: np.ndarray, together: int, tiles: int) -> None:
-    """What ``level_kernel`` enters: the sample's pairs, of turns that rows of one request which collect together all see to their end, if
-    each is longer than WHOLE."""
-    counts[:] = 0
-    ends = world.positions + 1
-    sampled = {number * STRIDE + number % 2 for number in range(48)}
-    for row in range(world.num):
-        block = row // together * together
-        near = [n for n in range(block, min(block + together, world.num)) if world.owners[n] == world.owners[row]]
-        stop = min(ends[n] // (64 * tiles) if ends[n] > WHOLE else 0 for n in near)
-        for key, bits in world.passing(row).items():
-            if key // (64 * tiles) < stop and key // (64 * tiles) in sampled:
-                to = key % counts.shape[1]
-                if counts[row, to] < room:
-                    found[row, to * room + counts[row, to]] = bits << 32 | key
-                counts[row, to] += 1
-
-
-def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.ndarray]:
+def collect_quads(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     """The same of the kernel for more heads, with its four consumers."""
-    stages, runs = gluon.QUAD_STAGES, runs_of(kept)
-    found = np.full((world.num, runs * 64 * room + fused.PAST), -7)
-    counts = np.full((world.num, runs * 64), -7, np.int32)
-    if kept:
-        keep(world, room, found, counts, 8, 1)
+    stages = gluon.QUAD_STAGES
+    found = np.full((world.num, RUNS * 64 * room + fused.PAST), -7)
+    counts = np.full((world.num, RUNS * 64), -7, np.int32)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
     owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
     gl = language(memory)
-    sizes = (world.num, 48 * 64, 2, world.pages, runs, STRIDE, WHOLE)
-    num, num_keys, requests, pages, *turns = (array(x, np.int32) for x in sizes)
+    sizes = (world.num, 48 * 64, 2, world.pages, RUNS)
+    num, num_keys, requests, pages, runs = (array(x, np.int32) for x in sizes)
     fetched: list[tuple[int, bool]] = []  # page, and whether it was there: if not, its scales are NaN
     turn: dict[str, Any] = {"count": 0, "there": False}
 
@@ -154,8 +128,8 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
     tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
     mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
     plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier, "fence_async_shared": lambda: None})(
-        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *turns, 48,
-        Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE, kept,
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48,
+        Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE,
     )  # fmt: skip
 
     def of_columns(values):
@@ -184,8 +158,8 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
     for which in range(4):
         turn["count"] = 0
         plain(quads._consumer, gl, instead)(
-            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, *turns,
-            found.shape[1], 0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room, kept,
+            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, runs,
+            found.shape[1], 0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room,
         )  # fmt: skip
         assert turn["count"] == len(fetched)
     assert append_quick.calls > 20
@@ -197,7 +171,7 @@ def collect_quads(world: World, room: int, kept: bool) -> tuple[np.ndarray, np.n
 @pytest.mark.parametrize("room", [12, 72])
 def test_every_pair_that_passes_is_listed_once(heads, num, room, seed):
     world = World(heads, num, seed)
-    found, counts = (collect_quads if heads > fused.QUADS else collect)(world, room, seed % 2 == 1)
+    found, counts = (collect_quads if heads > fused.QUADS else collect)(world, room)
     exact = 0
     for row in range(num):
         want = world.passing(row)

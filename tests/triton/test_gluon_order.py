@@ -154,7 +154,8 @@ def test_the_bar_lets_pass_what_the_rule_does():
         overfull = rng.random(shape) < 0.2
         turn, limit = int(rng.integers(0, 50)), int(rng.choice([51, 75, 999]))
         rows = end.flatten(), tie_end.flatten()
-        upto, quick, careful, bar = plain(lists.look_ahead)(turn, limit, runs, *rows, end, level, tie_end, overfull, most, span)
+        edge, bar = plain(lists.look_ahead)(turn, runs, *rows, end, level, tie_end, overfull, most, span)
+        quick, careful, upto = plain(lists.turns_ahead)(turn, limit, edge, runs, most)
         assert upto == min(limit, turn + most * runs)
         assert (careful - turn) % runs == 0
         assert [*range(turn, quick, runs), *range(careful, upto, runs)] == [*range(turn, upto, runs)]

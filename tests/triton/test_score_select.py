@@ -21,7 +21,7 @@ parts = importlib.import_module("thresher.ops.score_select.triton_kernels")
 settling = importlib.import_module("thresher.ops.score_select.settle")
 collecting = importlib.import_module("thresher.ops.score_select.gluon_lists")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
-TOGETHER = 4  # rows that collect together
+WHOLE = 200  # keys, up to which a row has no level
 ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
 
 
@@ -37,58 +37,41 @@ def rows_of(width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.tensor([width, width, width, width - 5, width, width, width, width, topk - 3, 0])
 
 
-def sampled(plan):
-    """Tiles of the sample, ascending, as far as any of these rows goes."""
-    turns = [number * plan.stride + number % plan.spread for number in range(100)]
-    return torch.tensor([turn * plan.tiles + tile for turn in turns for tile in range(plan.tiles)])
+def sampled(columns: int, stride: int) -> torch.Tensor:
+    """The key of each of the sample's columns, by ``sampled_key`` in Python's numbers."""
+
+    def drawn(x: int) -> int:
+        return (x * 0x9E3779B1 + 2**31) % 2**32 - 2**31
+
+    return torch.tensor([at * stride + (drawn(drawn(at) ^ drawn(at) >> 15) >> 16) % stride for at in range(columns)])
 
 
 def find_levels(scores, ends, plan):
-    width = kernels.sampled_tiles(-(-scores.shape[1] // kernels.TILE), plan.tiles, plan.stride) * kernels.TILE
-    column = torch.arange(width)
-    key = sampled(plan)[column // 64] * 64 + column % 64
-    seen = (key // 64 + 1) * 64 <= ends[:, None]
-    sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(~seen, -math.inf)
-    levels, level_keys = torch.full(ends.shape, math.nan), torch.full(ends.shape, -9, dtype=torch.int32)
-    block = 1 << (width - 1).bit_length()
-    found = torch.full((len(ends), plan.lists, plan.room), -7)
-    counts = torch.full((len(ends), plan.lists), -9 if plan.kept else 0, dtype=torch.int32)
+    width = kernels.sampled_columns(scores.shape[1], plan.stride)
+    key = sampled(width, plan.stride)
+    sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(key >= ends[:, None], -math.inf)
+    levels, level_keys = torch.full(ends.shape, -math.inf), torch.full(ends.shape, -1, dtype=torch.int32)
     parts.level_kernel[(len(ends),)](
-        sample, ends, levels, level_keys, requests_of(ends), found, counts, len(ends), width, plan.stride, plan.spread,
-        plan.want, plan.slack, 200, sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-        ROWS=TOGETHER, TILES=plan.tiles, WARPS=1,
+        sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, WHOLE, sample.stride(0),
+        BLOCK=1 << (width - 1).bit_length(), WARPS=1,
     )  # fmt: skip
-    return levels, level_keys, found, counts
+    return levels, level_keys
 
 
-def requests_of(ends):
-    """The last rows, which are short, have a request of their own."""
-    return (torch.arange(len(ends)) >= len(ends) - 2).long()
-
-
-def left_out(ends, plan):
-    """Turns, for each row, before which collecting leaves the sample's out."""
-    if not plan.kept:
-        return [0] * len(ends)
-    group = [(row // TOGETHER, request) for row, request in enumerate(requests_of(ends).tolist())]
-    stops = [end // (64 * plan.tiles) if end > 200 else 0 for end in ends.tolist()]
-    return [min(stop for stop, other in zip(stops, group, strict=True) if other == mine) for mine in group]
-
-
-def collect(scores, ends, levels, level_keys, found, counts, plan):
-    """``collect_kernel`` after its scores: each (run, one or two places in a tile) has a list, which is counted on where it is full."""
-    places = plan.lists // plan.runs
-    for row, stop in enumerate(left_out(ends, plan)):
+def collect(scores, ends, levels, level_keys, plan):
+    """``found`` and ``counts`` as of ``collect_kernel``: each (run, place in a tile) has a list, which is counted on where it is full."""
+    found = torch.full((len(ends), plan.lists, plan.room), -7)
+    counts, places = torch.zeros(len(ends), plan.lists, dtype=torch.int32), plan.lists // plan.runs
+    for row in range(len(ends)):
         mine = scores[row, : ends[row]]
         key = torch.arange(len(mine))
         passes = (mine > levels[row]) | ((mine == levels[row]) & (key <= level_keys[row]))
-        if plan.kept:
-            passes &= ~torch.isin(key // 64, sampled(plan)) | (key // 64 // plan.tiles >= stop)
         for n in key[passes].tolist():
             which = n // 64 % plan.runs * places + n % places
             if counts[row, which] < plan.room:
                 found[row, which, counts[row, which]] = (int(mine[n].view(torch.int32)) << 32) | n
             counts[row, which] += 1
+    return found, counts
 
 
 @pytest.fixture
@@ -117,21 +100,17 @@ def settle(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    ("with_scores", "kept", "tiles", "held"), [(True, False, 1, None), (False, False, 2, None), (True, True, 1, 100), (True, True, 2, None)]
-)
+@pytest.mark.parametrize(("with_scores", "held"), [(True, None), (False, None), (True, 100)])
 @pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
-@pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 3, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, kept, tiles, held, settle):
+@pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 4, ("nan",)), (180, 64, 2, ("nan",))])
+def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, held, settle):
     """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
-    kept = kept and runs < 3
-    plan = kernels.Plan(stride, math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room, tiles, kept)
+    plan = kernels.Plan(stride, math.ceil(hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room)
     scores, ends = rows_of(width, topk)
-    levels, level_keys, found, counts = find_levels(scores, ends, plan)
-    if kept:
-        assert (counts[0].sum() > 0) == (width > 200)
-    collect(scores, ends, levels, level_keys, found, counts, plan)
+    levels, level_keys = find_levels(scores, ends, plan)
+    assert (levels[0] > -math.inf) == (width > WHOLE)
+    found, counts = collect(scores, ends, levels, level_keys, plan)
     indices, lengths, beside, redo = settle(found, counts, ends, topk, with_scores, held)
     want = select_topk(scores.masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
     for row, name in enumerate(ROWS):
@@ -146,48 +125,76 @@ def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, list
 
 
 @needs_compiler
-def test_scores_of_a_sample_too_poor_for_a_level_are_kept(settle):
-    """All but a few of a row's sample are NaN, those few are its best, and what lies between the sample's tiles fits into the lists."""
-    plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16, kept=True)
+def test_a_sample_too_poor_for_a_level_lets_all_pass(settle):
+    """All but a few of a row's sample are NaN, those few are its best, and what is not in the sample fits into the lists."""
+    plan = kernels.Plan(2, 86, 2, 2, 128, 16, 128 * 16)
     scores, ends = torch.randn(2, 1500, generator=torch.Generator().manual_seed(0)), torch.tensor([1500, 1500])
-    scores[0, torch.isin(torch.arange(1500) // 64, sampled(plan))] = math.nan
+    scores[0, sampled(750, 2)] = math.nan
     scores[0, 5:25] = 9.0
-    levels, level_keys, found, counts = find_levels(scores, ends, plan)
-    assert (levels[0], counts[0].sum()) == (-math.inf, 20)
-    collect(scores, ends, levels, level_keys, found, counts, plan)
-    indices, lengths, _, redo = settle(found, counts, ends, 64, True)
+    levels, level_keys = find_levels(scores, ends, plan)
+    assert (levels[0], level_keys[0]) == (-math.inf, -1)
+    indices, lengths, _, redo = settle(*collect(scores, ends, levels, level_keys, plan), ends, 64, True)
     want = select_topk(scores, 64, impl="reference")
     assert redo.tolist() == [0, 0]
     assert torch.equal(indices, want.indices)
     assert torch.equal(lengths, want.lengths)
 
 
-@pytest.mark.parametrize(("stride", "runs", "tiles"), [(0, 1, 1), (3, 1, 1), (4, 4, 1), (8, 2, 2), (4, 1, 2)])
-def test_rows_are_prepared(stride, runs, tiles):
-    """Ends, levels and the sample's pages, out of positions and requests that need not be there, and of any table's strides."""
-    table = torch.arange(2 * 300, dtype=torch.int32).view(300, 2).T.flip(0)
+@pytest.mark.parametrize(("dim", "stride"), [(128, 0), (64, 2), (128, 4), (64, 32)])
+def test_rows_and_the_sample_are_prepared(dim, stride):
+    """Out of positions, requests and pages that need not be there, and of any table's strides."""
+    tile, room = kernels.TILE, 300 * kernels.TILE
     generator = torch.Generator().manual_seed(1)
+    pages = torch.randint(256, (500, tile, 1, dim + 4), generator=generator, dtype=torch.uint8)
+    table = torch.randint(-3, 510, (300, 2), generator=generator, dtype=torch.int32).T.flip(0)
     positions, requests = (torch.randint(low, high, (200,), generator=generator) for low, high in ((-1, 20000), (-1, 3)))
-    lengths, room = torch.tensor([7000, 90000]), 300 * kernels.TILE
-    plan = kernels.Plan(stride, 0, 0, runs, 0, 0, 0, tiles, kept=runs > 1)
-    columns = kernels.sampled_tiles(300, tiles, stride) if stride else 0
+    lengths = torch.tensor([7000, 90000])
+    columns = kernels.sampled_columns(room, stride) if stride else 0
     ends, last = torch.full((200,), -9), torch.full((200,), -9)
-    levels, level_keys, pages = torch.zeros(200), torch.zeros(200, dtype=torch.int32), torch.full((2, columns), -9, dtype=torch.int32)
+    levels, level_keys = torch.zeros(200), torch.zeros(200, dtype=torch.int32)
+    made, made_table = torch.full((2 * columns // tile, tile, 1, dim + 4), 9, dtype=torch.uint8), torch.full((2, columns // tile), -9).int()
+    words = [held.view(-1).view(kind) for held in (pages, made) for kind in (torch.int32, torch.float32)]
     parts.prepare_kernel[(-(-max(200, 2 * columns) // 64),)](
-        positions, requests, lengths, table, ends, levels, level_keys, last, pages, 200, 2, room, stride, plan.spread,
-        columns, 300, *table.stride(), TILE=kernels.TILE, TILES=tiles, BLOCK=64, SAMPLED=stride > 0,
+        positions, requests, lengths, *words[:2], table, ends, levels, level_keys, last, *words[2:], made_table,
+        200, 2, room, 500, stride, columns, tile * (dim // 4 + 1), *table.stride(),
+        PAGE=tile, WORDS=dim // 4, BLOCK=64, SAMPLED=stride > 0,
     )  # fmt: skip
     known = (requests >= 0) & (requests < 2)
     want = (torch.minimum(positions + 1, lengths.clamp(max=room)[requests.where(known, 0)])).where(known, 0)
     assert torch.equal(ends, want)
     assert (levels == -math.inf).all()
     assert (level_keys == -1).all()
-    if stride:
-        tile = sampled(plan)[:columns]
-        assert torch.equal(pages, torch.where(tile < 300, table[:, tile.clamp(max=299)], -1))
-        assert runs == 1 or torch.bincount(tile // tiles % runs).amin() >= columns // tiles // runs, "each run has its share"
-        whole = [[at for at in tile.tolist() if at < end // kernels.TILE] for end in want.tolist()]
-        assert last.tolist() == [len(tiles) * kernels.TILE - 1 for tiles in whole]
+    if not stride:
+        return
+    key = sampled(columns, stride)
+    assert (key // stride == torch.arange(columns)).all(), "one of every stride keys"
+    offsets = torch.bincount(key % stride, minlength=stride).float() * stride / columns
+    assert ((offsets > 0.5) & (offsets < 1.5)).all(), "any of them"
+    assert torch.equal(last, (key < want[:, None]).sum(1) - 1)
+    assert torch.equal(made_table, torch.arange(2 * columns // tile).int().view(2, -1))
+    for request in range(2):
+        page = table[request][(key // tile).clamp(max=299)]
+        there = (key < room) & (page >= 0) & (page < 500)
+        assert there.any()
+        values, scales = (pages.view(500, -1)[:, part] for part in (slice(0, tile * dim), slice(tile * dim, None)))
+        got = made.view(2, columns // tile, -1)[request]
+        got_values, got_scales = got[:, : tile * dim].reshape(columns, dim), got[:, tile * dim :].reshape(columns, 4)
+        at = page.where(there, 0).long()
+        assert torch.equal(got_values, values.view(500, tile, dim)[at, key % tile] * there[:, None])
+        assert torch.equal(got_scales[there], scales.reshape(500, tile, 4)[at, key % tile][there])
+        assert got_scales.contiguous().view(torch.float32)[~there].isnan().all()
+
+
+def test_the_sample_of_what_stands_together_is_no_worse():
+    """Of 2048 keys that stand together in pieces a sample holds its share, give or take less than if they stood anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    key = sampled(2**17 // 32, 32)
+    for piece, deviation in ((1, 8.0), (16, 8.0), (128, 4.0), (2048, 1.0)):
+        starts = torch.stack([torch.randperm(2**17 // piece, generator=generator)[: 2048 // piece] for _ in range(200)]) * piece
+        best = torch.zeros(200, 2**17 // piece, dtype=torch.bool).scatter_(1, starts // piece, True)
+        hits = best[:, key // piece].sum(1).float()
+        assert abs(hits.mean() - 64) < 3
+        assert hits.std() < deviation * 1.2
 
 
 @needs_compiler
@@ -195,8 +202,7 @@ def test_a_full_list_is_done_again(settle):
     plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
     levels = torch.full(ends.shape, -math.inf)
-    found, counts = torch.full((len(ends), 128, 8), -7), torch.zeros(len(ends), 128, dtype=torch.int32)
-    collect(scores, ends, levels, torch.full(ends.shape, -1), found, counts, plan)
+    found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
     *_, redo = settle(found, counts, ends, 64, True)
     full = counts.amax(1) > 8
     assert full.sum() == 7, "all but the short ones and the one with NaN"
@@ -237,7 +243,7 @@ def test_the_plan():
         assert unseen * each <= kernels.PAST, "what a list may run over before it is noticed"
         expected = plan.want * plan.stride / plan.lists
         assert expected + 6 * math.sqrt(expected) <= plan.room
-        assert plan.stride * plan.want >= 1.5 * topk
+        assert plan.want >= topk / plan.stride + 6 * (topk / plan.stride) ** 0.5
         assert num * whole * 8 <= 100e6 * max(num * topk / 2**21, 1)
         assert kernels.make_plan(num, heads, 8192, topk, 132).stride == 0, "short rows are collected whole"
 
@@ -324,3 +330,5 @@ def test_what_the_kernels_cannot_take_has_a_reason(monkeypatch):
     wide = replace(keys, page_table=torch.zeros(1, 2**14, dtype=torch.int32))
     assert why(1024, wide) is None
     assert why(1023, wide) == "needs a larger topk than 1023 for a page table with room for 1048576 keys"
+    many = replace(wide, page_table=wide.page_table.expand(70, -1), lengths=torch.zeros(70, dtype=torch.int64))
+    assert why(2048, many) == "needs fewer requests than 70 for a page table with room for 1048576 keys"

@@ -33,13 +33,12 @@ from thresher.ops.index_score.gluon_tiles import (
 from thresher.ops.score_select.gluon_lists import (
     SPAN,
     append_two,
-    first_left_out,
     first_of_run,
     halves,
     look_ahead,
     read_rows,
     rows_and_places,
-    step_over,
+    turns_ahead,
 )
 
 PLACES = gl.constexpr(32)  # lists of a run: a thread has two keys of a tile
@@ -53,9 +52,9 @@ def _turns(begin, stop, run, runs, TILES: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, whole,
-    table_row, buffers, scale_buffers, full, empty,
-    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr, KEPT: gl.constexpr,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    buffers, scale_buffers, full, empty,
+    BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile that a consumer will ask for, in the same order."""
     nowhere = absent()
@@ -70,28 +69,21 @@ def _producer(
             mine = owner == current
             begin, stop = live(start, end, mine, 0, tiles)
             first, last = _turns(begin, stop, unit % runs, runs, TILES)
-            skip, bound = first_left_out(unit % runs, stride, end, mine, whole, TILES, KEPT)
             table = page_table + current.to(gl.int64) * table_row
             page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
             if first < last:
-                start_at = first + gl.where(first == skip, runs, 0)
-                page0, page1, valid0, valid1 = find_pages(table, start_at * TILES, stop, num_pages, PAGE, TILES)
-            while first < last:
-                upto = gl.minimum(skip, last)
-                for turn in range(first, upto, runs):
-                    slot = count & (STAGES - 1)
-                    # Asked for one turn ahead, so that nothing waits for the answer.
-                    ahead = turn + runs
-                    ahead += gl.where(ahead == skip, runs, 0)
-                    ahead0, ahead1, next0, next1 = find_pages(table, ahead * TILES, stop, num_pages, PAGE, TILES)
-                    mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
-                    fetch(
-                        k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, count & (2 * STAGES - 1),
-                        full, buffers, scale_buffers, nowhere, D, PAGE, TILES,
-                    )  # fmt: skip
-                    page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
-                    count += 1
-                first, skip = step_over(upto, skip, bound, runs, stride)
+                page0, page1, valid0, valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
+            for turn in range(first, last, runs):
+                slot = count & (STAGES - 1)
+                # Asked for one turn ahead, so that nothing waits for the answer.
+                ahead0, ahead1, next0, next1 = find_pages(table, (turn + runs) * TILES, stop, num_pages, PAGE, TILES)
+                mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
+                fetch(
+                    k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, count & (2 * STAGES - 1),
+                    full, buffers, scale_buffers, nowhere, D, PAGE, TILES,
+                )  # fmt: skip
+                page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
+                count += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
 
 
@@ -109,47 +101,41 @@ def scales_of(buffer, sums, SUB: gl.constexpr):
 
 @gluon.jit
 def _take(
-    first, last, runs, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, count,
-    bar, end, level, tie_end, at, lists, list_start,
-    QUICK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr,
-    TILES: gl.constexpr,
+    turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
+    quick, bar, end, level, tie_end, at, lists, list_start,
+    STAGES: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """Score the turns from ``first`` on and before ``last`` and append what passes, by the bar alone if ``QUICK``; returns where the lists
-    go on, and the turns so far."""
-    for turn in range(first, last, runs):
-        key = turn * (TILES * KEYS) + place
-        slot = count & (STAGES - 1)
-        mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
-        acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
-        acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
-        scale_slot = (count & (2 * STAGES - 1)) * TILES
-        a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
-        b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
-        # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
-        sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
-        if TILES == 2:
-            s0, s1 = halves(whole_sums(sums, SUB), SUB)
-            s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
-            # Here and not below, so that it is done while the other tile is multiplied.
-            at = append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
-            key += KEYS
-        dots = warpgroup_mma_wait(0, [acc1])
-        mbarrier.arrive(empty.index(slot))
-        s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
-        s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
-        at = append_two(s0, s1, QUICK, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
-        count += 1
-    return at, count
+    """Score a turn and append what passes, by the bar alone if ``quick``; returns where the lists go on."""
+    key = turn * (TILES * KEYS) + place
+    slot = count & (STAGES - 1)
+    mbarrier.wait(full.index(slot), (count & STAGES) // STAGES)
+    acc0 = multiply(buffers, q0, slot * TILES, zero, STAGES * TILES, D)
+    acc1 = multiply(buffers, q1, slot * TILES + TILES - 1, zero, STAGES * TILES, D)
+    scale_slot = (count & (2 * STAGES - 1)) * TILES
+    a0, a1 = scales_of(scale_buffers.index(scale_slot), lent, SUB)
+    b0, b1 = scales_of(scale_buffers.index(scale_slot + TILES - 1), lent, SUB)
+    # Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, -0.0 among them, since no scale is negative.
+    sums = chunk_sums(warpgroup_mma_wait(1, [acc0]), w0, zero, SUB, HB, True)
+    if TILES == 2:
+        s0, s1 = halves(whole_sums(sums, SUB), SUB)
+        s0, s1 = gl.fma(s0, a0, nothing), gl.fma(s1, a1, nothing)
+        # Here and not below, so that it is done while the other tile is multiplied.
+        at = append_two(s0, s1, quick, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
+        key += KEYS
+    dots = warpgroup_mma_wait(0, [acc1])
+    mbarrier.arrive(empty.index(slot))
+    s0, s1 = halves(whole_sums(chunk_sums(dots, w1, sums, SUB, HB, TILES == 2), SUB), SUB)
+    s0, s1 = gl.fma(s0, b0, nothing), gl.fma(s1, b1, nothing)
+    return append_two(s0, s1, quick, bar, key, end, level, tie_end, at, lists, list_start, ROOM)
 
 
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
-    KEPT: gl.constexpr,
 ):  # fmt: skip
     """Score all turns of a unit for half ``HALF`` of the block's queries, ``ROWS`` of them; ``q_buffers`` hold its chunks."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SUB * HB * 8, 32])
@@ -178,8 +164,6 @@ def _consumer(
         lists = found + first_row.to(gl.int64) * found_row
         list_start = (inside * found_row + (run * PLACES + which) * ROOM) * 8
         at = list_start
-        if KEPT:
-            at = list_start + 8 * gl.load(counts + (own_row * runs + run) * PLACES + which, mask=own_row < num_queries, other=0)
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
@@ -190,31 +174,48 @@ def _consumer(
                 own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
             )
             mine = gl.where(own_owner == current, own_end, 0)
-            skip, bound = first_left_out(run, stride, end, here, whole, TILES, KEPT)
-            while first < last:
-                upto, quick, careful, bar = look_ahead(
-                    first, gl.minimum(skip, last), runs, gl.where(here, end, 0), gl.where(here, ties, 0),
-                    mine, level, tie_end, at - list_start > ROOM * 8, SPAN // TILES, TILES * KEYS,
-                )  # fmt: skip
-                at, count = _take(
-                    first, quick, runs, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, count,
-                    bar, mine, level, tie_end, at, lists, list_start, True, STAGES, D, HB, SUB, ROOM, TILES,
-                )  # fmt: skip
-                at, count = _take(
-                    careful, upto, runs, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place, count,
-                    bar, mine, level, tie_end, at, lists, list_start, False, STAGES, D, HB, SUB, ROOM, TILES,
-                )  # fmt: skip
-                first, skip = step_over(upto, skip, bound, runs, stride)
+            ends, ties_here = gl.where(here, end, 0), gl.where(here, ties, 0)
+            # One loop with a branch in it for 32 heads, two without for fewer: the other way around each takes a tenth longer.
+            if TILES == 1:
+                edge, bar = first, nothing
+                for turn in range(first, last, runs):
+                    quick = turn < edge
+                    at = _take(
+                        turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
+                        quick, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
+                    )  # fmt: skip
+                    if not quick:
+                        overfull = at - list_start > ROOM * 8
+                        edge, bar = look_ahead(turn + runs, runs, ends, ties_here, mine, level, tie_end, overfull, SPAN, KEYS)
+                    count += 1
+            else:
+                while first < last:
+                    overfull = at - list_start > ROOM * 8
+                    edge, bar = look_ahead(first, runs, ends, ties_here, mine, level, tie_end, overfull, SPAN // 2, 2 * KEYS)
+                    quick, careful, upto = turns_ahead(first, last, edge, runs, SPAN // 2)
+                    for turn in range(first, quick, runs):
+                        at = _take(
+                            turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
+                            True, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
+                        )  # fmt: skip
+                        count += 1
+                    for turn in range(careful, upto, runs):
+                        at = _take(
+                            turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
+                            False, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
+                        )  # fmt: skip
+                        count += 1
+                    first = upto
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + (own_row * runs + run) * PLACES + which, (at - list_start) // 8, mask=own_row < num_queries)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
 def collect_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, found_row, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
-    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr, KEPT: gl.constexpr,
+    HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """``num_keys``: keys that the page table has room for. ``counts`` int32 ``[Q, runs, places]``, ``found`` int64 such rows of ``ROOM``
     entries, ``found_row`` apart: an overfull list runs on into the next, or past the row's last by what ``SPAN`` tiles bring."""
@@ -226,17 +227,17 @@ def collect_kernel(
         [
             (_consumer, (
                 q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES, KEPT,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_consumer, (
                 q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES, KEPT,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_producer, (
-                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride,
-                whole, table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES, KEPT,
+                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
+                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES,
             )),
         ],
         [4, 1],

@@ -6,7 +6,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from thresher.ops.index_score.gluon_tiles import KEYS, NO_REQUEST, along, sight
+from thresher.ops.index_score.gluon_tiles import NO_REQUEST, along, sight
 
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
 SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
@@ -16,32 +16,6 @@ SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at wheth
 def first_of_run(begin, run, runs):
     """The first number from ``begin`` on that belongs to the run: run r of R has every R-th from r on."""
     return begin + (run + runs - begin % runs) % runs
-
-
-@gluon.jit
-def first_left_out(run, stride, end, mine, whole, TILES: gl.constexpr, KEPT: gl.constexpr):
-    """``(turn, bound)``: the first turn of the run that the sample has, ``NO_REQUEST`` where there is none, and before which turn such are
-    left out, since ``level_kernel`` has entered their pairs, if ``KEPT``. Others follow ``runs * stride`` apart.
-
-    The rows ``mine`` of one request, of which each has a level, see the turns before ``bound`` to their end.
-    """
-    bound = run * 0
-    if KEPT:
-        bound = gl.min(gl.where(mine, gl.where(end > whole, end // (KEYS * TILES), 0), NO_REQUEST), 0)
-    return _left_out(run * stride + run, bound), bound
-
-
-@gluon.jit
-def step_over(upto, skip, bound, runs, stride):
-    """``(turn, skip)``: where the run goes on behind its turns before ``upto``, over that turn if it is ``skip``; and the next such."""
-    at_skip = upto == skip
-    return upto + gl.where(at_skip, runs, 0), gl.where(at_skip, _left_out(gl.minimum(skip, bound) + runs * stride, bound), skip)
-
-
-@gluon.jit
-def _left_out(turn, bound):
-    """A sampled turn if it is left out, else none that will ever come."""
-    return gl.where(turn < bound, turn, NO_REQUEST)
 
 
 @gluon.jit
@@ -130,17 +104,22 @@ def bar_at(begin, end, level, tie_end, full):
 
 
 @gluon.jit
-def look_ahead(turn, limit, runs, ends, ties, end, level, tie_end, full, SPAN: gl.constexpr, KEYS_OF_TURN: gl.constexpr):
-    """``(upto, quick, careful, bar)``: the run's turns from ``turn`` on and before ``quick`` may append by the bar alone, those from
-    ``careful`` on and before ``upto`` by the rule.
+def look_ahead(turn, runs, ends, ties, end, level, tie_end, full, SPAN: gl.constexpr, KEYS_OF_TURN: gl.constexpr):
+    """``(edge, bar)``: the run's turns from ``turn`` on and before ``edge``, ``SPAN`` at most, may append by the bar alone.
 
-    Before ``limit``, and ``SPAN`` turns at most. ``ends``, ``ties``: of all rows at hand, which do not change in quick turns; the others of
-    the thread's own.
+    ``ends``, ``ties``: of all rows at hand, which do not change in such turns; the others of the thread's own.
     """
-    upto = gl.minimum(limit, turn + SPAN * runs)
     begin = turn * KEYS_OF_TURN
     change = gl.minimum(
         gl.where(ends > begin, ends // KEYS_OF_TURN, NO_REQUEST), gl.where(ties > begin, ties // KEYS_OF_TURN, NO_REQUEST)
     )
-    quick = gl.minimum(upto, gl.min(change, 0))
-    return upto, quick, turn + (quick - turn + runs - 1) // runs * runs, bar_at(begin, end, level, tie_end, full)
+    return gl.minimum(turn + SPAN * runs, gl.min(change, 0)), bar_at(begin, end, level, tie_end, full)
+
+
+@gluon.jit
+def turns_ahead(turn, last, edge, runs, SPAN: gl.constexpr):
+    """``(quick, careful, upto)``: of the run's turns from ``turn`` on and before ``last`` those before ``quick`` are before the edge, those
+    from ``careful`` on and before ``upto`` are not; ``SPAN`` in all, at most."""
+    upto = gl.minimum(last, turn + SPAN * runs)
+    quick = gl.minimum(upto, edge)
+    return quick, turn + (quick - turn + runs - 1) // runs * runs, upto

@@ -18,19 +18,17 @@ from thresher.ops.score_select.gluon_lists import (
     SPAN,
     append_careful,
     append_quick,
-    first_left_out,
     first_of_run,
     look_ahead,
     read_rows,
-    step_over,
+    turns_ahead,
 )
 
 
 @gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, stride, whole,
-    table_row, buffers, scale_buffers, full, empty,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, KEPT: gl.constexpr,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    buffers, scale_buffers, full, empty, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile and its scales that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
@@ -45,32 +43,26 @@ def _producer(
             mine = owner == current
             begin, stop = live(start, end, mine, 0, tiles)
             tile = first_of_run(begin, unit % runs, runs)
-            skip, bound = first_left_out(unit % runs, stride, end, mine, whole, 1, KEPT)
             table = page_table + current.to(gl.int64) * table_row
             page, valid = begin * 0, begin < begin
             if tile < stop:
-                page, valid = find_page(table, gl.minimum(tile + gl.where(tile == skip, runs, 0), stop - 1), num_pages, PAGE)
-            while tile < stop:
-                upto = gl.minimum(skip, stop)
-                for now in range(tile, upto, runs):
-                    # Asked for one tile ahead, so that nothing waits for the answer.
-                    ahead = now + runs
-                    ahead += gl.where(ahead == skip, runs, 0)
-                    page_ahead, valid_ahead = find_page(table, gl.minimum(ahead, stop - 1), num_pages, PAGE)
-                    slot = turn & (STAGES - 1)
-                    scales = scale_buffers.index(turn & (2 * STAGES - 1))
-                    mbarrier.wait(empty.index(slot), (turn & STAGES) // STAGES ^ 1)
-                    if valid:
-                        mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
-                        tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + now * KEYS % PAGE], full.index(slot), scales)
-                    else:  # a page that is not there is seen by nobody: no score passes
-                        scales.store(nowhere)
-                        fence_async_shared()
-                        mbarrier.expect(full.index(slot), KEYS * D)
-                    tma.async_copy_global_to_shared(k_desc, [page, now * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
-                    turn += 1
-                    page, valid = page_ahead, valid_ahead
-                tile, skip = step_over(upto, skip, bound, runs, stride)
+                page, valid = find_page(table, tile, num_pages, PAGE)
+            for now in range(tile, stop, runs):
+                # Asked for one tile ahead, so that nothing waits for the answer.
+                page_ahead, valid_ahead = find_page(table, gl.minimum(now + runs, stop - 1), num_pages, PAGE)
+                slot = turn & (STAGES - 1)
+                scales = scale_buffers.index(turn & (2 * STAGES - 1))
+                mbarrier.wait(empty.index(slot), (turn & STAGES) // STAGES ^ 1)
+                if valid:
+                    mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
+                    tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + now * KEYS % PAGE], full.index(slot), scales)
+                else:  # a page that is not there is seen by nobody: no score passes
+                    scales.store(nowhere)
+                    fence_async_shared()
+                    mbarrier.expect(full.index(slot), KEYS * D)
+                tma.async_copy_global_to_shared(k_desc, [page, now * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
+                turn += 1
+                page, valid = page_ahead, valid_ahead
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
 
 
@@ -91,9 +83,9 @@ def _score(
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
-    WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
+    WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     """Score all tiles of a unit for the block's chunk ``WHICH``, and append what passes."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 32])
@@ -118,8 +110,6 @@ def _consumer(
         index = (own * runs + run) * KEYS + place
         list_start = (own * found_row + (run * KEYS + place) * ROOM) * 8
         at = list_start
-        if KEPT:
-            at = list_start + 8 * gl.load(counts + index, mask=own < num_queries, other=0)
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
@@ -127,12 +117,11 @@ def _consumer(
             begin, stop = live(end * 0, end, mine, 0, tiles)
             tile = first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
-            skip, bound = first_left_out(run, stride, end, mine, whole, 1, KEPT)
+            ends, ties_here = gl.where(mine, end, 0), gl.where(mine, ties, 0)
             while tile < stop:
-                upto, quick, careful, bar = look_ahead(
-                    tile, gl.minimum(skip, stop), runs, gl.where(mine, end, 0), gl.where(mine, ties, 0),
-                    last, level, tie_end, at - list_start > ROOM * 8, SPAN, KEYS,
-                )  # fmt: skip
+                overfull = at - list_start > ROOM * 8
+                edge, bar = look_ahead(tile, runs, ends, ties_here, last, level, tie_end, overfull, SPAN, KEYS)
+                quick, careful, upto = turns_ahead(tile, stop, edge, runs, SPAN)
                 for now in range(tile, quick, runs):
                     score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
                     at = append_quick(score, bar, now * KEYS + place, at, found)
@@ -141,16 +130,16 @@ def _consumer(
                     score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
                     at = append_careful(score, now * KEYS + place, last, level, tie_end, at, found, list_start, ROOM)
                     turn += 1
-                tile, skip = step_over(upto, skip, bound, runs, stride)
+                tile = upto
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
         gl.store(counts + index, (at - list_start) // 8, mask=own < num_queries)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "stride", "whole"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, stride, whole, found_row, q_row, q_head, w_row, table_row,
-    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr, KEPT: gl.constexpr,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, table_row,
+    STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
     scale_buffers = scale_ring(STAGES)
@@ -159,19 +148,19 @@ def collect_quads_kernel(
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM, KEPT)),
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM, KEPT)),
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM, KEPT)),
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, stride, whole, found_row, q_row, q_head, w_row,
-                buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM, KEPT)),
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
+                buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM)),
             (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
-                stride, whole, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE, KEPT)),
+                table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

@@ -1,8 +1,8 @@
 """Score and select on Hopper without a matrix of scores.
 
-1. ``prepare_kernel``, ``paged_index_score`` over one of every S turns, one or two tiles of 64 keys each, and ``level_kernel``: a level for
-   each row that somewhat more than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass whole.
-2. ``collect_kernel`` scores every key, where it can all but the sample's, and keeps what lies above the level.
+1. ``prepare_kernel``, ``paged_index_score`` over one of every S keys, which are copied together, and ``level_kernel``: a level for each row
+   that somewhat more than topk of its keys should lie above. Pairs (score, key) are compared, so a plateau does not pass whole.
+2. ``collect_kernel`` scores every key and keeps what lies above the level.
 3. ``settle``, in CUDA C++, selects from that. Where it does not hold the answer (the sample misled, or a row has NaN) it marks the row.
 4. ``score_marked_kernel`` scores the first of the marked rows, all programs together, and ``redo_kernel`` selects from them, a program a
    row, and scores the others too.
@@ -33,6 +33,7 @@ FP8 = torch.float8_e4m3fn
 TILE = 64  # keys; a page holds one
 SAMPLE = 4096  # keys looked at for the level, at least
 MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a thread
+SAMPLES_BYTES = 128 * 2**20  # of the sample's keys of all requests, at most
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 8192
 ROWS = 1024  # at a time, at most: enough for all multiprocessors
@@ -44,7 +45,7 @@ MIN_ROOM = 8192  # entries of all of a row's lists
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
 SHARED_ROWS = 16  # rows done again whose scores all programs share
 REDO_TILE = 2048  # scores that a program of ``redo_kernel`` selects from at a time: 16 a thread
-PREPARED = 128  # rows, or pages of the sample, that a program of ``prepare_kernel`` looks at
+PREPARED = 32  # rows, or keys of the sample, that a program of ``prepare_kernel`` looks at
 SAMPLED, SAMPLE_REGISTERS = 1024, 128  # scores that a warp of ``level_kernel`` searches, 32 a thread, and registers for them
 
 
@@ -53,15 +54,13 @@ class Plan:
     """How rows are cut: a function of shapes alone.
 
     Attributes:
-        stride: one of every stride turns is in the sample; 0 where rows are short enough to be collected whole.
-        tiles: of 64 keys, that are a turn.
+        stride: one of every stride keys is in the sample; 0 where rows are short enough to be collected whole.
         want: which largest of the sample the level is.
         slack: how many places the level may be lower, to end its search sooner.
         runs: runs that a row's turns are dealt into.
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
         row: entries that a row's lists take.
-        kept: whether lists begin with what passes of the sample, whose turns are then left out in collecting.
     """
 
     stride: int
@@ -71,23 +70,11 @@ class Plan:
     lists: int
     room: int
     row: int
-    tiles: int = 1
-    kept: bool = False
-
-    @property
-    def spread(self) -> int:
-        """How many runs the sample's turns are dealt to: see ``triton_kernels.sampled_turn``."""
-        return self.runs if self.kept else 1
 
 
-def tiles_of_turn(num_heads: int) -> int:
-    """Tiles that a program collects from at a time."""
-    return 1 if num_heads > QUADS else layout(num_heads)["TILES"]
-
-
-def sampled_tiles(num_tiles: int, tiles: int, stride: int) -> int:
-    """Tiles of the sample of rows of ``num_tiles``, of which ``tiles`` are a turn."""
-    return triton.cdiv(triton.cdiv(num_tiles, tiles), stride) * tiles
+def sampled_columns(room_tokens: int, stride: int) -> int:
+    """Columns of the sample of one request: whole pages."""
+    return triton.cdiv(triton.cdiv(room_tokens, stride), TILE) * TILE
 
 
 def rows_together(num_heads: int) -> int:
@@ -107,15 +94,16 @@ def share_out(blocks: int, most: int, programs: int) -> int:
 def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, programs: int) -> Plan:
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
-    The sample holds ``topk / stride`` of the topk best on average, give or take its root; the level is set for half as many again and six
-    such deviations. A list has room for what that brings it and six deviations more, its own and the level's, or for a heavier tail.
+    The sample, one of every stride keys, holds ``topk / stride`` of the topk best on average, give or take its root, or less where these
+    stand together. The level is set for six such deviations more. A list has room for what that brings it and six deviations more, its own
+    and the level's, or for a heavier tail.
     """
     places = 64 if heads > QUADS else 32  # lists of a run
     runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
     lists = places * runs
     stride = sample_stride(room_tokens, topk)
     hits = topk / stride
-    want = math.ceil(1.5 * hits + 6 * math.sqrt(hits) + 4)
+    want = math.ceil(hits + 6 * math.sqrt(hits) + 4)
     expected = (want + want // 16) * stride / lists
     most = expected + 6 * math.sqrt(expected + expected**2 / want)
     # The level's tail is the heavier the smaller ``want``: 4.5 of its deviations, and of a list that has that many 3.5 of its own.
@@ -123,14 +111,13 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     most = max(most, likely + 3.5 * math.sqrt(likely))
     room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
     row = lists * room + PAST
-    tiles = tiles_of_turn(heads)
     if room_tokens <= lists * room:
-        return Plan(0, 0, 0, runs, lists, room, row, tiles)
-    return Plan(stride, want, want // 16, runs, lists, room, row, tiles, kept=stride >= max(runs, 2) and runs & (runs - 1) == 0)
+        return Plan(0, 0, 0, runs, lists, room, row)
+    return Plan(stride, want, want // 16, runs, lists, room, row)
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
-    """Every how many tiles one is in the sample: a power of two."""
+    """Every how many keys one is in the sample: a power of two."""
     return 2 ** (max(1, min(room_tokens // SAMPLE, topk // MIN_HITS)).bit_length() - 1)
 
 
@@ -159,8 +146,11 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
     room_tokens = keys.room
-    if sampled_tiles(keys.page_table.shape[1], tiles_of_turn(query.num_heads), sample_stride(room_tokens, topk)) * TILE > MAX_SAMPLE:
+    columns = sampled_columns(room_tokens, sample_stride(room_tokens, topk))
+    if columns > MAX_SAMPLE:
         return f"needs a larger topk than {topk} for a page table with room for {room_tokens} keys"
+    if columns * keys.num_requests * (keys.head_dim + 4) > SAMPLES_BYTES:
+        return f"needs fewer requests than {keys.num_requests} for a page table with room for {room_tokens} keys"
     return None
 
 
@@ -234,39 +224,35 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     found = torch.empty(num, plan.row, dtype=torch.int64, device=device)
     counts = torch.empty(num, plan.lists, dtype=torch.int32, device=device)
     if num:
-        find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
+        find_levels(query, keys, plan, ends, levels, level_keys)
         with on_device(query.q):
             collect(query, keys, levels, level_keys, found, counts, plan, programs)
     return settle(found, counts, ends, plan, topk, room_tokens, with_scores)
 
 
-def find_levels(
-    query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor, found: Tensor, counts: Tensor
-) -> None:
+def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, levels: Tensor, level_keys: Tensor) -> None:
     """Write each row's end and level, which takes the scores of the sample unless rows are short."""
-    num, requests, stride = query.num_queries, query.requests.contiguous(), plan.stride
-    table_tiles = keys.page_table.shape[1]
-    sampled = sampled_tiles(table_tiles, plan.tiles, stride) if stride else 0
-    table = torch.empty(keys.num_requests, sampled, dtype=torch.int32, device=query.q.device)
+    num, requests, stride, dim = query.num_queries, query.requests.contiguous(), plan.stride, keys.head_dim
+    columns = sampled_columns(keys.room, stride) if stride else 0
+    pages = torch.empty(keys.num_requests * columns // TILE, TILE, 1, dim + 4, dtype=torch.uint8, device=query.q.device)
+    table = torch.empty(keys.num_requests, columns // TILE, dtype=torch.int32, device=query.q.device)
     last_seen = torch.empty(num, dtype=torch.int64, device=query.q.device) if stride else ends
+    words = [held.contiguous().view(-1).view(kind) for held in (keys.pages, pages) for kind in (torch.int32, torch.float32)]
     with on_device(query.q):
-        prepare_kernel[(triton.cdiv(max(num, table.numel()), PREPARED),)](
-            query.positions.contiguous(), requests, keys.lengths.contiguous(), keys.page_table, ends, levels, level_keys, last_seen, table,
-            num, keys.num_requests, keys.room, stride, plan.spread, sampled, table_tiles, *keys.page_table.stride(),
-            TILE=TILE, TILES=plan.tiles, BLOCK=PREPARED, SAMPLED=stride > 0,
+        prepare_kernel[(triton.cdiv(max(num, keys.num_requests * columns), PREPARED),)](
+            query.positions.contiguous(), requests, keys.lengths.contiguous(), *words[:2], keys.page_table, ends, levels, level_keys,
+            last_seen, *words[2:], table, num, keys.num_requests, keys.room, len(keys.pages), stride, columns, TILE * (dim + 4) // 4,
+            *keys.page_table.stride(), PAGE=TILE, WORDS=dim // 4, BLOCK=PREPARED, SAMPLED=stride > 0,
         )  # fmt: skip
     if not stride:
         return
-    width = sampled * TILE
-    sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(keys.pages, table, keys.lengths), width)
-    block = triton.next_power_of_2(width)
+    sample = paged_index_score(IndexQuery(query.q, query.weights, last_seen, requests), IndexKeys(pages, table, keys.lengths), columns)
+    block = triton.next_power_of_2(columns)
     warps = min(max(block // SAMPLED, 4), 32)
     with on_device(query.q):
         level_kernel[(num,)](
-            sample, ends, levels, level_keys, requests, found, counts, num, width, stride, plan.spread, plan.want, plan.slack,
-            plan.lists * plan.room, sample.stride(0), found.stride(0), BLOCK=block, KEPT=plan.kept, LISTS=plan.lists, ROOM=plan.room,
-            ROWS=rows_together(query.num_heads), TILES=plan.tiles, WARPS=warps, num_warps=warps,
-            maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
+            sample, ends, levels, level_keys, columns, stride, plan.want, plan.slack, plan.lists * plan.room, sample.stride(0),
+            BLOCK=block, WARPS=warps, num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
         )  # fmt: skip
 
 
@@ -282,17 +268,16 @@ def collect(
     q, weights = unit_rows(query.q), unit_rows(query.weights)
     rows = (query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table, levels, level_keys, found, counts)
     sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0])
-    turns = (plan.runs, plan.stride, plan.lists * plan.room)
     strides = (q.stride(0), q.stride(1), weights.stride(0))
     tiles = scale_tiles(scales, len(keys.pages), record // 4)
     if query.num_heads > QUADS:
         collect_quads_kernel[(programs,)](
-            desc, tiles, q, weights, *rows, *sizes, *turns, found.stride(0), *strides, table.stride(0),
-            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **OPTIONS,
+            desc, tiles, q, weights, *rows, *sizes, plan.runs, found.stride(0), *strides, table.stride(0),
+            STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **OPTIONS,
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
-        desc, tiles, q, weights, *rows, *sizes, *turns, found.stride(0), *strides, table.stride(0),
-        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, KEPT=plan.kept, **constants, **OPTIONS,
+        desc, tiles, q, weights, *rows, *sizes, plan.runs, found.stride(0), *strides, table.stride(0),
+        STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
     )  # fmt: skip
