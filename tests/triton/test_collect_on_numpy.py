@@ -20,13 +20,7 @@ quads = importlib.import_module("thresher.ops.score_select.gluon_quads")
 gluon = importlib.import_module("thresher.ops.index_score.gluon")
 order = importlib.import_module("thresher.ops.index_score.gluon_quads")
 fused = importlib.import_module("thresher.ops.score_select.triton")
-PROGRAMS, PASSES = 3, 5
-
-
-def dealt(blocks: int) -> tuple[int, int]:
-    """How many passes each program has, and how many programs may share a block, found by counting."""
-    each = -(-blocks * PASSES // PROGRAMS)
-    return each, max(len({unit // each for unit in range(block * PASSES, (block + 1) * PASSES)}) for block in range(blocks))
+RUNS = 3
 
 
 class AppendQuick:
@@ -44,37 +38,37 @@ class AppendQuick:
 
 
 def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """``found`` and ``counts`` of all consumers of every program."""
-    shape, places = fused.layout(world.heads), 32
-    each, most = dealt(-(-world.num // shape["BLOCK"]))
-    found = np.full((world.num, most * places * room + fused.PAST), -7)
-    counts = np.full((world.num, most * places), -7, np.int32)
+    """``found`` and ``counts`` of all consumers of every unit, after one program."""
+    ring, places = TileRing(world, fused.STAGES), 32
+    shape = ring.shape
+    found = np.full((world.num, RUNS * places * room + fused.PAST), -7)
+    counts = np.full((world.num, RUNS * places), -7, np.int32)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
     owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
-    num, num_keys, requests, pages, *deal = (array(x, np.int32) for x in (world.num, 48 * 64, 2, world.pages, most, PASSES, each))
+    gl = language(memory)
+    sizes = (world.num, 48 * 64, 2, world.pages, RUNS)
+    num, num_keys, requests, pages, runs = (array(x, np.int32) for x in sizes)
+    plain(kernels._producer, gl, ring.loading)(
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48, ring.slots, ring.scales, *ring.barriers,
+        shape["BLOCK"], ring.stages, D, PAGE, ring.tiles,
+    )  # fmt: skip
     append_quick = AppendQuick()
 
     def scales_of(slots, sums, sub):
-        scale = slots.ring.scales_of(slots).reshape(4, 2, 8, 1, 1, 1)
+        scale = ring.scales_of(slots).reshape(4, 2, 8, 1, 1, 1)
         return scale[:, 0], scale[:, 1]
 
-    for program in range(PROGRAMS):
-        ring, gl = TileRing(world, fused.STAGES), language(memory, program, PROGRAMS)
-        plain(kernels._producer, gl, ring.loading)(
-            None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *deal[1:], 48, ring.slots, ring.scales,
-            *ring.barriers, shape["BLOCK"], ring.stages, D, PAGE, ring.tiles,
+    instead = ring.consuming | {"append_quick": append_quick, "SPAN": 7, "scales_of": scales_of}
+    for half in range(2):
+        plain(kernels._consumer, gl, instead)(
+            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,
+            num, world.heads, num_keys, requests, runs, found.shape[1], 0, 0, 0,
+            None, ring.scales, ring.chunks(half), *ring.barriers,
+            half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles,
         )  # fmt: skip
-        instead = ring.consuming | {"append_quick": append_quick, "SPAN": 7, "scales_of": scales_of}
-        for half in range(2):
-            plain(kernels._consumer, gl, instead)(
-                None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,
-                num, world.heads, num_keys, requests, *deal, found.shape[1], 0, 0, 0,
-                None, ring.scales, ring.chunks(half), *ring.barriers,
-                half, shape["HEADS"], shape["BLOCK"], shape["ROWS"], ring.stages, D, PAGE, shape["HB"], shape["SUB"], room, ring.tiles,
-            )  # fmt: skip
-            assert ring.all_read()
+        assert ring.all_read()
     assert append_quick.calls > 20
     return found, counts
 
@@ -82,14 +76,15 @@ def collect(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
 def collect_quads(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     """The same of the kernel for more heads, with its four consumers."""
     stages = gluon.QUAD_STAGES
-    each, most = dealt(-(-world.num // 8))
-    found = np.full((world.num, most * 64 * room + fused.PAST), -7)
-    counts = np.full((world.num, most * 64), -7, np.int32)
+    found = np.full((world.num, RUNS * 64 * room + fused.PAST), -7)
+    counts = np.full((world.num, RUNS * 64), -7, np.int32)
     memory = [world.owners, world.positions, world.lengths, world.table, world.levels, world.level_keys, found, counts]
     owners, positions, lengths, table, levels, level_keys, found_at, counts_at = (
         Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory)
     )
-    num, num_keys, requests, pages, *deal = (array(x, np.int32) for x in (world.num, 48 * 64, 2, world.pages, most, PASSES, each))
+    gl = language(memory)
+    sizes = (world.num, 48 * 64, 2, world.pages, RUNS)
+    num, num_keys, requests, pages, runs = (array(x, np.int32) for x in sizes)
     fetched: list[tuple[int, bool]] = []  # page, and whether it was there: if not, its scales are NaN
     turn: dict[str, Any] = {"count": 0, "there": False}
 
@@ -132,8 +127,13 @@ def collect_quads(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
 
     tma = types.SimpleNamespace(async_copy_global_to_shared=fetch)
     mbarrier = types.SimpleNamespace(wait=wait, expect=lambda barrier, size: None, arrive=lambda barrier: None)
+    plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier, "fence_async_shared": lambda: None})(
+        None, None, owners, positions, lengths, table, num, num_keys, requests, pages, runs, 48,
+        Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE,
+    )  # fmt: skip
+
     def of_columns(values):
-        row, head = plain(order.row_and_head, language([]))(np.arange(128))
+        row, head = plain(order.row_and_head, gl)(np.arange(128))
         here = (turn["first"] + row < world.num) & (head < world.heads)
         return np.where(here, values[..., np.where(here, turn["first"] + row, 0), np.where(here, head, 0)], np.float32(0))
 
@@ -144,7 +144,7 @@ def collect_quads(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
     def scales_of(slots, layout):
         assert slots.slot == (turn["count"] - 1) % (2 * stages)
         page, there = fetched[turn["count"] - 1]
-        key, _query = plain(order.places, language([]))(None)
+        key, _query = plain(order.places, gl)(None)
         scale = world.bytes[page, PAGE * D // 4 :][key] if there else np.float32(np.nan) + 0 * key
         return array(scale, np.float32)
 
@@ -155,21 +155,13 @@ def collect_quads(world: World, room: int) -> tuple[np.ndarray, np.ndarray]:
         "warpgroup_mma_wait": lambda left, given: given[0], "mbarrier": mbarrier, "scales_of": scales_of, "_across_four": across_four,
         "lanes": lambda zero: None, "append_quick": append_quick, "SPAN": 7,
     }  # fmt: skip
-    for program in range(PROGRAMS):
-        fetched.clear()
-        turn["count"], gl = 0, language(memory, program, PROGRAMS)
-        plain(quads._producer, gl, {"tma": tma, "mbarrier": mbarrier, "fence_async_shared": lambda: None})(
-            None, None, owners, positions, lengths, table, num, num_keys, requests, pages, *deal[1:], 48,
-            Slots("keys"), Slots("scales"), *barriers, stages, D, PAGE,
+    for which in range(4):
+        turn["count"] = 0
+        plain(quads._consumer, gl, instead)(
+            None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at, num, world.heads, num_keys, requests, runs,
+            found.shape[1], 0, 0, 0, Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room,
         )  # fmt: skip
-        for which in range(4):
-            turn["count"] = 0
-            plain(quads._consumer, gl, instead)(
-                None, None, owners, positions, lengths, levels, level_keys, found_at, counts_at,
-                num, world.heads, num_keys, requests, *deal, found.shape[1], 0, 0, 0,
-                Slots("keys"), Slots("scales"), Slots("queries"), *barriers, which, stages, D, room,
-            )  # fmt: skip
-            assert turn["count"] == len(fetched)
+        assert turn["count"] == len(fetched)
     assert append_quick.calls > 20
     return found, counts
 

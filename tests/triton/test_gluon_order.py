@@ -127,23 +127,17 @@ def test_every_score_has_its_row_key_and_list(heads):
     assert (which.min(), which.max()) == (0, 31)
 
 
-@pytest.mark.parametrize(("blocks", "passes", "programs"), [(1, 1, 5), (5, 1, 2), (3, 7, 4), (128, 33, 132), (32, 33, 132), (2, 64, 3)])
-def test_every_pass_is_one_programs(blocks, passes, programs):
-    """And a block's programs are its runs, numbered from 0 on."""
-    each = -(-blocks * passes // programs)
-    made: dict[int, list[int]] = {block: [] for block in range(blocks)}
-    runs: dict[int, list[int]] = {block: [] for block in range(blocks)}
-    for program in range(programs):
-        gl = language([], program, programs)
-        unit, until = on_numpy(lists.share, gl)(blocks, passes, each)
-        while unit < until:
-            block, run, first, last = map(int, on_numpy(lists.of_block, gl)(unit, until, passes, each))
-            assert unit == block * passes + first
-            made[block] += range(first, last)
-            runs[block].append(run)
-            unit += last - first
-    assert all(made[block] == [*range(passes)] for block in range(blocks))
-    assert all(runs[block] == [*range(len(runs[block]))] for block in range(blocks))
+@pytest.mark.parametrize("tiles_a_turn", [1, 2])
+@pytest.mark.parametrize("runs", [1, 3, 4])
+def test_every_tile_has_one_turn(runs, tiles_a_turn):
+    for begin, stop in ((0, 0), (0, 1), (0, 17), (0, 40), (7, 7)):
+        seen = []
+        for run in range(runs):
+            first, last = plain(kernels._turns)(begin, stop, run, runs, tiles_a_turn)
+            seen += [turn * tiles_a_turn + tile for turn in range(first, last, runs) for tile in range(tiles_a_turn)]
+        assert sorted(set(range(begin, stop)) - set(seen)) == []
+        assert len(seen) == len(set(seen))
+        assert max(seen, default=-1) <= max(stop, 1)
 
 
 def test_the_bar_lets_pass_what_the_rule_does():

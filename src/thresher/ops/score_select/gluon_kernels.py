@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Scores of a prefill over up to 32 heads that are never stored: what lies above each row's level goes to short lists.
 
-A turn is ``TILES`` tiles of 64 keys. A pass over a block of queries, number p of P, takes every P-th turn of keys from turn p on. Each
-program has as many of all passes, one after the other, so that all are busy to the end; those that share a block are its runs. A thread
-has the same places of every tile, and a list of its own for each of its rows, so that appending asks nobody. They fill alike even where
-all its best keys stand together.
+The work is shared as in ``index_score/gluon_kernels.py``, but for the order: programs take turns at units (block of queries, run), where
+run r of R holds every R-th turn of keys from turn r on. A turn is ``TILES`` tiles of 64 keys. A thread has the same places of every tile,
+and a list of its own for each of its rows, so that appending asks nobody. They fill alike even where all its best keys stand together.
 
 With 32 heads a consumer multiplies a tile with two chunks (``index_score/gluon_tiles.py``), with fewer two tiles with one chunk: it always
 has two products at once.
@@ -34,12 +33,11 @@ from thresher.ops.index_score.gluon_tiles import (
 from thresher.ops.score_select.gluon_lists import (
     SPAN,
     append_two,
+    first_of_run,
     halves,
     look_ahead,
-    of_block,
     read_rows,
     rows_and_places,
-    share,
     turns_ahead,
 )
 
@@ -47,9 +45,15 @@ PLACES = gl.constexpr(32)  # lists of a run: a thread has two keys of a tile
 
 
 @gluon.jit
+def _turns(begin, stop, run, runs, TILES: gl.constexpr):
+    """The first turn of the run that has tiles from ``begin`` on, and the turn after all those with tiles before ``stop``."""
+    return first_of_run(begin // TILES, run, runs), (stop + TILES - 1) // TILES
+
+
+@gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, passes, each,
-    table_row, buffers, scale_buffers, full, empty,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    buffers, scale_buffers, full, empty,
     BLOCK: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile that a consumer will ask for, in the same order."""
@@ -57,32 +61,30 @@ def _producer(
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     tiles = num_keys // KEYS
     count = 0
-    unit, until = share((num_queries + BLOCK - 1) // BLOCK, passes, each)
-    while unit < until:
-        block, _run, first_pass, last_pass = of_block(unit, until, passes, each)
-        start, end, owner = sight(block * BLOCK + row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        rows = unit // runs * BLOCK + row
+        start, end, owner = sight(rows, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             mine = owner == current
-            _begin, stop = live(start, end, mine, 0, tiles)
+            begin, stop = live(start, end, mine, 0, tiles)
+            first, last = _turns(begin, stop, unit % runs, runs, TILES)
             table = page_table + current.to(gl.int64) * table_row
-            for number in range(first_pass, last_pass):
-                page0, page1, valid0, valid1 = stop * 0, stop * 0, stop < 0, stop < 0
-                if number * TILES < stop:
-                    page0, page1, valid0, valid1 = find_pages(table, number * TILES, stop, num_pages, PAGE, TILES)
-                for turn in range(number, (stop + TILES - 1) // TILES, passes):
-                    slot = count & (STAGES - 1)
-                    # Asked for one turn ahead, so that nothing waits for the answer.
-                    ahead0, ahead1, next0, next1 = find_pages(table, (turn + passes) * TILES, stop, num_pages, PAGE, TILES)
-                    mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
-                    fetch(
-                        k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, count & (2 * STAGES - 1),
-                        full, buffers, scale_buffers, nowhere, D, PAGE, TILES,
-                    )  # fmt: skip
-                    page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
-                    count += 1
+            page0, page1, valid0, valid1 = begin * 0, begin * 0, begin < begin, begin < begin
+            if first < last:
+                page0, page1, valid0, valid1 = find_pages(table, first * TILES, stop, num_pages, PAGE, TILES)
+            for turn in range(first, last, runs):
+                slot = count & (STAGES - 1)
+                # Asked for one turn ahead, so that nothing waits for the answer.
+                ahead0, ahead1, next0, next1 = find_pages(table, (turn + runs) * TILES, stop, num_pages, PAGE, TILES)
+                mbarrier.wait(empty.index(slot), (count & STAGES) // STAGES ^ 1)
+                fetch(
+                    k_desc, s_desc, page0, page1, valid0, valid1, turn * TILES, turn * TILES + 1, slot, count & (2 * STAGES - 1),
+                    full, buffers, scale_buffers, nowhere, D, PAGE, TILES,
+                )  # fmt: skip
+                page0, page1, valid0, valid1 = ahead0, ahead1, next0, next1
+                count += 1
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        unit += last_pass - first_pass
 
 
 @gluon.jit
@@ -130,7 +132,7 @@ def _take(
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     HALF: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
@@ -147,10 +149,8 @@ def _consumer(
     inside, place, which = rows_and_places(SUB, PLACE)
     tiles = num_keys // KEYS
     count = 0
-    unit, until = share((num_queries + BLOCK - 1) // BLOCK, passes, each)
-    while unit < until:
-        block, run, first_pass, last_pass = of_block(unit, until, passes, each)
-        block *= BLOCK
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        block, run = unit // runs * BLOCK, unit % runs
         first_row = block + HALF * ROWS
         w0, w1 = load_queries(
             q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
@@ -168,60 +168,52 @@ def _consumer(
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             here = owner == current
-            _begin, stop = live(end * 0, end, here, 0, tiles)
-            last = (stop + TILES - 1) // TILES
+            begin, stop = live(end * 0, end, here, 0, tiles)
+            first, last = _turns(begin, stop, run, runs, TILES)
             own_end, own_owner, level, tie_end = read_rows(
                 own_row, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
             )
             mine = gl.where(own_owner == current, own_end, 0)
             ends, ties_here = gl.where(here, end, 0), gl.where(here, ties, 0)
             # One loop with a branch in it for 32 heads, two without for fewer: the other way around each takes a tenth longer.
-            for number in range(first_pass, last_pass):
-                if TILES == 1:
+            if TILES == 1:
+                edge, bar = first, nothing
+                for turn in range(first, last, runs):
+                    quick = turn < edge
+                    at = _take(
+                        turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
+                        quick, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
+                    )  # fmt: skip
+                    if not quick:
+                        overfull = at - list_start > ROOM * 8
+                        edge, bar = look_ahead(turn + runs, runs, ends, ties_here, mine, level, tie_end, overfull, SPAN, KEYS)
+                    count += 1
+            else:
+                while first < last:
                     overfull = at - list_start > ROOM * 8
-                    edge, bar = look_ahead(number, passes, ends, ties_here, mine, level, tie_end, overfull, SPAN, KEYS)
-                    for turn in range(number, last, passes):
-                        quick = turn < edge
+                    edge, bar = look_ahead(first, runs, ends, ties_here, mine, level, tie_end, overfull, SPAN // 2, 2 * KEYS)
+                    quick, careful, upto = turns_ahead(first, last, edge, runs, SPAN // 2)
+                    for turn in range(first, quick, runs):
                         at = _take(
                             turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
-                            quick, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
+                            True, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
                         )  # fmt: skip
-                        if not quick:
-                            overfull = at - list_start > ROOM * 8
-                            edge, bar = look_ahead(turn + passes, passes, ends, ties_here, mine, level, tie_end, overfull, SPAN, KEYS)
                         count += 1
-                else:
-                    first = number
-                    while first < last:
-                        overfull = at - list_start > ROOM * 8
-                        edge, bar = look_ahead(first, passes, ends, ties_here, mine, level, tie_end, overfull, SPAN // 2, 2 * KEYS)
-                        quick, careful, upto = turns_ahead(first, last, edge, passes, SPAN // 2)
-                        for turn in range(first, quick, passes):
-                            at = _take(
-                                turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
-                                True, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
-                            )  # fmt: skip
-                            count += 1
-                        for turn in range(careful, upto, passes):
-                            at = _take(
-                                turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
-                                False, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
-                            )  # fmt: skip
-                            count += 1
-                        first = upto
+                    for turn in range(careful, upto, runs):
+                        at = _take(
+                            turn, count, buffers, scale_buffers, full, empty, q0, q1, w0, w1, zero, lent, nothing, place,
+                            False, bar, mine, level, tie_end, at, lists, list_start, STAGES, D, HB, SUB, ROOM, TILES,
+                        )  # fmt: skip
+                        count += 1
+                    first = upto
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        index = own_row * runs * PLACES + which
-        gl.store(counts + index + run * PLACES, (at - list_start) // 8, mask=own_row < num_queries)
-        if last_pass == passes:  # what other blocks have one more run for
-            for other in range(run + 1, runs):
-                gl.store(counts + index + other * PLACES, index * 0, mask=own_row < num_queries)
-        unit += last_pass - first_pass
+        gl.store(counts + (own_row * runs + run) * PLACES + which, (at - list_start) // 8, mask=own_row < num_queries)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "passes", "each"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
 def collect_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, passes, each, found_row, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, table_row,
     HEADS: gl.constexpr, BLOCK: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
     HB: gl.constexpr, SUB: gl.constexpr, ROOM: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
@@ -235,17 +227,17 @@ def collect_kernel(
         [
             (_consumer, (
                 q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 0, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_consumer, (
                 q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 1, HEADS, BLOCK, ROWS, STAGES, D, PAGE, HB, SUB, ROOM, TILES,
             )),
             (_producer, (
-                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, passes,
-                each, table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES,
+                k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
+                table_row, buffers, scale_buffers, full, empty, BLOCK, STAGES, D, PAGE, TILES,
             )),
         ],
         [4, 1],

@@ -9,23 +9,13 @@ from triton.experimental.gluon import language as gl
 from thresher.ops.index_score.gluon_tiles import NO_REQUEST, along, sight
 
 NEVER = gl.constexpr(0x7FC00000)  # NaN: nothing passes it
-SPAN = gl.constexpr(64)  # tiles in a row, at most, before it is looked at whether a list is full
+SPAN = gl.constexpr(60)  # tiles in a row, at most, before it is looked at whether a list is full
 
 
 @gluon.jit
-def share(blocks, passes, each):
-    """The units of this program, one pass over one block of queries each: ``first, until``."""
-    first = gl.program_id(0) * each
-    return first, gl.minimum(first + each, blocks * passes)
-
-
-@gluon.jit
-def of_block(unit, until, passes, each):
-    """``(block, run, first, last)``: the block of a unit, of which of its programs this is, and its passes from ``first`` on and before
-    ``last``."""
-    block = unit // passes
-    first = unit - block * passes
-    return block, gl.program_id(0) - block * passes // each, first, gl.minimum(first + until - unit, passes)
+def first_of_run(begin, run, runs):
+    """The first number from ``begin`` on that belongs to the run: run r of R has every R-th from r on."""
+    return begin + (run + runs - begin % runs) % runs
 
 
 @gluon.jit
@@ -114,8 +104,8 @@ def bar_at(begin, end, level, tie_end, full):
 
 
 @gluon.jit
-def look_ahead(turn, passes, ends, ties, end, level, tie_end, full, SPAN: gl.constexpr, KEYS_OF_TURN: gl.constexpr):
-    """``(edge, bar)``: the pass's turns from ``turn`` on and before ``edge``, ``SPAN`` at most, may append by the bar alone.
+def look_ahead(turn, runs, ends, ties, end, level, tie_end, full, SPAN: gl.constexpr, KEYS_OF_TURN: gl.constexpr):
+    """``(edge, bar)``: the run's turns from ``turn`` on and before ``edge``, ``SPAN`` at most, may append by the bar alone.
 
     ``ends``, ``ties``: of all rows at hand, which do not change in such turns; the others of the thread's own.
     """
@@ -123,13 +113,13 @@ def look_ahead(turn, passes, ends, ties, end, level, tie_end, full, SPAN: gl.con
     change = gl.minimum(
         gl.where(ends > begin, ends // KEYS_OF_TURN, NO_REQUEST), gl.where(ties > begin, ties // KEYS_OF_TURN, NO_REQUEST)
     )
-    return gl.minimum(turn + SPAN * passes, gl.min(change, 0)), bar_at(begin, end, level, tie_end, full)
+    return gl.minimum(turn + SPAN * runs, gl.min(change, 0)), bar_at(begin, end, level, tie_end, full)
 
 
 @gluon.jit
-def turns_ahead(turn, last, edge, passes, SPAN: gl.constexpr):
-    """``(quick, careful, upto)``: of the pass's turns from ``turn`` on and before ``last``, those before ``quick`` are before the edge,
-    those from ``careful`` on and before ``upto`` are not; ``SPAN`` in all, at most."""
-    upto = gl.minimum(last, turn + SPAN * passes)
+def turns_ahead(turn, last, edge, runs, SPAN: gl.constexpr):
+    """``(quick, careful, upto)``: of the run's turns from ``turn`` on and before ``last`` those before ``quick`` are before the edge, those
+    from ``careful`` on and before ``upto`` are not; ``SPAN`` in all, at most."""
+    upto = gl.minimum(last, turn + SPAN * runs)
     quick = gl.minimum(upto, edge)
-    return quick, turn + (quick - turn + passes - 1) // passes * passes, upto
+    return quick, turn + (quick - turn + runs - 1) // runs * runs, upto

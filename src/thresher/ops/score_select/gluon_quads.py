@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """``gluon_kernels.py`` for 33 to 64 heads, with four groups of four warps (``index_score/gluon_quads.py``).
 
-A turn is one tile of 64 keys. A thread has one place of every tile and one query, and a list of its own for them. Registers are all in
-use: one more, and the loop spills. So it has as little to keep as can be, a bar that scores must not be below, in tiles where no row of the
-block changes.
+Programs take turns at units (block of queries, run), where run r of R holds every R-th tile of 64 keys from tile r on. A thread has one
+place of every tile and one query, and a list of its own for them. Registers are all in use: one more, and the loop spills. So it has as
+little to keep as can be, a bar that scores must not be below, in tiles where no row of the block changes.
 """
 
 from __future__ import annotations
@@ -18,55 +18,52 @@ from thresher.ops.score_select.gluon_lists import (
     SPAN,
     append_careful,
     append_quick,
+    first_of_run,
     look_ahead,
-    of_block,
     read_rows,
-    share,
     turns_ahead,
 )
 
 
 @gluon.jit
 def _producer(
-    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, passes, each,
-    table_row, buffers, scale_buffers, full, empty, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
+    k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs, table_row,
+    buffers, scale_buffers, full, empty, STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     """Fetch every tile and its scales that a consumer will ask for, in the same order."""
     row = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [1], [0]))
     nowhere = absent()
     tiles = num_keys // KEYS
     turn = 0
-    unit, until = share((num_queries + BLOCK - 1) // BLOCK, passes, each)
-    while unit < until:
-        block, _run, first_pass, last_pass = of_block(unit, until, passes, each)
-        start, end, owner = sight(block * BLOCK + row, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        rows = unit // runs * BLOCK + row
+        start, end, owner = sight(rows, positions, positions, owners, lengths, num_queries, num_keys, num_requests, True)
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             mine = owner == current
-            _begin, stop = live(start, end, mine, 0, tiles)
+            begin, stop = live(start, end, mine, 0, tiles)
+            tile = first_of_run(begin, unit % runs, runs)
             table = page_table + current.to(gl.int64) * table_row
-            for number in range(first_pass, last_pass):
-                page, valid = stop * 0, stop < 0
-                if number < stop:
-                    page, valid = find_page(table, number, num_pages, PAGE)
-                for now in range(number, stop, passes):
-                    # Asked for one tile ahead, so that nothing waits for the answer.
-                    page_ahead, valid_ahead = find_page(table, gl.minimum(now + passes, stop - 1), num_pages, PAGE)
-                    slot = turn & (STAGES - 1)
-                    scales = scale_buffers.index(turn & (2 * STAGES - 1))
-                    mbarrier.wait(empty.index(slot), (turn & STAGES) // STAGES ^ 1)
-                    if valid:
-                        mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
-                        tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + now * KEYS % PAGE], full.index(slot), scales)
-                    else:  # a page that is not there is seen by nobody: no score passes
-                        scales.store(nowhere)
-                        fence_async_shared()
-                        mbarrier.expect(full.index(slot), KEYS * D)
-                    tma.async_copy_global_to_shared(k_desc, [page, now * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
-                    turn += 1
-                    page, valid = page_ahead, valid_ahead
+            page, valid = begin * 0, begin < begin
+            if tile < stop:
+                page, valid = find_page(table, tile, num_pages, PAGE)
+            for now in range(tile, stop, runs):
+                # Asked for one tile ahead, so that nothing waits for the answer.
+                page_ahead, valid_ahead = find_page(table, gl.minimum(now + runs, stop - 1), num_pages, PAGE)
+                slot = turn & (STAGES - 1)
+                scales = scale_buffers.index(turn & (2 * STAGES - 1))
+                mbarrier.wait(empty.index(slot), (turn & STAGES) // STAGES ^ 1)
+                if valid:
+                    mbarrier.expect(full.index(slot), KEYS * D + KEYS * 4)
+                    tma.async_copy_global_to_shared(s_desc, [page, PAGE * D // 4 + now * KEYS % PAGE], full.index(slot), scales)
+                else:  # a page that is not there is seen by nobody: no score passes
+                    scales.store(nowhere)
+                    fence_async_shared()
+                    mbarrier.expect(full.index(slot), KEYS * D)
+                tma.async_copy_global_to_shared(k_desc, [page, now * KEYS % PAGE, 0], full.index(slot), buffers.index(slot))
+                turn += 1
+                page, valid = page_ahead, valid_ahead
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        unit += last_pass - first_pass
 
 
 @gluon.jit
@@ -86,7 +83,7 @@ def _score(
 @gluon.jit
 def _consumer(
     q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+    num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
     buffers, scale_buffers, q_buffers, full, empty,
     WHICH: gl.constexpr, STAGES: gl.constexpr, D: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
@@ -98,10 +95,8 @@ def _consumer(
     place, query = places(PLACE)
     tiles = num_keys // KEYS
     turn = 0
-    unit, until = share((num_queries + BLOCK - 1) // BLOCK, passes, each)
-    while unit < until:
-        block, run, first_pass, last_pass = of_block(unit, until, passes, each)
-        block *= BLOCK
+    for unit in range(gl.program_id(0), (num_queries + BLOCK - 1) // BLOCK * runs, gl.num_programs(0)):
+        block, run = unit // runs * BLOCK, unit % runs
         first = block + WHICH * QUERIES
         w = load_queries(q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers.index(WHICH), zero, D, ACC)
         mat = q_buffers.index(WHICH).permute((1, 0))
@@ -112,43 +107,38 @@ def _consumer(
         own_end, own_owner, level, tie_end = read_rows(
             own, owners, positions, lengths, levels, level_keys, num_queries, num_keys, num_requests
         )
+        index = (own * runs + run) * KEYS + place
         list_start = (own * found_row + (run * KEYS + place) * ROOM) * 8
         at = list_start
 
         current = gl.min(owner, 0)
         while current < NO_REQUEST:
             mine = owner == current
-            _begin, stop = live(end * 0, end, mine, 0, tiles)
+            begin, stop = live(end * 0, end, mine, 0, tiles)
+            tile = first_of_run(begin, run, runs)
             last = gl.where(own_owner == current, own_end, 0)
             ends, ties_here = gl.where(mine, end, 0), gl.where(mine, ties, 0)
-            for number in range(first_pass, last_pass):
-                tile = number
-                while tile < stop:
-                    overfull = at - list_start > ROOM * 8
-                    edge, bar = look_ahead(tile, passes, ends, ties_here, last, level, tie_end, overfull, SPAN, KEYS)
-                    quick, careful, upto = turns_ahead(tile, stop, edge, passes, SPAN)
-                    for now in range(tile, quick, passes):
-                        score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
-                        at = append_quick(score, bar, now * KEYS + place, at, found)
-                        turn += 1
-                    for now in range(careful, upto, passes):
-                        score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
-                        at = append_careful(score, now * KEYS + place, last, level, tie_end, at, found, list_start, ROOM)
-                        turn += 1
-                    tile = upto
+            while tile < stop:
+                overfull = at - list_start > ROOM * 8
+                edge, bar = look_ahead(tile, runs, ends, ties_here, last, level, tie_end, overfull, SPAN, KEYS)
+                quick, careful, upto = turns_ahead(tile, stop, edge, runs, SPAN)
+                for now in range(tile, quick, runs):
+                    score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
+                    at = append_quick(score, bar, now * KEYS + place, at, found)
+                    turn += 1
+                for now in range(careful, upto, runs):
+                    score = _score(buffers, scale_buffers, full, empty, mat, w, lane, zero, turn, STAGES, D, PLACE)
+                    at = append_careful(score, now * KEYS + place, last, level, tie_end, at, found, list_start, ROOM)
+                    turn += 1
+                tile = upto
             current = gl.min(gl.where(owner > current, owner, NO_REQUEST), 0)
-        index = own * runs * KEYS + place
-        gl.store(counts + index + run * KEYS, (at - list_start) // 8, mask=own < num_queries)
-        if last_pass == passes:  # what other blocks have one more run for
-            for other in range(run + 1, runs):
-                gl.store(counts + index + other * KEYS, index * 0, mask=own < num_queries)
-        unit += last_pass - first_pass
+        gl.store(counts + index, (at - list_start) // 8, mask=own < num_queries)
 
 
-@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs", "passes", "each"])
+@gluon.jit(do_not_specialize=["num_queries", "num_heads", "num_keys", "num_requests", "num_pages", "runs"])
 def collect_quads_kernel(
     k_desc, s_desc, q, weights, owners, positions, lengths, page_table, levels, level_keys, found, counts,
-    num_queries, num_heads, num_keys, num_requests, num_pages, runs, passes, each, found_row, q_row, q_head, w_row, table_row,
+    num_queries, num_heads, num_keys, num_requests, num_pages, runs, found_row, q_row, q_head, w_row, table_row,
     STAGES: gl.constexpr, D: gl.constexpr, PAGE: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     buffers = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, KEYS, D], gl.NVMMASharedLayout(D, 8, 3))
@@ -158,19 +148,19 @@ def collect_quads_kernel(
     gl.warp_specialize(
         [
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 0, STAGES, D, ROOM)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 1, STAGES, D, ROOM)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 2, STAGES, D, ROOM)),
             (_consumer, (q, weights, owners, positions, lengths, levels, level_keys, found, counts,
-                num_queries, num_heads, num_keys, num_requests, runs, passes, each, found_row, q_row, q_head, w_row,
+                num_queries, num_heads, num_keys, num_requests, runs, found_row, q_row, q_head, w_row,
                 buffers, scale_buffers, q_buffers, full, empty, 3, STAGES, D, ROOM)),
-            (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, passes,
-                each, table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE)),
+            (_producer, (k_desc, s_desc, owners, positions, lengths, page_table, num_queries, num_keys, num_requests, num_pages, runs,
+                table_row, buffers, scale_buffers, full, empty, STAGES, D, PAGE)),
         ],
         [4, 4, 4, 1],
         [112, 112, 112, 24],

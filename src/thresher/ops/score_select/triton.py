@@ -40,7 +40,6 @@ ROWS = 1024  # at a time, at most: enough for all multiprocessors
 LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take up to 109 MB at topk 2048, and 172 at 4096
 STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
-MAX_PASSES = 64  # over a row, which are then of 32 tiles at 128k keys
 PAST = 128  # entries behind a row, for its last list to run on into before that is noticed
 MIN_ROOM = 8192  # entries of all of a row's lists
 SCRATCH = 96 * 2**20  # bytes of scores, at most, that rows done again are given, unless one row needs more
@@ -58,25 +57,19 @@ class Plan:
         stride: one of every stride keys is in the sample; 0 where rows are short enough to be collected whole.
         want: which largest of the sample the level is.
         slack: how many places the level may be lower, to end its search sooner.
-        passes: that are made over a row, of which each takes every so manieth turn.
-        each: passes of a program, one after the other.
-        runs: programs that may have passes over one row.
+        runs: runs that a row's turns are dealt into.
         lists: lists of a row, the same number for each run.
         room: entries of each list, a multiple of the most that a turn brings.
         row: entries that a row's lists take.
-        whole: keys of the longest row that its lists hold without a level.
     """
 
     stride: int
     want: int
     slack: int
-    passes: int
-    each: int
     runs: int
     lists: int
     room: int
     row: int
-    whole: int
 
 
 def sampled_columns(room_tokens: int, stride: int) -> int:
@@ -89,17 +82,13 @@ def rows_together(num_heads: int) -> int:
     return 8 if num_heads > QUADS else layout(num_heads)["BLOCK"]
 
 
-def share_out(blocks: int, most: int, programs: int) -> tuple[int, int, int]:
-    """``(passes, each, runs)``: passes over each block of queries, how many of all a program has, and how many programs, ``most`` at most,
-    may share a block. All passes take about as long. The fewest within 1 % of the best, as each run has lists of its own."""
-    best, found = 0.0, (1, 1, 1)
-    for passes in range(1, MAX_PASSES + 1):
-        each = triton.cdiv(blocks * passes, programs)
-        runs = max(((block + 1) * passes - 1) // each - block * passes // each + 1 for block in range(min(blocks, each)))
-        busy = blocks * passes / (each * programs)
-        if runs <= most and busy > 1.01 * best:
-            best, found = busy, (passes, each, runs)
-    return found
+def share_out(blocks: int, most: int, programs: int) -> int:
+    """Runs that blocks of queries are cut into, so that units are nearly a multiple of the multiprocessors, or at least one for each.
+
+    All units take about as long. The fewest runs within 5 % of the best: each has lists of its own, which need their slack.
+    """
+    busy = [blocks * runs / (triton.cdiv(blocks * runs, programs) * programs) for runs in range(1, most + 1)]
+    return next(runs for runs, share in enumerate(busy, 1) if share >= 0.95 * max(busy))
 
 
 def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, programs: int) -> Plan:
@@ -109,26 +98,22 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     stand together. The level is set for six such deviations more. A list has room for what that brings it and six deviations more, its own
     and the level's, or for a heavier tail.
     """
-    quads = heads > QUADS
-    places, tiles = (64, 1) if quads else (32, layout(heads)["TILES"])  # lists of a run, and tiles of a turn
-    passes, each, runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
+    places = 64 if heads > QUADS else 32  # lists of a run
+    runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
     lists = places * runs
-    share = min(each, passes) / passes / places  # of a row, that a list may get
     stride = sample_stride(room_tokens, topk)
     hits = topk / stride
     want = math.ceil(hits + 6 * math.sqrt(hits) + 4)
-    expected = (want + want // 16) * stride * share
+    expected = (want + want // 16) * stride / lists
     most = expected + 6 * math.sqrt(expected + expected**2 / want)
     # The level's tail is the heavier the smaller ``want``: 4.5 of its deviations, and of a list that has that many 3.5 of its own.
     likely = expected * (1 + 4.5 / math.sqrt(want))
     most = max(most, likely + 3.5 * math.sqrt(likely))
-    room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(math.ceil(MIN_ROOM * share), 8)) * 8
+    room = max(triton.cdiv(math.ceil(most), 8), triton.cdiv(MIN_ROOM, 8 * lists)) * 8
     row = lists * room + PAST
-    in_turn = TILE * tiles // places  # keys that a list may get from one
-    whole = room // (in_turn * min(each, passes)) * passes * TILE * tiles
-    if room_tokens <= whole:
-        return Plan(0, 0, 0, passes, each, runs, lists, room, row, whole)
-    return Plan(stride, want, want // 16, passes, each, runs, lists, room, row, whole)
+    if room_tokens <= lists * room:
+        return Plan(0, 0, 0, runs, lists, room, row)
+    return Plan(stride, want, want // 16, runs, lists, room, row)
 
 
 def sample_stride(room_tokens: int, topk: int) -> int:
@@ -266,7 +251,7 @@ def find_levels(query: IndexQuery, keys: IndexKeys, plan: Plan, ends: Tensor, le
     warps = min(max(block // SAMPLED, 4), 32)
     with on_device(query.q):
         level_kernel[(num,)](
-            sample, ends, levels, level_keys, columns, stride, plan.want, plan.slack, plan.whole, sample.stride(0),
+            sample, ends, levels, level_keys, columns, stride, plan.want, plan.slack, plan.lists * plan.room, sample.stride(0),
             BLOCK=block, WARPS=warps, num_warps=warps, maxnreg=min(SAMPLE_REGISTERS, 2048 // warps),
         )  # fmt: skip
 
@@ -283,17 +268,16 @@ def collect(
     q, weights = unit_rows(query.q), unit_rows(query.weights)
     rows = (query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous(), table, levels, level_keys, found, counts)
     sizes = (query.num_queries, query.num_heads, table.shape[1] * keys.page_size, keys.num_requests, keys.pages.shape[0])
-    turns = (plan.runs, plan.passes, plan.each)
     strides = (q.stride(0), q.stride(1), weights.stride(0))
     tiles = scale_tiles(scales, len(keys.pages), record // 4)
     if query.num_heads > QUADS:
         collect_quads_kernel[(programs,)](
-            desc, tiles, q, weights, *rows, *sizes, *turns, found.stride(0), *strides, table.stride(0),
+            desc, tiles, q, weights, *rows, *sizes, plan.runs, found.stride(0), *strides, table.stride(0),
             STAGES=QUAD_STAGES, D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **OPTIONS,
         )  # fmt: skip
         return
     constants = layout(query.num_heads)
     collect_kernel[(programs,)](
-        desc, tiles, q, weights, *rows, *sizes, *turns, found.stride(0), *strides, table.stride(0),
+        desc, tiles, q, weights, *rows, *sizes, plan.runs, found.stride(0), *strides, table.stride(0),
         STAGES=STAGES // constants["TILES"], D=keys.head_dim, PAGE=keys.page_size, ROOM=plan.room, **constants, **OPTIONS,
     )  # fmt: skip
