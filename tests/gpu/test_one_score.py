@@ -154,8 +154,11 @@ def test_requests_of_their_own_keys(heads, dim, page_size):
     fail_on(problems)
 
 
+@pytest.mark.parametrize("many", [True, False])
 @pytest.mark.parametrize(("heads", "dim"), SHAPES)
-def test_gathered(heads, dim):
+def test_gathered(heads, dim, many, monkeypatch):
+    """In either size of tile."""
+    monkeypatch.setattr(kernels, "MANY_GATHERED", 0 if many else 10**9)
     q, weights, k, scales, full = world(heads, dim)
     keys = paged([(k, scales)], 64)
     num = min(NUM, 32)

@@ -2,11 +2,11 @@
 """Index scores as Triton kernels.
 
 **The score of a pair does not depend on the tile.** Keys are the rows of a matrix product, (query, head) pairs its columns, so every
-element is the same chain of tensor-core steps over the head dim; tiles always have at least 64 keys and 16 columns and programs 4 warps
-side by side along the keys, which keeps all of them on ``wgmma`` (fewer columns would fall to another instruction, with other roundings).
-Heads are padded to a power of two from 8 on, with zeros, by their number alone. Then, in fp32: relu; eight sums, one for each head
-index modulo 8, by explicit fused multiply-adds, heads ascending; a fixed tree over the eight; + 0.0; times the key's scale. Kernels are
-compiled without implicit fusion, so a compiler has no say in the roundings. The bits differ from the reference's (docs/numerics.md,
+element is the same chain of tensor-core steps over the head dim; tiles always have at least 64 keys and 16 columns and programs 4 or 8
+warps side by side along the keys, which keeps all of them on ``wgmma`` (fewer columns would fall to another instruction, with other
+roundings). Heads are padded to a power of two from 8 on, with zeros, by their number alone. Then, in fp32: relu; eight sums, one for each
+head index modulo 8, by explicit fused multiply-adds, heads ascending; a fixed tree over the eight; + 0.0; times the key's scale. Kernels
+are compiled without implicit fusion, so a compiler has no say in the roundings. The bits differ from the reference's (docs/numerics.md,
 "Two sets agree"), not between the forms.
 """
 
@@ -33,7 +33,8 @@ FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 KEYS = 64
 QUERIES = {8: 16, 16: 8, 32: 8, 64: 4, 128: 2}  # most queries a tile, by padded heads; half of it for bf16
 MIN_COLUMNS = 16
-GATHERED_KEYS = 128  # the gathered form has one tile a program
+# The gathered form has one tile a program: of 256 keys where these keep the multiprocessors busy, so that fewer load a query's heads.
+GATHERED_KEYS, MANY_GATHERED, FEW_COLUMNS = 128, 2**18, 64
 QUADS = 32  # heads; on Hopper more are multiplied by groups of four warps with a chunk each (``gluon_quads.py``)
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 PROGRAMS = 8 * 132 * 4  # wanted: about eight for every one that an H100 or H200 runs at once
@@ -164,12 +165,15 @@ def gathered_index_score(query: IndexQuery, keys: IndexKeys, positions: Tensor, 
     if not out.numel():
         return out
     padded = padded_heads(heads)
+    rows = max(1, MIN_COLUMNS // padded)
+    many = num * width >= MANY_GATHERED and rows * padded <= FEW_COLUMNS
+    tile, options = (2 * GATHERED_KEYS, OPTIONS | {"num_warps": 8, "maxnreg": 64}) if many else (GATHERED_KEYS, OPTIONS)
     positions = unit_rows(positions)
     tensors, sizes, strides = paged_arguments(query, keys)
     with on_device(query.q):
-        gathered_kernel[(num * triton.cdiv(width, GATHERED_KEYS),)](
+        gathered_kernel[(num * triton.cdiv(width, tile),)](
             *tensors, positions, out, *sizes, width, *strides, positions.stride(0), out.stride(0),
-            PAGE=keys.page_size, HEADS=padded, D=dim, BN=GATHERED_KEYS, BQ=max(1, MIN_COLUMNS // padded), INTERPRET=INTERPRET, **OPTIONS,
+            PAGE=keys.page_size, HEADS=padded, D=dim, BN=tile, BQ=rows, INTERPRET=INTERPRET, **options,
         )  # fmt: skip
     return out
 

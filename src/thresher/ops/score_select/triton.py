@@ -31,7 +31,7 @@ from thresher.types import IndexKeys, IndexQuery, Selection
 
 FP8 = torch.float8_e4m3fn
 TILE = 64  # keys; a page holds one
-SAMPLE = 4096  # keys looked at for the level, at least
+SAMPLE, FEW_HEADS = 4096, 16  # keys looked at for the level, at least; half as many where more heads make scores dearer
 MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a thread
 SAMPLES_BYTES = 128 * 2**20  # of the sample's keys of all requests, at most
 MIN_HITS = 32  # of the topk best, on average in the sample
@@ -101,7 +101,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     places = 64 if heads > QUADS else 32  # lists of a run
     runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
     lists = places * runs
-    stride = sample_stride(room_tokens, topk)
+    stride = sample_stride(room_tokens, topk, heads)
     hits = topk / stride
     want = math.ceil(hits + 6 * math.sqrt(hits) + 4)
     expected = (want + want // 16) * stride / lists
@@ -116,9 +116,10 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     return Plan(stride, want, want // 16, runs, lists, room, row)
 
 
-def sample_stride(room_tokens: int, topk: int) -> int:
+def sample_stride(room_tokens: int, topk: int, heads: int) -> int:
     """Every how many keys one is in the sample: a power of two."""
-    return 2 ** (max(1, min(room_tokens // SAMPLE, topk // MIN_HITS)).bit_length() - 1)
+    sample = SAMPLE if heads <= FEW_HEADS else SAMPLE // 2
+    return 2 ** (max(1, min(room_tokens // sample, topk // MIN_HITS)).bit_length() - 1)
 
 
 def rows_at_once(heads: int, room_tokens: int, topk: int, programs: int) -> int:
@@ -146,7 +147,7 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
     room_tokens = keys.room
-    columns = sampled_columns(room_tokens, sample_stride(room_tokens, topk))
+    columns = sampled_columns(room_tokens, sample_stride(room_tokens, topk, query.num_heads))
     if columns > MAX_SAMPLE:
         return f"needs a larger topk than {topk} for a page table with room for {room_tokens} keys"
     if columns * keys.num_requests * (keys.head_dim + 4) > SAMPLES_BYTES:
