@@ -87,9 +87,9 @@ class Held:
         return self
 
 
-@pytest.mark.parametrize("heads", [8, 16, 32, 64])
-def test_every_column_has_its_own_weight(heads):
-    """Although those of the columns beside them are loaded, and no row or head that is not there."""
+@pytest.mark.parametrize(("heads", "apart"), [(8, True), (16, False), (16, True), (32, False), (32, True), (64, True)])
+def test_every_column_has_its_own_weight(heads, apart):
+    """Although, where they stand apart, those of the columns beside them are loaded; and no row or head that is not there."""
     num, given = 11, heads - 3
     memory = [np.zeros((num, given, 64), np.uint8), np.random.default_rng(0).standard_normal((num, given), np.float32)]
     q, weights = (Pointer(memory, number * 2**40, value.dtype) for number, value in enumerate(memory))
@@ -102,7 +102,7 @@ def test_every_column_has_its_own_weight(heads):
         shape = fused.layout(heads)
         zero, first, chunk = np.zeros((64, shape["SUB"] * shape["HB"] * 8), np.float32), 8, shape["HB"]
         got = on_numpy(tiles.load_queries, GL, loading)(
-            q, weights, first, num, given, given * 64, 64, given, Held(None), zero, 0, heads, 64, chunk, shape["SUB"], None
+            q, weights, first, num, given, given * 64, 64, given, Held(None), zero, 0, heads, 64, chunk, shape["SUB"], None, apart
         )
         row, head = plain(tiles.row_and_head)(np.arange(zero.shape[1]), chunk)
         columns = [(row, head), (row, head + chunk * (heads > chunk))]

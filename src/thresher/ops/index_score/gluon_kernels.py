@@ -127,7 +127,7 @@ def _consumer(
         t1 = gl.minimum(tiles, t0 + last - unit)
         first = block + HALF * ROWS
         w0, w1 = load_queries(
-            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
+            q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC, False
         )
         q0 = q_buffers.index(HALF * CHUNKS).permute((1, 0))
         q1 = q_buffers.index(HALF * CHUNKS + CHUNKS - 1).permute((1, 0))

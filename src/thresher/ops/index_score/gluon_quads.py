@@ -37,7 +37,7 @@ def load_queries(
     row, head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, ACC)) ^ 1)
     load_row, load_head = row_and_head(gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, LOAD)))
     w = load_chunk(
-        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer, zero, D, LOAD
+        q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer, zero, D, LOAD, True
     )
     fence_async_shared()
     return w

@@ -205,7 +205,7 @@ def apart(beside):
     A thread has columns 2 c and 2 c + 1, and their products and sums in registers of as even and as odd a number, which is a bank each:
     an instruction that multiplies and adds waits where all it reads is in one bank. Loaded as pairs from shared memory, the wrong way
     around, these are in the other bank. Where the compiler chose, up to all of a loop's had to wait: 12 % of its time at 32 heads, 3 % at
-    64 (docs/lab-log.md).
+    64. It takes 1 us, which short loops do not win back (docs/lab-log.md).
     """
     LAYOUT: gl.constexpr = beside.type.layout
     pairs = gl.allocate_shared_memory(gl.float32, beside.shape, gl.SwizzledSharedLayout(1, 1, 1, [0]), beside)
@@ -215,19 +215,21 @@ def apart(beside):
 
 @gluon.jit
 def load_chunk(
-    q, weights, first, load_row, load_head, beside_row, beside_head, num_queries, num_heads, q_row, q_head, w_row, buffer, zero,
-    D: gl.constexpr, LOAD: gl.constexpr,
+    q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row, buffer, zero,
+    D: gl.constexpr, LOAD: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """A chunk's queries into its buffer; returns half its weights, of as many columns, beside the ``[64, columns]`` of ``zero``, for
-    ``twice_relu``. What each column is is given once in either layout; for weights, what the one beside it is: ``apart`` says why.
+    ``twice_relu``. What each column is is given once in either layout; where weights stand ``apart``, what the one beside it is.
     """
     used = (first + load_row < num_queries) & (load_head < num_heads)
     at = (first + load_row).to(gl.int64) * q_row + load_head * q_head
     dim = gl.arange(0, D, layout=gl.SliceLayout(0, LOAD))
     buffer.store(gl.load(q + at[:, None] + dim[None, :], mask=used[:, None], other=0.0))
-    used = (first + beside_row < num_queries) & (beside_head < num_heads)
-    beside = gl.load(weights + (first + beside_row).to(gl.int64) * w_row + beside_head, mask=used, other=0.0) * 0.5
-    return gl.broadcast(gl.expand_dims(apart(beside), 0), zero)[0]
+    used = (first + row < num_queries) & (head < num_heads)
+    w = gl.load(weights + (first + row).to(gl.int64) * w_row + head, mask=used, other=0.0) * 0.5
+    if APART:
+        w = apart(w)
+    return gl.broadcast(gl.expand_dims(w, 0), zero)[0]
 
 
 @gluon.jit
@@ -240,20 +242,21 @@ def row_and_head(column, HB: gl.constexpr):
 def load_queries(
     q, weights, first, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero,
     HALF: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, HB: gl.constexpr, SUB: gl.constexpr, ACC: gl.constexpr,
+    APART: gl.constexpr,
 ):  # fmt: skip
     """A consumer's queries into its buffers, two chunks with 32 heads, otherwise one; returns the halved weights of both."""
     LOAD: gl.constexpr = gl.BlockedLayout([1, 16], [512 // D, D // 16], [4, 1], [1, 0])
-    row, head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(0, ACC)) ^ 1, HB)
+    row, head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(0, ACC)) ^ (1 if APART else 0), HB)
     load_row, load_head = row_and_head(gl.arange(0, SUB * HB * 8, layout=gl.SliceLayout(1, LOAD)), HB)
     w0 = load_chunk(
         q, weights, first, load_row, load_head, row, head, num_queries, num_heads, q_row, q_head, w_row,
-        q_buffers.index(HALF * (HEADS // HB)), zero, D, LOAD,
+        q_buffers.index(HALF * (HEADS // HB)), zero, D, LOAD, APART,
     )  # fmt: skip
     w1 = w0
     if HEADS > HB:
         w1 = load_chunk(
             q, weights, first, load_row, load_head + HB, row, head + HB, num_queries, num_heads, q_row, q_head, w_row,
-            q_buffers.index(HALF * 2 + 1), zero, D, LOAD,
+            q_buffers.index(HALF * 2 + 1), zero, D, LOAD, APART,
         )  # fmt: skip
     fence_async_shared()
     return w0, w1

@@ -153,7 +153,7 @@ def _consumer(
         block, run = unit // runs * BLOCK, unit % runs
         first_row = block + HALF * ROWS
         w0, w1 = load_queries(
-            q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC
+            q, weights, first_row, num_queries, num_heads, q_row, q_head, w_row, q_buffers, zero, HALF, HEADS, D, HB, SUB, ACC, True
         )
         q0 = q_buffers.index(HALF * CHUNKS).permute((1, 0))
         q1 = q_buffers.index(HALF * CHUNKS + CHUNKS - 1).permute((1, 0))
