@@ -180,6 +180,9 @@ inline u32 warp_of() { return threadIdx.x / 32; }
 struct alignas(16) Four {
   u32 a, b, c, d;
 };
+struct alignas(16) Floats {
+  float a, b, c, d;
+};
 struct Two {
   float a, b;
 };
@@ -246,14 +249,14 @@ inline float __uint_as_float(u32 bits) {
   return value;
 }
 inline float __int_as_float(int bits) { return __uint_as_float((u32)bits); }
-inline Two from_e4m3(u32 a, u32 b) {
+inline Two from_e4m3(u32 pair) {
   auto number = [](u32 code) {
     u32 exponent = code >> 3 & 15, fraction = code & 7;
     float size = exponent ? std::ldexp(8.0f + fraction, (int)exponent - 10) : std::ldexp((float)fraction, -9);
     if ((code & 127) == 127) size = NAN;
     return code & 128 ? -size : size;
   };
-  return {number(a), number(b)};
+  return {number(pair & 255), number(pair >> 8 & 255)};
 }
 inline unsigned char to_e4m3(float value) {
   u32 sign = std::signbit(value) ? 128 : 0;

@@ -15,6 +15,9 @@ __device__ __forceinline__ u32 warp_of() { return threadIdx.x / 32; }
 struct alignas(16) Four {
   u32 a, b, c, d;
 };
+struct alignas(16) Floats {
+  float a, b, c, d;
+};
 struct Two {
   float a, b;
 };
@@ -34,13 +37,13 @@ __device__ __forceinline__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
-// FP8 e4m3 and fp32.
-__device__ __forceinline__ Two from_e4m3(u32 a, u32 b) {
+// FP8 e4m3 and fp32: from two bytes, the lower first; to one.
+__device__ __forceinline__ Two from_e4m3(u32 pair) {
   Two two;
   asm("{ .reg .b16 pair, low, high; .reg .b32 halves; cvt.u16.u32 pair, %2; cvt.rn.f16x2.e4m3x2 halves, pair; mov.b32 {low, high}, halves; "
       "cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
       : "=f"(two.a), "=f"(two.b)
-      : "r"(a | b << 8));
+      : "r"(pair));
   return two;
 }
 __device__ __forceinline__ unsigned char to_e4m3(float value) {
