@@ -118,8 +118,8 @@ def _route(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, ac
         return
     paged = paged_rows(keys)
     rows, counts, most = _mean_rows(means, device)
-    # What fits in one tile needs no loop, nor the registers for one.
-    segment = BLOCKS if most <= BLOCKS else SEGMENT
+    # What fits in one tile needs no loop, nor the registers and the shared memory for one.
+    segment, stages = (BLOCKS, 1) if most <= BLOCKS else (SEGMENT, 3)
     num_segments = -(-most // segment)
     own = torch.empty(num, dim, dtype=torch.float32, device=device)
     codes = torch.empty(num, dim, dtype=torch.uint8, device=device)
@@ -133,7 +133,7 @@ def _route(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, ac
     constants = {
         "HEADS": heads, "BLOCK_H": block_h, "BLOCK_SIZE": block_size, "DIM": dim, "PAGE_SIZE": rows.page_size,
         "VALUE_STRIDE": rows.value_stride, "SCALE_STRIDE": rows.scale_stride, "SCALE_START": rows.scale_start, "SEGMENT": segment,
-        "BLOCKS": BLOCKS, "INTERPRET": INTERPRET, "num_stages": 3, "enable_fp_fusion": False,
+        "BLOCKS": BLOCKS, "INTERPRET": INTERPRET, "num_stages": stages, "enable_fp_fusion": False,
     }  # fmt: skip
     warps = 8 if block_h > 64 or (block_h == 64 and q.element_size() > 1) else 4
     with on_device(q):
