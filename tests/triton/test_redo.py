@@ -90,8 +90,7 @@ def test_the_keys_that_a_row_sees_are_those_the_scores_see():
     scores = scores_of.paged_index_score(query, keys, width=448)
     ends, levels, level_keys = torch.full((23,), -7), torch.zeros(23), torch.zeros(23, dtype=torch.int32)
     plan = kernels.make_plan(23, 5, 448, 50, 132)
-    found, counts = torch.zeros(23, plan.row, dtype=torch.int64), torch.zeros(23, plan.lists, dtype=torch.int32)
-    kernels.find_levels(query, keys, plan, ends, levels, level_keys, found, counts)
+    kernels.find_levels(query, keys, plan, ends, levels, level_keys)
     assert torch.equal(ends, (scores > -math.inf).sum(1))
     assert levels.tolist() == [-math.inf] * 23
     assert level_keys.tolist() == [-1] * 23

@@ -243,7 +243,7 @@ def with_garbage(scores: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return torch.where(past, torch.tensor([INF, NAN, 3e38, -INF])[torch.arange(scores.shape[1]) % 4], scores)
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(300, torch.int64), (1000, torch.int32), (1001, torch.int64)])
+@pytest.mark.parametrize(("width", "dtype"), [(300, torch.int64), (801, torch.int32)])
 def test_ends(cut_small, dtype, width):
     """About topk, the list's room, a chunk and the sample; below 0 and past the width they are clamped, which no caller may rely on."""
     cut_small(14, 256)
@@ -318,7 +318,7 @@ def test_chunks_may_append_in_any_order(cut_small, monkeypatch, order):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("width", [300, 1000])
+@pytest.mark.parametrize("width", [300, 800])
 def test_positions(cut_small, dtype, width):
     cut_small(14, 1024)
     scores = torch.randn(4, width, generator=generator(10))
@@ -329,7 +329,7 @@ def test_positions(cut_small, dtype, width):
     check(scores, 64, positions)
 
 
-@pytest.mark.parametrize("width", [300, 1000])
+@pytest.mark.parametrize("width", [300, 800])
 def test_strides(cut_small, width):
     cut_small(14, 1024)
     wide = torch.randn(6, 2 * width, generator=generator(12))
@@ -338,7 +338,7 @@ def test_strides(cut_small, width):
     check(wide[:1, :width].expand(3, width), 64)
 
 
-@pytest.mark.parametrize(("page_size", "width"), [(1, 300), (61, 300), (64, 1000)])
+@pytest.mark.parametrize(("page_size", "width"), [(1, 300), (61, 300), (64, 800)])
 def test_slots(cut_small, page_size, width):
     cut_small(14, 1024)
     scores = torch.randn(6, width, generator=generator(13))
