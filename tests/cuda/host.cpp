@@ -6,6 +6,9 @@
 namespace settle {
 #include "settle.cu"
 }
+namespace step {
+#include "step.cu"
+}
 namespace walk {
 #include "walk.cu"
 }
@@ -15,6 +18,17 @@ namespace walk {
     return host::run([=] { call(*arguments); }, grid, threads, shared, order);                                   \
   }
 
+#define STEP_KERNEL(dim, heads)                                                                                         \
+  extern "C" int run_step_##dim##_##heads(u32 grid, u32 threads, u32 shared, u32 order, const step::Step* arguments) { \
+    return host::run([=] { step::step<dim, heads>(*arguments); }, grid, threads, shared, order, true);                 \
+  }
+
+STEP_KERNEL(64, 16)
+STEP_KERNEL(64, 32)
+STEP_KERNEL(64, 64)
+STEP_KERNEL(128, 16)
+STEP_KERNEL(128, 32)
+STEP_KERNEL(128, 64)
 KERNEL(settle_1, settle::Lists, settle::settle_row)
 KERNEL(settle_2, settle::Lists, settle::settle_row)
 KERNEL(settle_3, settle::Lists, settle::settle_row)
@@ -25,3 +39,6 @@ KERNEL(own_128, walk::Own, walk::own_block<128>)
 
 extern "C" u32 bytes_before_mask() { return offsetof(settle::Workspace, mask); }
 extern "C" u32 least_words() { return (sizeof(settle::Workspace) - offsetof(settle::Workspace, mask)) / 4; }
+
+using Largest = step::Workspace<128, 64>;
+extern "C" u32 bytes_before_orders() { return offsetof(Largest, orders) - 8 * 64 * 128 - 64 * 128; }

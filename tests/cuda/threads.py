@@ -24,7 +24,8 @@ FAILURES = {1: "threads wait for each other forever", 2: "shared memory does not
 def library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "kernels.so"
-        options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]  # jumps between stacks
+        options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi"]
+        options.append("-U_FORTIFY_SOURCE")  # jumps between stacks
         folders = [f"-I{HERE}", f"-I{Path(launch.__file__).parent}"]
         done = subprocess.run([COMPILER, *options, *folders, "-o", built, HERE / "host.cpp"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
@@ -35,7 +36,7 @@ def library() -> ctypes.CDLL:
 def in_order(order: int):
     """What takes the place of ``launch.launch``; ``order`` 0: threads in order, 1: backwards, else shuffled by it."""
 
-    def run(source, name, arguments, grid, threads, shared, device) -> None:
+    def run(source, name, arguments, grid, threads, shared, device, together=False) -> None:
         failed = getattr(library(), f"run_{name}")(grid, threads, shared, order, ctypes.byref(arguments))
         assert not failed, FAILURES[failed]
 

@@ -84,7 +84,7 @@ def world(kind: str, lengths: list[int], num: int, heads: int, dim: int) -> tupl
         ("signs", [8000, 100], 300, 12, 128, 2048),
         ("normal", [70000], 1024, 8, 128, 2048),
         ("nan", [30000, 5000], 150, 32, 128, 2048),
-        # The sample's turns are left out.
+        # Long enough for a sample of one key in 32 or 64.
         ("normal", [140000], 1024, 32, 128, 2048),
         ("sorted", [140000, 9000, 135000], 1024, 8, 128, 2048),
         ("mixed", [131072, 140000], 520, 64, 128, 2048),
@@ -107,7 +107,7 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, record_proper
             differ("settled at once", first.indices[settled], want.indices[settled]),
         ]
     )
-    assert kind in ("plateaus", "ascending", "descending", "nan") or redo.sum() <= num // 50, "rows done again"
+    assert kind in ("plateaus", "nan") or redo.sum() <= num // 50, "rows done again"
     for _ in range(REPEATS):
         again, redone = fused.first_try(query, keys, topk, with_scores=False)
         fail_on([differ("again", again.indices, first.indices), differ("rows", redone, redo)])

@@ -15,6 +15,7 @@ from thresher.ops.select.triton import select_topk
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .test_index_score import bits, world
+from .test_score_select import sampled
 
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 scores_of = importlib.import_module("thresher.ops.index_score.triton")
@@ -96,6 +97,30 @@ def test_the_keys_that_a_row_sees_are_those_the_scores_see():
     assert level_keys.tolist() == [-1] * 23
 
 
+def test_levels_are_those_of_the_sample():
+    """All launches before collecting, in a row: of two requests with holes, a page that is not there, and rows of neither."""
+    room, stride, generator = 640, 2, torch.Generator().manual_seed(3)
+    query, keys = world(20, 3, 64, [640, 500], 64)
+    keys.page_table[0, 3], keys.page_table[1, 2] = -1, 2**31 - 1
+    query.requests[:] = torch.arange(20) % 2
+    query.requests[[4, 9]] = torch.tensor([2, -1])
+    query.positions[:] = torch.randint(300, 700, (20,), generator=generator)
+    query.weights.abs_()
+    scores = scores_of.paged_index_score(query, keys, width=room)
+    plan = kernels.Plan(stride, 40, 3, 1, 32, 16, 32 * 16 + kernels.PAST)
+    ends, levels, level_keys = torch.full((20,), -7), torch.zeros(20), torch.zeros(20, dtype=torch.int32)
+    kernels.find_levels(query, keys, plan, ends, levels, level_keys)
+    assert torch.equal(ends, torch.minimum(query.positions + 1, torch.tensor([640, 500, 0, 0])[query.requests]))
+    short = ends <= plan.lists * plan.room
+    assert 0 < short.sum() < 18
+    assert (levels[short] == -math.inf).all()
+    assert (level_keys[short] == -1).all()
+    key = sampled(room // stride, stride)
+    for row in (~short).nonzero()[:, 0]:
+        sample = scores[row, key[key < ends[row]]]
+        assert 40 <= (sample >= levels[row]).sum() <= 43
+
+
 def test_the_scratch_stays_small():
     """At 1M keys a row 24 programs hold 96 MB; short rows have one for each multiprocessor, and a row too long for that one in all."""
     assert kernels.scratch_rows(132, 2**20) == 24
@@ -109,7 +134,7 @@ def test_the_memory_of_1024_rows_over_1m_keys():
     num, keys, topk, programs = 1024, 2**20, 2048, 132
     plan = kernels.make_plan(num, 64, keys, topk, programs)
     lists = num * (plan.row * 8 + plan.lists * 4)
-    sample = num * 4 * (keys // plan.stride)
+    sample = num * 4 * (keys // plan.stride) + kernels.SAMPLES_BYTES
     scratch = 4 * keys * kernels.scratch_rows(programs, keys)
     selection = num * topk * 8
     assert selection + max(lists + sample, scratch) < 256 * 10**6

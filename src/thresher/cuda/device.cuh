@@ -51,3 +51,117 @@ __device__ __forceinline__ unsigned char to_e4m3(float value) {
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(value));
   return (unsigned char)pair;
 }
+
+// Arithmetic that the compiler leaves as it is: no multiplication and addition become one.
+__device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float add_two(float a, float b) { return __fadd_rn(a, b); }
+
+__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+template <u32 ALIGNMENT>  // of the launch's shared memory, which must have so much more
+__device__ __forceinline__ void* aligned_memory() {
+  return shared_memory + (ALIGNMENT - shared_address(shared_memory) % ALIGNMENT) % ALIGNMENT;
+}
+
+// A barrier of some of a block's threads, number 1 to 15.
+__device__ __forceinline__ void meet(u32 number, u32 threads) { asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory"); }
+
+// Barriers in shared memory that count arrivals and, where told to expect them, bytes: waited for by the parity of their round.
+__device__ __forceinline__ void begin_barrier(u64* at, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(u64* at) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(at)) : "memory");
+}
+__device__ __forceinline__ void expect(u64* at, u32 bytes) {  // and arrive
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void await(u64* at, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(shared_address(at)),
+      "r"(parity)
+      : "memory");
+}
+
+// The copy engine: a tile of 64 keys of a page, swizzled, and bytes as they are; either at a multiple of 16 bytes.
+struct alignas(64) TileMap {
+  unsigned char opaque[128];
+};
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fetch_tile(void* to, const TileMap& map, u32 page, u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(0), "r"(page), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// What all blocks at work see: how often some have arrived at a place, and memory that others wrote before they did.
+__device__ __forceinline__ void arrive_for_all(u32* at) {
+  __threadfence();
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
+}
+__device__ __forceinline__ void await_all(const u32* at, u32 times) {
+  u32 seen;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
+  while (seen < times);
+}
+template <class T>
+__device__ __forceinline__ T fresh(const T* from) {
+  return __ldcg(from);
+}
+
+// The matrix unit: 64 keys by as many columns, in FP8, as the copy engine swizzles them. Thread t of a group of four warps has keys
+// t / 32 * 16 + t % 32 / 4 and 8 more, and columns 8 j + t % 4 * 2 and the next: d[4 j + 2 * key + column].
+template <u32 DIM>
+__device__ __forceinline__ u32 swizzled(u32 row, u32 piece) {  // where 16 bytes of a row stand
+  return row * DIM + (piece ^ (DIM == 128 ? row % 8 : row / 2 % 4)) * 16;
+}
+__device__ __forceinline__ void fence_for_matrix_unit() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+template <u32 DIM>
+__device__ __forceinline__ u64 described(const void* at) {
+  u64 layout = DIM == 128 ? 1 : 2;
+  return layout << 62 | (u64)(DIM * 8 / 16) << 32 | (u64)1 << 16 | (shared_address(at) & 0x3ffff) / 16;
+}
+__device__ __forceinline__ void multiply_32(float (&d)[8], u64 keys, u64 queries, bool onto) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, %8, %9, p, 1, 1; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "l"(keys), "l"(queries), "r"((int)onto));
+}
+__device__ __forceinline__ void multiply_32(float (&d)[16], u64 keys, u64 queries, bool onto) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+      "}, %16, %17, p, 1, 1; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "l"(keys), "l"(queries), "r"((int)onto));
+}
+__device__ __forceinline__ void multiply_32(float (&d)[32], u64 keys, u64 queries, bool onto) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, %32, %33, p, 1, 1; }"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(keys), "l"(queries), "r"((int)onto));
+}
+template <u32 DIM, u32 NUM>  // begin a product
+__device__ __forceinline__ void multiply(float (&d)[NUM], const void* keys, const void* queries) {
+  u64 a = described<DIM>(keys), b = described<DIM>(queries);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (u32 k = 0; k < DIM / 32; k++) multiply_32(d, a + 2 * k, b + 2 * k, k > 0);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <u32 NUM>  // wait for all products; `d` is what is then read
+__device__ __forceinline__ void await_products(float (&d)[NUM]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+  for (u32 at = 0; at < NUM; at++) asm volatile("" : "+f"(d[at])::"memory");
+}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ SHARED = 227 * 1024  # bytes that a thread block may have on Hopper
 _FOLDER = Path(__file__).parent
 
 
-def launch(source: str, name: str, arguments: ctypes.Structure, grid: int, threads: int, shared: int, device: torch.device) -> None:
+def launch(
+    source: str, name: str, arguments: ctypes.Structure, grid: int, threads: int, shared: int, device: torch.device, together: bool = False
+) -> None:
     """Launch kernel ``name`` of ``source``.cu, whose one parameter is a structure, on the device's current stream.
 
     Memory that the arguments point to is the caller's to keep.
@@ -26,6 +28,7 @@ def launch(source: str, name: str, arguments: ctypes.Structure, grid: int, threa
     Args:
         grid: thread blocks.
         shared: bytes of shared memory for each.
+        together: whether all thread blocks must be at work at once, as they wait for one another.
 
     Raises:
         ThresherError: it does not compile, or CUDA refuses the launch.
@@ -36,7 +39,37 @@ def launch(source: str, name: str, arguments: ctypes.Structure, grid: int, threa
     stream = torch.cuda.current_stream(device).cuda_stream
     function = _function(source, name, device)
     with torch.cuda.device(device):
-        _check(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0))
+        sizes = (grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer))
+        _check(driver.cuLaunchCooperativeKernel(function, *sizes) if together else driver.cuLaunchKernel(function, *sizes, 0))
+
+
+@lru_cache(maxsize=256)
+def tile_map(pages: int, num_pages: int, page_bytes: int, dim: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """What the copy engine reads tiles of 64 keys by, one a page: ``pages`` is an address, a key ``dim`` bytes, 64 or 128.
+
+    Raises:
+        ThresherError: CUDA refuses it.
+    """
+    from cuda.bindings import driver
+
+    sizes, strides, box, steps = (
+        [kind(x) for x in values]
+        for kind, values in (
+            (driver.cuuint64_t, (dim, 64, num_pages)), (driver.cuuint64_t, (dim, page_bytes)), (driver.cuuint32_t, (dim, 64, 1)),
+            (driver.cuuint32_t, (1, 1, 1)),
+        )
+    )  # fmt: skip
+    swizzle = driver.CUtensorMapSwizzle
+    made = _check(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, pages, sizes, strides, box, steps,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle.CU_TENSOR_MAP_SWIZZLE_128B if dim == 128 else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )  # fmt: skip
+    return (ctypes.c_ubyte * 128).from_buffer_copy(ctypes.string_at(int(made.getPtr()), 128))
 
 
 def compile_source(source: str, arch: str) -> bytes:

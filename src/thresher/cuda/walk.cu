@@ -4,8 +4,8 @@
 // each; the others bring keys to shared memory, parts ahead of the walk, and turn them into fp32, so that the chain is nothing but additions.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
-constexpr u32 PART = 64;  // keys that are copied together
-constexpr u32 PARTS = 5;  // in shared memory: one that is turned into fp32, four under way
+constexpr u32 PART = 32;  // keys that are copied together
+constexpr u32 PARTS = 8;  // in shared memory: one that is turned into fp32, the others under way
 constexpr u32 TURN = 16;  // keys that a thread reads ahead
 
 struct Rows {  // struct Rows of cache/device.py, of keys in pages
@@ -43,11 +43,10 @@ struct Part {
 
 template <u32 DIM>
 struct Workspace {
-  Part<DIM> parts[PARTS];
   alignas(16) float terms[2][PART][DIM];  // keys times their scales: exact, since those are powers of two
   u32 warps[DIM / 32];
   u32 run;
-  int pages[1];  // of all that a block of keys lies in
+  Part<DIM> parts[1];  // PARTS, or as many as a block of keys has; behind them the pages that it lies in
 };
 
 // A thread's terms of the keys from `at` on.
@@ -70,9 +69,10 @@ __device__ __forceinline__ u32 of_half() {
   return threadIdx.x % DIM;
 }
 
-// Where the keys of a walk lie: the first is `within` a page, whose size is 1 << shift, the first of work.pages.
+// Where the keys of a walk lie: the first is `within` a page, whose size is 1 << shift, the first of `pages`.
 struct Place {
   u32 shift, within;
+  int* pages;
 };
 
 // Begin to copy a part of the keys, of `count` in all; zeros where there is no page or no key. Without a branch, so that loads of pages do not
@@ -84,7 +84,7 @@ __device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Pl
   u32 first = number * PART, mask = (1u << place.shift) - 1, thread = of_half<DIM>();
   auto copy = [&](void* to, const void* from, u64 stride, u32 key, u32 start, u32 each) {
     u32 row = place.within + first + key;
-    int page = work.pages[first + key < count ? row >> place.shift : 0];
+    int page = place.pages[first + key < count ? row >> place.shift : 0];
     u64 offset = (u64)max(page, 0) * stride + start + (row & mask) * each;
     copy_or_zero((Four*)to, (const Four*)((const unsigned char*)from + offset), page >= 0 && first + key < count);
   };
@@ -123,11 +123,11 @@ __device__ __forceinline__ void convert(const Part<DIM>& part, float (*terms)[DI
 // sum up to it, up to TURN of them at a time. `start` is a multiple of 16, a page's size too, and a power of two. Once a thread block.
 template <u32 DIM, class Use>
 __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, u32 count, Workspace<DIM>& work, const Use& use) {
-  Place place{(u32)__ffs(rows.page_size) - 1, start & (rows.page_size - 1)};
-  u32 column = start >> place.shift;
-  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += 2 * DIM) work.pages[at] = page_of(rows, request, column + at);
-  __syncthreads();
   u32 parts = (count + PART - 1) / PART;
+  Place place{(u32)__ffs(rows.page_size) - 1, start & (rows.page_size - 1), (int*)(work.parts + min(parts, PARTS))};
+  u32 column = start >> place.shift;
+  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += 2 * DIM) place.pages[at] = page_of(rows, request, column + at);
+  __syncthreads();
   float sum = 0.0f;
   if (!adds<DIM>())
     for (u32 number = 0; number < PARTS - 1; number++) fetch(rows, work, place, number, count);

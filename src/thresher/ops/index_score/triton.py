@@ -33,7 +33,8 @@ FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
 KEYS = 64
 QUERIES = {8: 16, 16: 8, 32: 8, 64: 4, 128: 2}  # most queries a tile, by padded heads; half of it for bf16
 MIN_COLUMNS = 16
-# The gathered form has one tile a program: of 256 keys where these keep the multiprocessors busy, so that fewer load a query's heads.
+# The gathered form has one tile a program: of 256 keys where these keep the multiprocessors busy, so that fewer load a query's heads, and
+# columns are few enough for 64 registers a thread.
 GATHERED_KEYS, MANY_GATHERED, FEW_COLUMNS = 128, 2**18, 64
 QUADS = 32  # heads; on Hopper more are multiplied by groups of four warps with a chunk each (``gluon_quads.py``)
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}

@@ -14,7 +14,7 @@ from thresher.cache.device import Rows, on_hopper
 from thresher.cuda import launch
 from thresher.ops.dispatch import installed
 
-PART, PARTS = 64, 5  # keys that are copied together, and how many such parts shared memory holds, as in walk.cu
+PART, PARTS = 32, 8  # keys that are copied together, and how many such parts shared memory holds, as in walk.cu
 
 
 class _Rows(ctypes.Structure):
@@ -77,5 +77,6 @@ def _rows(rows: Rows) -> _Rows:
 
 def _launch(name: str, arguments: ctypes.Structure, grid: int, rows: Rows, block_size: int, dim: int) -> None:
     pages = -(-block_size // rows.page_size) + 1
-    shared = PART * (PARTS * (dim + 4) + 2 * dim * 4) + 4 * (dim // 32 + 1 + pages)
+    beside = 2 * PART * dim * 4 + -(-(dim // 32 + 1) // 4) * 16
+    shared = beside + min(-(-block_size // PART), PARTS) * PART * (dim + 4) + 4 * pages
     launch.launch("walk", name, arguments, grid, 2 * dim, shared, rows.values.device)

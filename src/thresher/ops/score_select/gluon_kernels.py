@@ -175,7 +175,7 @@ def _consumer(
             )
             mine = gl.where(own_owner == current, own_end, 0)
             ends, ties_here = gl.where(here, end, 0), gl.where(here, ties, 0)
-            # One loop with a branch in it for 32 heads, two without for fewer: the other way around each takes a tenth longer.
+            # One loop with a branch in it for 32 heads, two without for fewer: the other way around each is slower (docs/lab-log.md).
             if TILES == 1:
                 edge, bar = first, nothing
                 for turn in range(first, last, runs):

@@ -33,7 +33,7 @@ FP8 = torch.float8_e4m3fn
 TILE = 64  # keys; a page holds one
 SAMPLE, FEW_HEADS = 4096, 16  # keys looked at for the level, at least; half as many where more heads make scores dearer
 MAX_SAMPLE = 32768  # at most: what a program of ``level_kernel`` holds, 32 a thread
-SAMPLES_BYTES = 128 * 2**20  # of the sample's keys of all requests, at most
+SAMPLES_BYTES = 64 * 2**20  # of the sample's keys of all the table's requests, at most
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 8192
 ROWS = 1024  # at a time, at most: enough for all multiprocessors
@@ -94,9 +94,9 @@ def share_out(blocks: int, most: int, programs: int) -> int:
 def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, programs: int) -> Plan:
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
-    The sample, one of every stride keys, holds ``topk / stride`` of the topk best on average, give or take its root, or less where these
-    stand together. The level is set for six such deviations more. A list has room for what that brings it and six deviations more, its own
-    and the level's, or for a heavier tail.
+    The sample, one of every stride keys, holds ``topk / stride`` of the topk best on average. It deviates from that by the root of it at
+    most, and by less where these stand together. The level is set for six such deviations more. A list has room for what that brings it and
+    six deviations more, its own and the level's, or for a heavier tail.
     """
     places = 64 if heads > QUADS else 32  # lists of a run
     runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
@@ -147,6 +147,8 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
     room_tokens = keys.room
+    if room_tokens <= MIN_ROOM:  # collected whole
+        return None
     columns = sampled_columns(room_tokens, sample_stride(room_tokens, topk, query.num_heads))
     if columns > MAX_SAMPLE:
         return f"needs a larger topk than {topk} for a page table with room for {room_tokens} keys"
@@ -156,9 +158,9 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
-    """Whether these kernels are taken before the two steps (docs/lab-log.md): 1024 queries over 128k keys take 1.03 of their time at 64
-    heads, 0.99 at 32, half at 16 and at 8, and a fifth of their memory. Over 32k keys they take longer at 64. Where that begins is a
-    guess."""
+    """Whether these kernels are taken before the two steps (docs/lab-log.md). When last compared, some of their parts a tenth slower than
+    now, 1024 queries over 128k keys took 1.03 of the two steps' time at 64 heads, 0.99 at 32, half at 16 and at 8, and a fifth of the
+    memory; over 32k keys they took longer at 64. Where that begins is a guess."""
     return num_heads <= 64 and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
 
 

@@ -31,8 +31,8 @@ def prepare_kernel(
     """What the others ask of rows, and the sample: keys of ``sampled_key``, ``columns`` a request, in pages of its own one after another.
 
     ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass. ``last_seen``: the last of the sample's
-    columns that a row sees. Values of keys come as WORDS of four, int32; a page is ``page_words``, keys before scales. A key whose page is
-    not there has a scale of NaN.
+    columns that a row sees. Values of keys come as WORDS of four, int32; a page is ``page_words``, keys before scales. A key that
+    its request does not hold, or whose page is not there, has a scale of NaN.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < num_rows
@@ -49,7 +49,8 @@ def prepare_kernel(
         owner = (at // columns).to(tl.int64)
         key = sampled_key(at % columns, stride)
         inside = owner < num_requests
-        page = tl.load(page_table + owner * table_row + key // PAGE * table_page, mask=inside & (key < room_tokens), other=-1)
+        held = tl.minimum(tl.load(lengths + owner, mask=inside, other=0), room_tokens)
+        page = tl.load(page_table + owner * table_row + key // PAGE * table_page, mask=key < held, other=-1)
         there = (page >= 0) & (page < num_pages)
         word = tl.arange(0, WORDS)
         start = page.to(tl.int64) * page_words

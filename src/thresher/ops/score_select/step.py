@@ -1,0 +1,101 @@
+"""Score and select in one launch for a step of decoding, in CUDA C++ (``thresher/cuda/step.cu``): the set of the two steps, bit for bit.
+
+Tiles of all queries are shared out evenly among the multiprocessors, whatever their lengths; scores stay in shared memory. The host reads
+no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It is run on a CPU's threads alone so far
+(tests/cuda/test_step.py), so nothing takes it yet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from thresher.cache.device import on_hopper, unit_rows
+from thresher.cuda import launch
+from thresher.ops.dispatch import installed
+from thresher.ops.index_score.triton import padded_heads
+from thresher.types import IndexKeys, IndexQuery, Selection
+
+FP8 = torch.float8_e4m3fn
+TILE = 64  # keys; a page holds one
+THREADS = 288  # two groups of four warps that multiply and select, and a warp that fetches
+BINS, MOST, MAX_QUERIES = 2048, 4096, 1024  # as in step.cu
+BEFORE_ORDERS = 16700  # bytes of struct Workspace in step.cu beside tiles and heads
+
+
+class Step(ctypes.Structure):
+    """``struct Step`` of step.cu, a multiple of 64 bytes there."""
+
+    _fields_ = [
+        ("tiles", ctypes.c_ubyte * 128),
+        *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "above", "pairs", "spilt")),
+        *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
+        *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held")),
+        ("spare", ctypes.c_uint * 8),
+    ]
+
+
+def unsupported(query: IndexQuery, keys: IndexKeys) -> str | None:
+    """Why this kernel cannot run, or None."""
+    if not on_hopper(query.q):
+        return "needs compute capability 9.0"
+    if not installed("cuda.bindings"):
+        return "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
+    if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
+        return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
+    if query.num_queries > MAX_QUERIES:
+        return f"needs at most {MAX_QUERIES} queries, not {query.num_queries}"
+    if keys.page_size != TILE:
+        return f"needs pages of {TILE} keys, not {keys.page_size}"
+    return None if len(keys.pages) and keys.num_requests else "needs a page and a request"
+
+
+def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
+    """``(bytes, held)``: of shared memory for a thread block, to begin at a KB, and how many of the orders of ``tiles`` tiles it has room
+    for: all or none."""
+    fixed = 1024 + 8 * TILE * dim + heads * dim + BEFORE_ORDERS
+    held = tiles * TILE
+    return (fixed + 4 * held, held) if fixed + 4 * held <= launch.SHARED else (fixed, 0)
+
+
+def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int) -> Selection:
+    """The public ``score_select``, for arguments that ``unsupported`` lets pass. No value is read on the host.
+
+    Args:
+        programs: thread blocks, of which each multiprocessor must have room for one.
+    """
+    num, dim, device = query.num_queries, keys.head_dim, query.q.device
+    indices = torch.empty(num, topk, dtype=torch.int32, device=device)
+    taken = torch.empty(num, dtype=torch.int64, device=device)
+    beside = torch.empty(num, topk, device=device) if with_scores else None
+    if not num:
+        return Selection(indices, taken, scores=beside)
+    q, weights, table = unit_rows(query.q), unit_rows(query.weights), unit_rows(keys.page_table)
+    if any(x % 16 for x in (q.data_ptr(), q.stride(0), q.stride(1))):
+        q = q.clone()
+    pages = keys.pages.contiguous()
+    owners, positions, lengths = query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous()
+    heads = max(padded_heads(query.num_heads), 16)
+    tiles = num * table.shape[1]
+    size, held = shared_memory(heads, dim, -(-tiles // programs))
+    told = torch.zeros(num, BINS + 2, dtype=torch.int32, device=device)
+    above = torch.empty(num, programs, dtype=torch.int32, device=device)
+    pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
+    spilt = None if held else torch.empty(tiles * TILE, dtype=torch.int32, device=device)
+    arguments = Step(
+        tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
+        weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),
+        table=table.data_ptr(), indices=indices.data_ptr(), taken=taken.data_ptr(), beside=_address(beside), told=told.data_ptr(),
+        above=above.data_ptr(), pairs=pairs.data_ptr(), spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
+        table_tiles=table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4),
+        q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held,
+    )  # fmt: skip
+    launch.launch("step", f"step_{dim}_{heads}", arguments, programs, THREADS, size, device, together=True)
+    return Selection(indices, taken, scores=beside)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

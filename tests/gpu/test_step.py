@@ -1,0 +1,76 @@
+"""One launch a step of decoding: the sets, order and scores of the two steps, bit for bit, eager and in a graph with other lengths."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from thresher.ops.score_select import step
+from thresher.types import Selection
+
+from .compare import differ, fail_on
+from .machine import DEVICE, INTERPRET, REPEATS
+from .test_graphs import Recorded
+from .test_score_select import world
+
+scores_of = importlib.import_module("thresher.ops.index_score.triton")
+select = importlib.import_module("thresher.ops.select.triton")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="a kernel in CUDA C++ cannot be interpreted")
+
+
+def programs() -> int:
+    return torch.cuda.get_device_properties(DEVICE).multi_processor_count
+
+
+def two_steps(query, keys, topk: int) -> Selection:
+    return select.select_topk(scores_of.paged_index_score(query, keys), topk)
+
+
+def problems(got: Selection, want: Selection) -> list[str | None]:
+    found = [differ("indices", got.indices, want.indices), differ("lengths", got.lengths, want.lengths)]
+    return found if got.scores is None else [*found, differ("scores", got.scores, want.scores)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "num", "heads", "dim", "topk"),
+    [
+        ("normal", [33000], 1, 64, 128, 2048),
+        ("normal", [131072], 1, 64, 128, 2048),
+        ("normal", [1000, 70, 40000, 131072, 64, 1], 6, 64, 128, 2048),
+        ("sorted", [9000, 33000, 300], 9, 32, 128, 2048),
+        ("normal", [20000] * 40, 140, 16, 64, 512),
+        ("plateaus", [30000], 2, 64, 128, 2048),
+        ("ascending", [30000], 1, 8, 64, 2048),
+        ("descending", [30000], 4, 64, 128, 2048),
+        ("nan", [30000, 5000], 8, 40, 128, 2048),
+        ("signs", [8000, 100], 5, 12, 128, 100),
+        ("normal", [131072] * 40, 40, 64, 128, 2048),  # more orders than shared memory holds
+    ],
+)
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, with_scores):
+    query, keys = world(kind, lengths, num, heads, dim)
+    assert step.unsupported(query, keys) is None
+    want = two_steps(query, keys, topk)
+    for _ in range(REPEATS):
+        fail_on(problems(step.select_step(query, keys, topk, with_scores, programs()), want))
+
+
+def test_a_graph_is_right_at_other_lengths():
+    query, keys = world("normal", [40000, 131072, 9000], 3, 64, 128)
+    query.requests[:] = torch.arange(3, device=DEVICE)
+
+    def run() -> list[torch.Tensor]:
+        got = step.select_step(query, keys, 2048, False, programs())
+        return [got.indices, got.lengths]
+
+    recorded = Recorded(run)
+    for lengths in ([40000, 131072, 9000], [100, 5, 0], [33333, 2048, 2049], [1, 131072, 64], [-5, 100000, 9000]):
+        keys.lengths.copy_(torch.tensor(lengths))
+        query.positions.copy_(torch.tensor(lengths) - 1)
+        want = two_steps(query, keys, 2048)
+        for _ in range(3):
+            indices, taken = recorded.replay()
+            fail_on([differ("indices", indices, want.indices), differ("lengths", taken, want.lengths)])
