@@ -334,17 +334,24 @@ struct Part {
     meet_parts();
   }
 
+  // The bin that the `want`-th is in, of those that all parts have added up.
+  __device__ __forceinline__ u32 find_told_bin(u32 want) {
+#pragma unroll
+    for (u32 at = 0; at < BINS; at += THREADS) work.bins[at + threadIdx.x] = fresh(&told()[at + threadIdx.x]);
+    meet_all();
+    return find_bin(want, BINS, BINS / THREADS, work, [&](u32 at) { return work.bins[at]; });
+  }
+
   __device__ __forceinline__ void select() {
     await_parts();
-    auto count = [&](u32 at) { return fresh(&told()[at]); };
-    u32 total = find_bin(c.topk, BINS, BINS / THREADS, work, count), inside = 0;
+    u32 total = find_told_bin(c.topk), inside = 0;
     u64 cut = (u64)1 << 32;  // all that can be selected
     if (total > c.topk) {
       u32 want = c.topk - work.before;
       bin = work.bin, inside = work.inside;
       while (inside > MOST) {
         divide();
-        find_bin(want, BINS, BINS / THREADS, work, count);
+        find_told_bin(want);
         u32 width = min(shift, 11u);
         prefix = shift == 64 ? work.bin : prefix << width | work.bin;
         shift -= width, want -= work.before, inside = work.inside;
@@ -363,19 +370,28 @@ struct Part {
 
   // How many this part takes for certain; and, unless all are taken, the pairs within what is sought.
   __device__ __forceinline__ void tell(bool all) {
-    u32 sure = 0;
+    constexpr u32 BITS = 13;  // for those within, MOST at most
+    u32 mine = 0, total;
+    auto where = [&](u32 order, u32 at) { return all ? (order ? 1 : -1) : side(order, at); };
     each([&](u32 order, u32 at) {
-      int where = all ? (order ? 1 : -1) : side(order, at);
-      sure += where == 1;
-      u32 within = __ballot_sync(EVERY, where == 0);
-      if (!within) return;
-      u32 to = lane_of() == 0 ? atomicAdd(&told()[BINS + 1], (u32)__popc(within)) : 0;
-      to = __shfl_sync(EVERY, to, 0) + __popc(within & ((1u << lane_of()) - 1));
-      if (where == 0) c.pairs[(u64)query * MOST + to] = pair_of(order, at);
+      int side = where(order, at);
+      mine += __popc(__ballot_sync(EVERY, side == 1)) << BITS | __popc(__ballot_sync(EVERY, side == 0));
     });
-    u32 sum;
-    scan(sure, work, sum);
-    if (threadIdx.x == 0) c.above[(u64)query * gridDim.x + part] = sum;
+    u32 to = scan(lane_of() == 0 ? mine : 0, work, total) & ((1u << BITS) - 1);
+    if (threadIdx.x == 0) {
+      c.above[(u64)query * gridDim.x + part] = total >> BITS;
+      u32 within = total & ((1u << BITS) - 1);
+      work.num = within ? atomicAdd(&told()[BINS + 1], within) : 0;
+    }
+    meet_all();
+    to = __shfl_sync(EVERY, to, 0) + work.num;
+    if (!(mine & ((1u << BITS) - 1))) return;
+    each([&](u32 order, u32 at) {
+      bool within = where(order, at) == 0;
+      u32 those = __ballot_sync(EVERY, within);
+      if (within) c.pairs[(u64)query * MOST + to + __popc(those & ((1u << lane_of()) - 1))] = pair_of(order, at);
+      to += __popc(those);
+    });
   }
 
   // The part's keys from the cut on, ascending, behind those that the parts before it take: above, and `inside` pairs that were told to all.
