@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from thresher.ops import select_topk
-from thresher.ops.score_select import step
+from thresher.ops.score_select import cuda as step
 from thresher.types import IndexKeys, IndexQuery
 
 from .threads import in_order, library, needs_compiler

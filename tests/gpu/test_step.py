@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from thresher.ops.score_select import step
+from thresher.ops.score_select import cuda as step
 from thresher.types import Selection
 
 from .compare import differ, fail_on
@@ -52,7 +52,7 @@ def problems(got: Selection, want: Selection) -> list[str | None]:
 @pytest.mark.parametrize("with_scores", [True, False])
 def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, with_scores):
     query, keys = world(kind, lengths, num, heads, dim)
-    assert step.unsupported(query, keys) is None
+    assert step.unsupported(query, keys, topk) is None
     want = two_steps(query, keys, topk)
     for _ in range(REPEATS):
         fail_on(problems(step.select_step(query, keys, topk, with_scores, programs()), want))

@@ -167,7 +167,7 @@ def made():
             for value in PLAIN.get(argument, []):
                 yield name, argument, str(value), value
         if "impl" in inspect.signature(getattr(ops, name)).parameters:
-            for value in (None, "cuda", 3, torch.zeros(2)):
+            for value in (None, "cutlass", 3, torch.zeros(2)):
                 yield name, "impl", type(value).__name__, value
     for i, (name, argument, value) in enumerate(MORE):
         yield name, argument, f"more{i}", value

@@ -159,12 +159,13 @@ def test_what_auto_takes_on_a_gpu(operation, card):
 
 
 def test_what_has_to_be_named(card):
-    card((9, 0), "triton", *VENDORS)
+    card((9, 0), "triton", "cuda", *VENDORS)
     names = {operation: set(dispatch.implementations(operation)) - {"triton", "reference"} for operation in dispatch.TABLE}
     assert {operation: vendors for operation, vendors in names.items() if vendors} == {
         "index_score": {"deep_gemm"},
         "paged_index_score": {"deep_gemm"},
         "select_topk": {"flashinfer", "vllm"},
+        "score_select": {"cuda"},
         "sparse_attend_mla": {"flash_mla"},
         "sparse_attend_mla_fp8": {"flash_mla"},
     }
@@ -202,7 +203,7 @@ def test_a_package_that_does_not_load_is_a_reason(card, monkeypatch):
 
 
 @pytest.mark.parametrize("operation", CALLS)
-@pytest.mark.parametrize("name", ["", "Triton", "cuda", "merge"])
+@pytest.mark.parametrize("name", ["", "Triton", "cutlass", "merge"])
 def test_an_unknown_name_lists_the_known_ones(operation, name):
     function, given = CALLS[operation]
     known = ", ".join(("auto", *dispatch.implementations(operation)))

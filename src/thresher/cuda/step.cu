@@ -1,4 +1,4 @@
-// A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/step.py.
+// A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py.
 //
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly: a thread block has a run of them and keeps their scores in
 // its shared memory. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for one another.

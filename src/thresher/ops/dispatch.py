@@ -12,7 +12,7 @@
 The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
 others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in
 another way; "flash_mla" over bf16 latents rounds its output to bf16. (Over the FP8 cache it does so too: that cache's own rounding is
-coarser.)
+coarser.) "cuda" for ``score_select``, one launch for a step of decoding, promises no less, but has not been timed.
 
 A named implementation runs or raises ``ThresherError`` with the reason it cannot; it never falls back.
 """
@@ -71,6 +71,7 @@ NAMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "index_score": ("deep_gemm",),
         "paged_index_score": ("deep_gemm",),
         "select_topk": ("flashinfer", "vllm"),
+        "score_select": ("cuda",),
         "sparse_attend_mla": ("flash_mla",),
     }
 )
@@ -83,6 +84,7 @@ CARDS: Mapping[str, tuple[str, Callable[[tuple[int, int]], bool]]] = MappingProx
         "flash_mla": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
         "flashinfer": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
         "vllm": ("9.0 or 10.x", lambda card: card[0] in (9, 10)),
+        "cuda": ("9.0", lambda card: card == (9, 0)),
     }
 )
 

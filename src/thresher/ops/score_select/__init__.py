@@ -28,9 +28,10 @@ def score_select(query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: 
         keys: the paged index keys; query i sees those at ``0..positions[i]`` of its request, as far as they are held.
         topk: how many to keep, at least 1.
         with_scores: whether scores are returned beside.
-        impl: "auto", "triton" or "reference". "triton" are the kernels that do both at once, and raises where they cannot run. "reference"
-            is the two steps' reference. "auto" is "triton" where that can run and ``score_select.triton.worthwhile`` says so, and else the
-            two steps with "auto" each, which hold a matrix of scores.
+        impl: "auto", "triton", "cuda" or "reference". "triton" are the kernels that do both at once in prefill, "cuda" is the one for a
+            step of decoding on Hopper; each raises where it cannot run. "reference" is the two steps' reference. "auto" is "triton" where
+            that can run and ``score_select.triton.worthwhile`` says so, and else the two steps with "auto" each, which hold a matrix of
+            scores.
 
     Returns:
         A logical Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores (-inf where padded) or None.

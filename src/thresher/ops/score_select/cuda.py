@@ -1,8 +1,8 @@
 """Score and select in one launch for a step of decoding, in CUDA C++ (``thresher/cuda/step.cu``): the set of the two steps, bit for bit.
 
 Tiles of all queries are shared out evenly among the multiprocessors, whatever their lengths; scores stay in shared memory. The host reads
-no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It is run on a CPU's threads alone so far
-(tests/cuda/test_step.py), so nothing takes it yet.
+no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It has run on a CPU's threads alone so far
+(tests/cuda/test_step.py) and is not timed, so it is for its name, not for "auto".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Step(ctypes.Structure):
     ]
 
 
-def unsupported(query: IndexQuery, keys: IndexKeys) -> str | None:
+def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     """Why this kernel cannot run, or None."""
     if not on_hopper(query.q):
         return "needs compute capability 9.0"
@@ -61,8 +61,13 @@ def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
     return (fixed + 4 * held, held) if fixed + 4 * held <= launch.SHARED else (fixed, 0)
 
 
+def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
+    """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
+    return select_step(query, keys, topk, with_scores, torch.cuda.get_device_properties(query.q.device).multi_processor_count)
+
+
 def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int) -> Selection:
-    """The public ``score_select``, for arguments that ``unsupported`` lets pass. No value is read on the host.
+    """``score_select`` on so many multiprocessors.
 
     Args:
         programs: thread blocks, of which each multiprocessor must have room for one.
