@@ -85,4 +85,10 @@ def test_inside_using(module):
         module.why = "the moon is full"
         with pytest.raises(ThresherError, match='impl="triton" of paged_index_score'):
             ops.score_select(query, keys, 7)
+    module.why, query = None, world(4)[0]
+    with dispatch.using("cuda"):
+        assert ops.score_select(query, keys, 7) == "from the kernels"
+        module.why = "the moon is full"
+        with pytest.raises(ThresherError, match='impl="cuda" of score_select'):
+            ops.score_select(query, keys, 7)
     assert dispatch.meaning() == "auto"

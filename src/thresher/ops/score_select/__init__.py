@@ -54,7 +54,8 @@ def score_select(query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: 
 def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Selection] | None:
     """The kernels that "auto" takes for these arguments, which hold no matrix of scores; None where it takes the two steps.
 
-    What ``using`` makes of "auto" holds for the two steps. The kernels are another way to run them as "triton".
+    What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run the
+    two steps as "triton".
     """
 
     def why_not(module: ModuleType) -> str | None:
@@ -63,6 +64,8 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
             why = "the two steps are taken for so many queries, heads and keys"
         return why
 
+    if meaning() == "cuda":
+        return choose("score_select", AUTO, query.q.device, lambda module: module.unsupported(query, keys, topk))
     if meaning() not in (AUTO, "triton"):
         return None
     with using(AUTO):
