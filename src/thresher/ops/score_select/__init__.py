@@ -54,8 +54,8 @@ def score_select(query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: 
 def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Selection] | None:
     """The kernels that "auto" takes for these arguments, which hold no matrix of scores; None where it takes the two steps.
 
-    What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run the
-    two steps as "triton".
+    What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run
+    the two steps as "triton".
     """
 
     def why_not(module: ModuleType) -> str | None:
