@@ -224,8 +224,11 @@ def test_shared_memory_holds_what_is_likely(heads, topk, room):
     assert memory.rows * (memory.size + 1024 * (memory.rows > 1)) <= settling.launch.SHARED
     assert memory.words >= min(settling.MOST_WORDS, room // 32)
     likely = min((plan.want + plan.slack) * plan.stride, plan.lists * plan.room, room)
-    assert memory.held >= (0.9 if topk == 8192 and room >= 2**20 else 1.03) * likely
-    assert (topk, room) != (2048, 2**17) or memory.rows == 3
+    if memory.held < 1.03 * likely:  # then those about the cut, of which there are 800 of 8192 at 128k
+        assert memory.held >= 1024
+        assert memory.rows > 1 or (topk == 8192 and room >= 2**20)
+    assert (topk, room) != (2048, 2**17) or (memory.rows == 3 and memory.held >= 1.03 * likely)
+    assert (topk, room) != (8192, 2**17) or memory.rows == 3
 
 
 def test_the_plan():

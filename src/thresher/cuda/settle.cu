@@ -4,6 +4,8 @@
 // of its own, and the key's complement in the low half. No score here is NaN or -inf.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
+#include <bins.cuh>
+
 constexpr u32 BINS = 1024;
 constexpr u32 NEAR = 128;  // pairs that are compared with one another
 constexpr u32 MAX_WARPS = 32;
@@ -17,7 +19,7 @@ struct Lists {
   float* beside;          // null, or [rows, topk]
   int* redo;              // [rows]: 1 where the lists do not hold the answer, and the selection is empty
   u32 topk, lists, room, found_row;
-  u32 held;               // pairs that shared memory has room for; the lists of a row with more are read again and again
+  u32 held;               // pairs that shared memory has room for; the lists of a row with more are read three times
   u32 words;              // of 32 keys each that the mask has room for; those of a row with more are looked at part after part
 };
 
@@ -31,6 +33,7 @@ struct Workspace {
       u64 near[NEAR];
       u32 bins[BINS];
     };
+    u32 scores[SCORE_BINS];
     u32 mask[1];  // as many words as the launch makes room for, at least those of the others
   };
 };
@@ -83,15 +86,16 @@ __device__ __forceinline__ void clear_bins(Workspace& work) {
   if (threadIdx.x == 0) work.num_near = 0;
 }
 
-// Which bin the `want`-th largest lies in (work.bin), how many lie in those above (work.above), and how many in it (work.inside).
+// Which of NUM bins the `want`-th largest lies in (work.bin), how many lie in those above (work.above), and how many in it (work.inside).
 // Begins and ends at a barrier.
-__device__ __forceinline__ void find_bin(u32 want, Workspace& work) {
-  u32 own = BINS / blockDim.x, last = BINS - 1 - threadIdx.x * own, sum = 0, total;
-  for (u32 at = 0; at < own; at++) sum += work.bins[last - at];
+template <u32 NUM>
+__device__ __forceinline__ void find_bin(const u32 (&bins)[NUM], u32 want, Workspace& work) {
+  u32 own = NUM / blockDim.x, last = NUM - 1 - threadIdx.x * own, sum = 0, total;
+  for (u32 at = 0; at < own; at++) sum += bins[last - at];
   u32 above = scan(sum, work.warps[0], total);
   if (above < want && want <= above + sum) {
     u32 bin = last, inside;
-    while (above + (inside = work.bins[bin]) < want) above += inside, bin--;
+    while (above + (inside = bins[bin]) < want) above += inside, bin--;
     work.bin = bin, work.above = above, work.inside = inside;
   }
   __syncthreads();
@@ -131,7 +135,7 @@ __device__ __forceinline__ u64 nth_largest(const Each& each, Range range, u32 wa
   Scale scale(number_of(~range.low), number_of(range.high));
   each([&](u64 pair) { atomicAdd(&work.bins[scale.bin(number_of((u32)(pair >> 32)))], 1u); });
   __syncthreads();
-  find_bin(want, work);
+  find_bin(work.bins, want, work);
   u32 bin = work.bin;
   want -= work.above;
   if (work.inside <= NEAR) {
@@ -156,7 +160,7 @@ __device__ __forceinline__ u64 nth_largest(const Each& each, Range range, u32 wa
       if (pair - first <= span) atomicAdd(&work.bins[(pair - first) >> shift], 1u);
     });
     __syncthreads();
-    find_bin(want, work);
+    find_bin(work.bins, want, work);
     u64 over = (u64)work.bin << shift;
     first += over;
     span = min(((u64)1 << shift) - 1, span - over);  // no pairs beyond the last were counted
@@ -228,14 +232,57 @@ struct Listed {
       for (u32 at = lane_of(); at < num; at += 32) use(begin + at, from + at);
     }
   }
+  // The pairs, as they lie there, some of them asked for before the first is used.
+  template <class Use>
+  __device__ __forceinline__ void each_pair(const Use& use) const {
+    constexpr u32 AHEAD = 3;
+    for (u32 list = warp_of(); list < lists; list += blockDim.x / 32) {
+      u32 num = begins[list + 1] - begins[list];
+      const u64* from = found + list * room;
+      for (u32 at = lane_of(); at < num; at += 32 * AHEAD) {
+        u64 raw[AHEAD];
+#pragma unroll
+        for (u32 ahead = 0; ahead < AHEAD; ahead++)
+          if (at + 32 * ahead < num) raw[ahead] = from[at + 32 * ahead];
+#pragma unroll
+        for (u32 ahead = 0; ahead < AHEAD; ahead++)
+          if (at + 32 * ahead < num) use(raw[ahead]);
+      }
+    }
+  }
 };
 
-// Seek the cut among the pairs where they lie, and write the keys: for rows that shared memory cannot hold, which are few.
-__device__ __noinline__ u64 settle_unheld(const Listed& listed, u32 num, u32 length, u32 end, u32 words, u32* keys, Workspace& work) {
-  auto each = [&](auto use) { listed.each([&](u32, const u64* from) { use(pair_of(*from)); }); };
-  Range range;
-  each([&](u64 pair) { range.add(pair); });
-  u64 cut = num > length ? nth_largest(each, range, length, work) : 0;
+// Seek the cut among the pairs where they lie, and write the keys: for rows that shared memory does not hold. Bins of their scores tell a few
+// about the cut, which it does.
+__device__ __noinline__ u64 settle_unheld(
+    const Listed& listed, u32 num, u32 length, u32 end, u32 words, u32* keys, u64* pairs, u32 held, Workspace& work) {
+  auto each = [&](auto use) { listed.each_pair([&](u64 raw) { use(pair_of(raw)); }); };
+  u64 cut = 0;
+  if (num > length) {
+    for (u32 at = threadIdx.x; at < SCORE_BINS; at += blockDim.x) work.scores[at] = 0;
+    __syncthreads();
+    each([&](u64 pair) { atomicAdd(&work.scores[score_bin((u32)(pair >> 32))], 1u); });
+    __syncthreads();
+    find_bin(work.scores, length, work);
+    u32 bin = work.bin, want = length - work.above, inside = work.inside;
+    if (threadIdx.x == 0) work.num_near = 0;
+    __syncthreads();
+    Range range;
+    if (inside <= held) {
+      each([&](u64 pair) {
+        if (score_bin((u32)(pair >> 32)) == bin) pairs[atomicAdd(&work.num_near, 1u)] = pair;
+      });
+      __syncthreads();
+      auto few = [&](auto use) {
+        for (u32 at = threadIdx.x; at < inside; at += blockDim.x) use(pairs[at]);
+      };
+      few([&](u64 pair) { range.add(pair); });
+      cut = nth_largest(few, range, want, work);
+    } else {
+      each([&](u64 pair) { range.add(pair); });
+      cut = nth_largest(each, range, length, work);
+    }
+  }
   write_keys(each, cut, end, words, keys, work);
   return cut;
 }
@@ -280,12 +327,11 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
       if (num > length) cut = nth_largest(each, range, length, work);
       write_keys(each, cut, end, rows.words, keys, work);
     } else {
-      cut = settle_unheld(listed, num, length, end, rows.words, keys, work);
+      cut = settle_unheld(listed, num, length, end, rows.words, keys, pairs, held, work);
     }
     for (u32 at = threadIdx.x; at < length; at += blockDim.x) rows.indices[row * topk + at] = keys[at];
     if (rows.beside != nullptr)
-      listed.each([&](u32, const u64* from) {
-        u64 raw = *from;
+      listed.each_pair([&](u64 raw) {
         if (pair_of(raw) < cut) return;
         u32 place = 0;  // how many keys are smaller
         for (u32 step = 1u << (31 - __clz(length)); step > 0; step /= 2)

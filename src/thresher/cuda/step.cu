@@ -8,9 +8,11 @@
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
+#include <bins.cuh>
+
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 2, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; one warp more fetches
-constexpr u32 BINS = 2048, MOST = 4096, NEAR = 256;          // of scores; pairs that are told to all; that are compared with one another
+constexpr u32 BINS = SCORE_BINS, MOST = 4096, NEAR = 256;    // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
 
@@ -70,14 +72,6 @@ __device__ __forceinline__ u32 order_of(float score) {
 __device__ __forceinline__ float score_of(u32 order) {
   return __uint_as_float(order == 1 ? 0x7fc00000u : order & 0x80000000u ? order & 0x7fffffffu : ~order);
 }
-// Bins of orders, ascending: 32 for each power of two from 2**-16 to 2**16, of either sign. The outer ones hold what lies beyond.
-__device__ __forceinline__ u32 bin_of(u32 order) {
-  bool negative = order < 0x80000000u;
-  u32 size = (negative ? ~order : order) & 0x7fffffffu;
-  u32 place = min(max((int)(size >> 18) - (127 - 16) * 32, 0), (int)BINS / 2 - 1);
-  return negative ? BINS / 2 - 1 - place : BINS / 2 + place;
-}
-
 __device__ __forceinline__ void meet_all() { meet(1, THREADS); }
 
 // Of each thread's number: the sum of those of threads before it, and of all.
@@ -259,7 +253,7 @@ struct Scorer {
     u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? order_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
     if (own < 2) {
       orders[key] = order;
-      if (order) atomicAdd(&work.bins[bin_of(order)], 1u);
+      if (order) atomicAdd(&work.bins[score_bin(order)], 1u);
     }
     __syncwarp();
     if (lane_of() == 0) arrive(&work.empty[slot]);
@@ -309,7 +303,7 @@ struct Part {
   }
   // 1 above what is sought for now, 0 within it, -1 below.
   __device__ __forceinline__ int side(u32 order, u32 at) const {
-    u32 mine = bin_of(order);
+    u32 mine = score_bin(order);
     if (!order || mine != bin) return order && mine > bin ? 1 : -1;
     if (shift == 64) return 0;
     u64 high = pair_of(order, at) >> shift;

@@ -18,9 +18,10 @@ from thresher.types import Selection
 if TYPE_CHECKING:
     from thresher.ops.score_select.triton import Plan
 
-BEFORE_MASK, LEAST_WORDS = 288, 1280  # bytes, and words of 4: struct Workspace of settle.cu
+BEFORE_MASK, LEAST_WORDS = 288, 2048  # bytes, and words of 4: struct Workspace of settle.cu
 MOST_WORDS = 4096  # of a mask that is taken in parts, so that all pairs have room
 SPARE = 1.2  # times as many pairs as are likely should have room
+FEW = 1024  # pairs, at least, where lists are read three times and only those about the cut have room
 
 
 class Lists(ctypes.Structure):
@@ -49,16 +50,21 @@ class Memory(NamedTuple):
 
 
 def shared_memory(plan: Plan, topk: int, room_tokens: int) -> Memory:
-    """A mask of all keys and as many rows at a time as leave room for the pairs that are likely; for very many, parts of the mask."""
+    """A mask of all keys and as many rows at a time as leave room for the pairs that are likely, or, rather than have one row at a time, for
+    a few of them; for very many keys, parts of the mask."""
     lists = plan.lists + 1 + topk
     lists += lists % 2
     most = min(plan.lists * plan.room, room_tokens)
     likely = min((plan.want + plan.slack) * plan.stride or most, most)
     whole = max(-(-room_tokens // 128) * 4, LEAST_WORDS)
-    for words, rows in [(whole, rows) for rows in (3, 2, 1)] + [(min(whole, MOST_WORDS), 1)]:
+    all_of_them, few = min(SPARE * likely, most), min(FEW, most)
+    for words, rows, wanted in (
+        (whole, 3, all_of_them), (whole, 2, all_of_them), (whole, 3, few), (whole, 2, few), (whole, 1, all_of_them),
+        (min(whole, MOST_WORDS), 1, few),
+    ):  # fmt: skip
         fixed = BEFORE_MASK + 4 * (words + lists)
         held = min((launch.SHARED // rows // 1024 * 1024 - 1024 * (rows > 1) - fixed) // 8, most)  # CUDA takes 1 KB for each
-        if held >= min(SPARE * likely, most):
+        if held >= wanted:
             break
     return Memory(rows, words, held, fixed + 8 * held)
 
