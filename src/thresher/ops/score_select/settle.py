@@ -50,8 +50,8 @@ class Memory(NamedTuple):
 
 
 def shared_memory(plan: Plan, topk: int, room_tokens: int) -> Memory:
-    """A mask of all keys and as many rows at a time as leave room for the pairs that are likely, or, rather than have one row at a time, for
-    a few of them; for very many keys, parts of the mask."""
+    """A mask of all keys and as many rows at a time as leave room for the pairs that are likely, or for a few of them where it would be one
+    row at a time; for very many keys, parts of the mask."""
     lists = plan.lists + 1 + topk
     lists += lists % 2
     most = min(plan.lists * plan.room, room_tokens)
