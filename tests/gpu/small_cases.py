@@ -25,6 +25,7 @@ from .machine import DEVICE, INTERPRET, sized
 score = importlib.import_module("thresher.ops.index_score.triton")
 select = importlib.import_module("thresher.ops.select.triton")
 fused = importlib.import_module("thresher.ops.score_select.triton")
+step = importlib.import_module("thresher.ops.score_select.cuda")
 attention = importlib.import_module("thresher.ops.sparse_attend.triton")
 merging = importlib.import_module("thresher.ops.merge.triton")
 pooling = importlib.import_module("thresher.ops.pool_keys.triton")
@@ -84,7 +85,7 @@ def many() -> Run:
     return lambda: [score.paged_index_score(crowd, keys, width=333), score.index_score(q, weights, k, scales, *ranges)]
 
 
-def score_and_select(heads: int = 20) -> Run:
+def long_world(heads: int) -> tuple[IndexQuery, IndexKeys]:
     """Holes in the page table, requests from anywhere, and rows long enough for a level."""
     keys = paged([vectors(n, DIM, seed=n) for n in (17000, 70)], 64)
     table = keys.page_table.clone()
@@ -93,7 +94,11 @@ def score_and_select(heads: int = 20) -> Run:
     where = torch.arange(70)
     requests = torch.where(where % 11 == 0, WILD[where % len(WILD)], where % 2)
     query = query_of(q, weights, torch.where(where % 7 == 0, -1, 17000 - 9 * where).clamp(max=17000), requests)
-    keys = IndexKeys(keys.pages, table, keys.lengths)
+    return query, IndexKeys(keys.pages, table, keys.lengths)
+
+
+def score_and_select(heads: int = 20) -> Run:
+    query, keys = long_world(heads)
 
     def run() -> list[Tensor]:
         if DEVICE.type != "cuda":
@@ -107,6 +112,22 @@ def score_and_select(heads: int = 20) -> Run:
 def score_and_select_few() -> Run:
     """Few heads, which are summed up by one thread, and take two tiles a turn."""
     return score_and_select(7)
+
+
+def one_step() -> Run:
+    """What a step of decoding launches, over these worlds."""
+    worlds = [odd_world(64), long_world(7), long_world(40)]
+
+    def run() -> list[Tensor]:
+        if DEVICE.type != "cuda":
+            return []
+        found = []
+        for query, keys in worlds:
+            picked = step.score_select(query, keys, 200)
+            found += [picked.indices, picked.lengths, picked.scores]
+        return found
+
+    return run
 
 
 def redo() -> Run:
@@ -325,7 +346,7 @@ CASES: dict[str, Callable[[], Run]] = {
     made.__name__: made
     for made in (
         ragged, ragged_bf16, paged_64, paged_61, many, gathered, in_blocks, choose_blocks, select_short, select_long, select_many,
-        score_and_select, score_and_select_few, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
+        score_and_select, score_and_select_few, one_step, redo, gqa, mla, mla_fp8, merge, pool, route, quantize, empty_caches,
     )
 }  # fmt: skip
 
