@@ -102,7 +102,6 @@ __device__ __forceinline__ void fetch_bytes(void* to, const void* from, u32 byte
 
 // What all blocks at work see: how often some have arrived at a place, and memory that others wrote before they did.
 __device__ __forceinline__ void arrive_for_all(u32* at) {
-  __threadfence();
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
 }
 __device__ __forceinline__ void await_all(const u32* at, u32 times) {

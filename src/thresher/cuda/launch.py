@@ -47,29 +47,22 @@ def launch(
 def tile_map(pages: int, num_pages: int, page_bytes: int, dim: int) -> ctypes.Array[ctypes.c_ubyte]:
     """What the copy engine reads tiles of 64 keys by, one a page: ``pages`` is an address, a key ``dim`` bytes, 64 or 128.
 
+    The driver wants it at a multiple of 128 bytes, where cuda-bindings does not put it: so it is called by itself.
+
     Raises:
         ThresherError: CUDA refuses it.
     """
-    from cuda.bindings import driver
-
-    sizes, strides, box, steps = (
-        [kind(x) for x in values]
-        for kind, values in (
-            (driver.cuuint64_t, (dim, 64, num_pages)), (driver.cuuint64_t, (dim, page_bytes)), (driver.cuuint32_t, (dim, 64, 1)),
-            (driver.cuuint32_t, (1, 1, 1)),
-        )
+    memory = ctypes.create_string_buffer(256)
+    at = ctypes.addressof(memory) + 127 & ~127
+    bytes_, no_interleave, swizzle, from_l2, zeros = 0, 0, 3 if dim == 128 else 2, 2, 0  # of cuda.h's enumerations
+    status = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), bytes_, 3, ctypes.c_void_p(pages), (ctypes.c_uint64 * 3)(dim, 64, num_pages),
+        (ctypes.c_uint64 * 2)(dim, page_bytes), (ctypes.c_uint32 * 3)(dim, 64, 1), (ctypes.c_uint32 * 3)(1, 1, 1),
+        no_interleave, swizzle, from_l2, zeros,
     )  # fmt: skip
-    swizzle = driver.CUtensorMapSwizzle
-    made = _check(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, pages, sizes, strides, box, steps,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle.CU_TENSOR_MAP_SWIZZLE_128B if dim == 128 else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )  # fmt: skip
-    return (ctypes.c_ubyte * 128).from_buffer_copy(ctypes.string_at(int(made.getPtr()), 128))
+    if status:
+        raise ThresherError(f"CUDA must accept a map of thresher's; got CUresult {status}; report it, with the card's name")
+    return (ctypes.c_ubyte * 128).from_buffer_copy(ctypes.string_at(at, 128))
 
 
 def compile_source(source: str, arch: str) -> bytes:

@@ -5,7 +5,8 @@
 // 1. One warp fetches tiles through the copy engine; two groups of four warps take turns at multiplying them, and count scores in bins.
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
 //    all parts, and each finds the cut, a pair of which there is one.
-// 3. Each part writes what it takes behind what the parts before it take, in the order of keys.
+// 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
+//    it waits for the first, so that queries which share blocks do not wait for one another in a row.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
 #include <bins.cuh>
@@ -15,6 +16,9 @@ constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply an
 constexpr u32 BINS = SCORE_BINS, MOST = 4096, NEAR = 256;    // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
+// What a part notes of a query: how many it takes above what is sought; how many can be selected; which largest of how many pairs the cut is;
+// how often it has arrived.
+enum Note { ABOVE, TOTAL, WANT, INSIDE, ARRIVED, NOTES = 8 };
 
 struct Step {
   TileMap tiles;               // of the pages' keys
@@ -27,7 +31,7 @@ struct Step {
   long long* taken;  // [queries]
   float* beside;     // null, or [queries, topk]
   u32* told;         // [queries, BINS + 2], zeros: bins, how often parts have arrived, how many pairs were told
-  u32* above;        // [queries, blocks]: how many each part takes above the bin
+  u32* notes;        // [queries, blocks, NOTES]: of each part, see Note
   u64* pairs;        // [queries, MOST]
   u32* spilt;        // null, or as many orders as the table has room for, where shared memory has no room for a block's
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
@@ -147,6 +151,13 @@ __device__ __forceinline__ u64 nth_largest(u32 want, u32 num, Work& work) {
   return work.cut;
 }
 
+// Add this block's bins to those of all parts.
+template <class Work>
+__device__ __forceinline__ void tell_bins(u32* told, const Work& work) {
+  for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
+    if (work.bins[bin]) atomicAdd(&told[bin], work.bins[bin]);
+}
+
 // A run of tiles: those of one query after another.
 struct Run {
   u32 each, begin, stop;  // tiles of a block, and this block's
@@ -188,15 +199,15 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>
       await(&work.empty[slot], turn / STAGES % 2 ^ 1);
       if (!there) {
         work.scales[slot][lane_of()] = work.scales[slot][lane_of() + 32] = __uint_as_float(ABSENT);
-        __syncwarp();
+        fence_for_matrix_unit();  // the copy engine brings other scales to this place later
       }
+      __syncwarp();  // all have seen the slot empty before it is filled
       if (lane_of() == 0) {
         u32 from = there ? page : 0;
         expect(&work.full[slot], KEYS * DIM + (there ? KEYS * 4 : 0));
         fetch_tile(work.tiles[slot], c.tiles, from, &work.full[slot]);
         if (there) fetch_bytes(work.scales[slot], c.pages + (u64)from * c.page_bytes + KEYS * DIM, KEYS * 4, &work.full[slot]);
       }
-      __syncwarp();
     }
   }
 }
@@ -269,8 +280,7 @@ struct Scorer {
         if (turn % GROUPS == warp_of() / WARPS) take((tile - work.first[run.query]) * KEYS, end, orders + (tile - run.at) * KEYS);
       meet_all();
       u32* told = c.told + (u64)run.query * (BINS + 2);
-      for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
-        if (work.bins[bin]) atomicAdd(&told[bin], work.bins[bin]);
+      tell_bins(told, work);
       meet_all();
       if (threadIdx.x == 0) arrive_for_all(&told[BINS]);
     }
@@ -295,12 +305,16 @@ struct Part {
     if (threadIdx.x == 0) await_all(&told()[BINS], arrived * parts);
     meet_all();
   }
-  __device__ __forceinline__ void meet_parts() {
+  __device__ __forceinline__ void arrive_parts() {
     meet_all();
     if (threadIdx.x == 0) arrive_for_all(&told()[BINS]);
     arrived++;
+  }
+  __device__ __forceinline__ void meet_parts() {
+    arrive_parts();
     await_parts();
   }
+  __device__ __forceinline__ u32* notes(u32 of) const { return c.notes + ((u64)query * gridDim.x + of) * NOTES; }
   // 1 above what is sought for now, 0 within it, -1 below.
   __device__ __forceinline__ int side(u32 order, u32 at) const {
     u32 mine = score_bin(order);
@@ -320,11 +334,15 @@ struct Part {
   __device__ __forceinline__ void divide() {
     u32 from = shift, width = min(from, 11u);
     meet_parts();
-    if (part == 0)
-      for (u32 at = threadIdx.x; at < BINS; at += THREADS) told()[at] = 0;
+    for (u32 at = threadIdx.x; at < BINS; at += THREADS) {
+      work.bins[at] = 0;
+      if (part == 0) told()[at] = 0;
+    }
     meet_parts();
     for (u32 at = threadIdx.x; at < num; at += THREADS)
-      if (side(orders[at], at) == 0) atomicAdd(&told()[pair_of(orders[at], at) >> (from - width) & ((1u << width) - 1)], 1u);
+      if (side(orders[at], at) == 0) atomicAdd(&work.bins[pair_of(orders[at], at) >> (from - width) & ((1u << width) - 1)], 1u);
+    meet_all();
+    tell_bins(told(), work);
     meet_parts();
   }
 
@@ -336,12 +354,13 @@ struct Part {
     return find_bin(want, BINS, BINS / THREADS, work, [&](u32 at) { return work.bins[at]; });
   }
 
-  __device__ __forceinline__ void select() {
+  // Find where the cut is and tell the others what this part has there. Only where a bin holds too many is anybody waited for once all are
+  // scored.
+  __device__ __forceinline__ void seek() {
     await_parts();
-    u32 total = find_told_bin(c.topk), inside = 0;
-    u64 cut = (u64)1 << 32;  // all that can be selected
+    u32 total = find_told_bin(c.topk), want = 0, inside = 0;
     if (total > c.topk) {
-      u32 want = c.topk - work.before;
+      want = c.topk - work.before;
       bin = work.bin, inside = work.inside;
       while (inside > MOST) {
         divide();
@@ -350,14 +369,22 @@ struct Part {
         prefix = shift == 64 ? work.bin : prefix << width | work.bin;
         shift -= width, want -= work.before, inside = work.inside;
       }
-      tell(false);
-      meet_parts();
+    }
+    tell(inside == 0);
+    if (threadIdx.x == 0) notes(part)[TOTAL] = total, notes(part)[WANT] = want, notes(part)[INSIDE] = inside, notes(part)[ARRIVED] = arrived + 1;
+    arrive_parts();
+  }
+
+  // Once all parts have told, take what is theirs.
+  __device__ __forceinline__ void take() {
+    u32 total = fresh(&notes(part)[TOTAL]), want = fresh(&notes(part)[WANT]), inside = fresh(&notes(part)[INSIDE]);
+    arrived = fresh(&notes(part)[ARRIVED]);
+    await_parts();
+    u64 cut = (u64)1 << 32;  // all that can be selected
+    if (inside > 0) {
       for (u32 at = threadIdx.x; at < inside; at += THREADS) work.near[at] = fresh(&c.pairs[(u64)query * MOST + at]);
       meet_all();
       cut = nth_largest(want, inside, work);
-    } else if (parts > 1) {
-      tell(true);
-      meet_parts();
     }
     write(cut, min(total, c.topk), inside);
   }
@@ -373,7 +400,7 @@ struct Part {
     });
     u32 to = scan(lane_of() == 0 ? mine : 0, work, total) & ((1u << BITS) - 1);
     if (threadIdx.x == 0) {
-      c.above[(u64)query * gridDim.x + part] = total >> BITS;
+      notes(part)[ABOVE] = total >> BITS;
       u32 within = total & ((1u << BITS) - 1);
       work.num = within ? atomicAdd(&told()[BINS + 1], within) : 0;
     }
@@ -391,8 +418,8 @@ struct Part {
   // The part's keys from the cut on, ascending, behind those that the parts before it take: above, and `inside` pairs that were told to all.
   __device__ __forceinline__ void write(u64 cut, u32 taken, u32 inside) {
     u32 before = 0, ahead, mine = 0, own;
-    if (parts > 1) {
-      for (u32 at = threadIdx.x; at < part; at += THREADS) before += fresh(&c.above[(u64)query * gridDim.x + at]);
+    if (part > 0) {
+      for (u32 at = threadIdx.x; at < part; at += THREADS) before += fresh(&notes(at)[ABOVE]);
       for (u32 at = threadIdx.x; at < inside; at += THREADS) before += work.near[at] >= cut && ~(u32)work.near[at] < first;
     }
     scan(before, work, ahead);
@@ -415,6 +442,18 @@ struct Part {
     if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
   }
 };
+
+// Calls use(part) for each query that the block has a part of.
+template <u32 DIM, u32 HEADS, class Use>
+__device__ __forceinline__ void each_part(const Step& c, Workspace<DIM, HEADS>& work, const Use& use) {
+  Run run(c, work);
+  while (run.next(work)) {
+    u32 before = work.first[run.query], behind = work.first[run.query + 1], first = before / run.each;
+    use(Part<DIM, HEADS>{
+        c, work, run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - before) * KEYS, (run.upto - run.at) * KEYS,
+        run.orders(c, work)});
+  }
+}
 
 template <u32 DIM, u32 HEADS>
 __device__ __forceinline__ void step(const Step& c) {
@@ -444,14 +483,8 @@ __device__ __forceinline__ void step(const Step& c) {
     return;
   }
   Scorer<DIM, HEADS>{c, work}.run();
-  Run run(c, work);
-  while (run.next(work)) {
-    u32 before = work.first[run.query], behind = work.first[run.query + 1], first = before / run.each;
-    Part<DIM, HEADS>{
-        c, work, run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - before) * KEYS, (run.upto - run.at) * KEYS,
-        run.orders(c, work)}
-        .select();
-  }
+  each_part<DIM, HEADS>(c, work, [](auto part) { part.seek(); });
+  each_part<DIM, HEADS>(c, work, [](auto part) { part.take(); });
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
     if (threadIdx.x == 0) c.taken[query] = 0;

@@ -21,7 +21,8 @@ from thresher.types import IndexKeys, IndexQuery, Selection
 FP8 = torch.float8_e4m3fn
 TILE = 64  # keys; a page holds one
 THREADS = 288  # two groups of four warps that multiply and select, and a warp that fetches
-BINS, MOST, MAX_QUERIES = 2048, 4096, 1024  # as in step.cu
+BINS, MOST, MAX_QUERIES, NOTES = 2048, 4096, 1024, 8  # as in step.cu
+MAX_TOPK = 2**18  # a part counts what it takes in 19 bits
 BEFORE_ORDERS = 16700  # bytes of struct Workspace in step.cu beside tiles and heads
 
 
@@ -31,7 +32,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "above", "pairs", "spilt")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "notes", "pairs", "spilt")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held")),
         ("spare", ctypes.c_uint * 8),
@@ -48,17 +49,19 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
         return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
     if query.num_queries > MAX_QUERIES:
         return f"needs at most {MAX_QUERIES} queries, not {query.num_queries}"
-    if keys.page_size != TILE:
-        return f"needs pages of {TILE} keys, not {keys.page_size}"
+    if topk > MAX_TOPK:
+        return f"topk is at most {MAX_TOPK}, not {topk}"
+    if keys.page_size != TILE or keys.pages.data_ptr() % 16:
+        return f"needs pages of {TILE} keys at multiples of 16 bytes, not {keys.page_size} at {keys.pages.data_ptr() % 16}"
     return None if len(keys.pages) and keys.num_requests else "needs a page and a request"
 
 
 def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
     """``(bytes, held)``: of shared memory for a thread block, to begin at a KB, and how many of the orders of ``tiles`` tiles it has room
-    for: all or none."""
+    for."""
     fixed = 1024 + 8 * TILE * dim + heads * dim + BEFORE_ORDERS
-    held = tiles * TILE
-    return (fixed + 4 * held, held) if fixed + 4 * held <= launch.SHARED else (fixed, 0)
+    held = min(tiles, (launch.SHARED - fixed) // (4 * TILE)) * TILE
+    return fixed + 4 * held, held
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
@@ -87,14 +90,14 @@ def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool
     tiles = num * table.shape[1]
     size, held = shared_memory(heads, dim, -(-tiles // programs))
     told = torch.zeros(num, BINS + 2, dtype=torch.int32, device=device)
-    above = torch.empty(num, programs, dtype=torch.int32, device=device)
+    notes = torch.empty(num, programs, NOTES, dtype=torch.int32, device=device)
     pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
-    spilt = None if held else torch.empty(tiles * TILE, dtype=torch.int32, device=device)
+    spilt = torch.empty(tiles * TILE, dtype=torch.int32, device=device) if held < -(-tiles // programs) * TILE else None
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),
         table=table.data_ptr(), indices=indices.data_ptr(), taken=taken.data_ptr(), beside=_address(beside), told=told.data_ptr(),
-        above=above.data_ptr(), pairs=pairs.data_ptr(), spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
+        notes=notes.data_ptr(), pairs=pairs.data_ptr(), spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
         table_tiles=table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4),
         q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held,
     )  # fmt: skip
