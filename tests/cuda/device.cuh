@@ -279,7 +279,7 @@ inline void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
   });
 }
 inline void fence_for_copies() {}
-inline void fence_for_matrix_unit() {}
+inline void fence_for_async() {}
 inline void meet(u32 number, u32 threads) { host::meet(host::current->block->named[number], threads); }
 template <u32 ALIGNMENT>
 void* aligned_memory() {

@@ -12,6 +12,7 @@ from thresher.ops import select_topk
 from thresher.ops.score_select import cuda as step
 from thresher.types import IndexKeys, IndexQuery
 
+from ..triton.gluon_on_numpy import heads_in_order
 from .threads import in_order, library, needs_compiler
 
 pytestmark = needs_compiler
@@ -55,13 +56,9 @@ class World:
         self.query = IndexQuery(fp8, torch.from_numpy(weights), *(torch.from_numpy(x) for x in (positions, owners)))
         self.keys = IndexKeys(torch.from_numpy(pages).view(PAGES, 64, 1, dim + 4), torch.from_numpy(table), torch.tensor(lengths))
         padded = max(8, 1 << (heads - 1).bit_length())
-        terms = np.maximum(np.einsum("pkd,qhd->pkqh", k.astype(np.float32), q.astype(np.float32)), 0)
-        terms, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (terms, weights))
-        sums = terms[..., :8] * weights[:, :8]
-        for head in range(8, padded, 8):
-            sums = (terms[..., head : head + 8].astype(float) * weights[:, head : head + 8] + sums).astype(np.float32)
-        t = [sums[..., 2 * c] + sums[..., 2 * c + 1] for c in range(4)]
-        made = ((t[0] + t[2]) + (t[1] + t[3])) * scales[..., None] + np.float32(0)
+        dots = np.einsum("pkd,qhd->pkqh", k.astype(np.float32), q.astype(np.float32))
+        dots, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (dots, weights))
+        made = heads_in_order(dots, weights) * scales[..., None] + np.float32(0)
         self.scores = np.full((num, width * 64), -np.inf, np.float32)
         for row, owner in enumerate(owners):
             for tile, page in enumerate(table[owner]) if 0 <= owner < len(lengths) else ():

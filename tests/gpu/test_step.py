@@ -20,10 +20,6 @@ select = importlib.import_module("thresher.ops.select.triton")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="a kernel in CUDA C++ cannot be interpreted")
 
 
-def programs() -> int:
-    return torch.cuda.get_device_properties(DEVICE).multi_processor_count
-
-
 def two_steps(query, keys, topk: int) -> Selection:
     return select.select_topk(scores_of.paged_index_score(query, keys), topk)
 
@@ -55,7 +51,7 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, with_scores):
     assert step.unsupported(query, keys, topk) is None
     want = two_steps(query, keys, topk)
     for _ in range(REPEATS):
-        fail_on(problems(step.select_step(query, keys, topk, with_scores, programs()), want))
+        fail_on(problems(step.score_select(query, keys, topk, with_scores), want))
 
 
 def test_a_graph_is_right_at_other_lengths():
@@ -63,7 +59,7 @@ def test_a_graph_is_right_at_other_lengths():
     query.requests[:] = torch.arange(3, device=DEVICE)
 
     def run() -> list[torch.Tensor]:
-        got = step.select_step(query, keys, 2048, False, programs())
+        got = step.score_select(query, keys, 2048, False)
         return [got.indices, got.lengths]
 
     recorded = Recorded(run)

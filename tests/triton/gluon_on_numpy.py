@@ -70,6 +70,17 @@ def fma(a: Any, b: Any, c: Any) -> Array:
     return array((np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32))
 
 
+def heads_in_order(dots: Any, weights: Any) -> Any:
+    """Sums over the last dim, of heads, in the order of ``index_score/triton.py``: each class modulo 8 ascending, then a tree over classes,
+    which plain Triton makes from its registers and two shuffles."""
+    terms = np.maximum(dots, 0)
+    sums = terms[..., :8] * weights[..., :8]
+    for head in range(8, dots.shape[-1], 8):
+        sums = fma(terms[..., head : head + 8], weights[..., head : head + 8], sums)
+    t = [sums[..., 2 * c] + sums[..., 2 * c + 1] for c in range(4)]
+    return (t[0] + t[2]) + (t[1] + t[3])
+
+
 def across_four(x: Any, lane: Any) -> Array:
     """``gluon_quads._across_four``, which is written in assembly: lanes 2 apart, then 1 apart."""
     x = np.asarray(x).reshape(4, 2, 8, 4, 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .gluon_on_numpy import array, language, plain
+from .gluon_on_numpy import array, heads_in_order, language, plain
 
 tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
 score = importlib.import_module("thresher.ops.index_score.triton")
@@ -36,13 +36,9 @@ class World:
         self.dots[:, :, ::5] *= rng.integers(0, 2, (self.pages, 64, 1, 1))  # many sums of -0.0, plateaus
         self.bytes = np.zeros((self.pages, WORDS), np.float32)
         self.bytes[:, PAGE * D // 4 :] = np.exp2(rng.integers(-3, 3, (self.pages, 64)))
-        terms, sums = np.maximum(self.dots, 0), 0
         padded = 64 if heads > 32 else score.layout(heads)["HEADS"]
-        terms, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (terms, self.weights))
-        for head in range(0, padded, 8):
-            sums = (terms[..., head : head + 8].astype(float) * weights[:, head : head + 8] + sums).astype(np.float32)
-        t = [sums[..., 2 * c] + sums[..., 2 * c + 1] for c in range(4)]
-        scores = ((t[0] + t[2]) + (t[1] + t[3]) + np.float32(0)) * self.bytes[:, PAGE * D // 4 :, None]
+        dots, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (self.dots, self.weights))
+        scores = (heads_in_order(dots, weights) + np.float32(0)) * self.bytes[:, PAGE * D // 4 :, None]
         self.scores = np.full((num, 48 * 64), np.nan, np.float32)
         for row, owner in enumerate(self.owners):
             for tile, page in enumerate(self.table[owner]):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .gluon_on_numpy import Pointer, across_four, array, fma, language
+from .gluon_on_numpy import Pointer, across_four, array, heads_in_order, language
 from .gluon_on_numpy import plain as on_numpy
 
 tiles = importlib.import_module("thresher.ops.index_score.gluon_tiles")
@@ -23,21 +23,6 @@ GL.allocate_shared_memory = lambda kind, shape, layout, value: Held(value)
 
 def plain(jitted: Any) -> Any:
     return on_numpy(jitted, GL)
-
-
-def tree(classes):
-    """The sum over the last dim's eight, as plain Triton makes it from its registers and two shuffles."""
-    t = [classes[..., 2 * c] + classes[..., 2 * c + 1] for c in range(4)]
-    return (t[0] + t[2]) + (t[1] + t[3])
-
-
-def in_order(dots, weights):
-    """``[keys, rows, heads]``: each class modulo 8 ascending, then the tree."""
-    terms = np.maximum(dots, 0)
-    sums = terms[..., :8] * weights[..., :8]
-    for head in range(8, dots.shape[2], 8):
-        sums = fma(terms[..., head : head + 8], weights[..., head : head + 8], sums)
-    return tree(sums)
 
 
 def drawn(rows, heads):
@@ -56,7 +41,7 @@ def test_whole_heads_are_added_in_the_order_of_plain_triton(heads):
         take = (slice(None), row, head + chunk * shape["HB"])
         sums = plain(tiles.chunk_sums)(dots[take], weights[take] / 2, sums, shape["SUB"], shape["HB"], chunk == 0)
     total = plain(tiles.whole_sums)(sums, shape["SUB"])
-    assert np.array_equal(total.reshape(64, shape["ROWS"]), in_order(dots, weights))
+    assert np.array_equal(total.reshape(64, shape["ROWS"]), heads_in_order(dots, weights))
 
 
 def test_four_lanes_are_added_in_the_order_of_plain_triton():
@@ -67,7 +52,7 @@ def test_four_lanes_are_added_in_the_order_of_plain_triton():
     zero = np.zeros((64, 128), np.float32)
     sums = on_numpy(quads.sums_of_heads, GL, {"_across_four": across_four})(dots[take], weights[take] / 2, None, zero)
     key, query = plain(quads.places)(None)
-    assert np.array_equal(sums, in_order(dots, weights)[key, query])
+    assert np.array_equal(sums, heads_in_order(dots, weights)[key, query])
     assert len(set((key * 2 + query).flatten().tolist())) == 128
 
 

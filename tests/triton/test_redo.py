@@ -59,7 +59,7 @@ def test_marked_rows_are_the_two_steps(monkeypatch, num, heads, dim, lengths, pa
     assert (want.lengths < topk).any()
     assert want.scores[0].isnan().any(), "NaN is selected where numbers are too few"
     monkeypatch.setattr(kernels, "REDO_TILE", 128)  # several to a row
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: programs)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: programs)
     for marks in (torch.rand(num, generator=torch.Generator().manual_seed(topk)) < 0.6, torch.ones(num) > 0, torch.ones(num) < 0):
         got = untouched(num, topk, with_scores)
         kernels.do_again(query, keys, marks.int(), got)

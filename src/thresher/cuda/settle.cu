@@ -4,7 +4,7 @@
 // of its own, and the key's complement in the low half. No score here is NaN or -inf.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
-#include <bins.cuh>
+#include <common.cuh>
 
 constexpr u32 BINS = 1024;
 constexpr u32 NEAR = 128;  // pairs that are compared with one another
@@ -38,21 +38,12 @@ struct Workspace {
   };
 };
 
-__device__ __forceinline__ u32 order_of(float score) {
-  u32 bits = __float_as_uint(score + 0.0f);  // -0.0 becomes 0.0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float number_of(u32 order) { return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order); }
 __device__ __forceinline__ u64 pair_of(u64 raw) { return (u64)order_of(__uint_as_float((u32)(raw >> 32))) << 32 | ~(u32)raw; }
 __device__ __forceinline__ u32 key_of(u64 pair) { return ~(u32)pair; }
 
 // The sum of the values of threads before this one, and of all. `warps` may be used again after a further barrier.
 __device__ __forceinline__ u32 scan(u32 value, u32* warps, u32& total) {
-  u32 upto = value;
-  for (u32 step = 1; step < 32; step *= 2) {
-    u32 other = __shfl_up_sync(EVERY, upto, step);
-    if (lane_of() >= step) upto += other;
-  }
+  u32 upto = sum_upto(value);
   if (lane_of() == 31) warps[warp_of()] = upto;
   __syncthreads();
   u32 count = lane_of() < blockDim.x / 32 ? warps[lane_of()] : 0;
@@ -86,18 +77,10 @@ __device__ __forceinline__ void clear_bins(Workspace& work) {
   if (threadIdx.x == 0) work.num_near = 0;
 }
 
-// Which of NUM bins the `want`-th largest lies in (work.bin), how many lie in those above (work.above), and how many in it (work.inside).
-// Begins and ends at a barrier.
+// `seek_bin`. Begins and ends at a barrier.
 template <u32 NUM>
 __device__ __forceinline__ void find_bin(const u32 (&bins)[NUM], u32 want, Workspace& work) {
-  u32 own = NUM / blockDim.x, last = NUM - 1 - threadIdx.x * own, sum = 0, total;
-  for (u32 at = 0; at < own; at++) sum += bins[last - at];
-  u32 above = scan(sum, work.warps[0], total);
-  if (above < want && want <= above + sum) {
-    u32 bin = last, inside;
-    while (above + (inside = bins[bin]) < want) above += inside, bin--;
-    work.bin = bin, work.above = above, work.inside = inside;
-  }
+  seek_bin(bins, NUM, blockDim.x, want, work, [&](u32 sum, u32& total) { return scan(sum, work.warps[0], total); });
   __syncthreads();
 }
 

@@ -14,12 +14,10 @@ from torch import Tensor
 
 from thresher.cache.device import on_hopper, unit_rows
 from thresher.cuda import launch
-from thresher.ops.dispatch import installed
 from thresher.ops.index_score.triton import padded_heads
+from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-FP8 = torch.float8_e4m3fn
-TILE = 64  # keys; a page holds one
 THREADS = 288  # two groups of four warps that multiply and select, and a warp that fetches
 BINS, MOST, MAX_QUERIES, NOTES = 2048, 4096, 1024, 8  # as in step.cu
 MAX_TOPK = 2**18  # a part counts what it takes in 19 bits
@@ -43,17 +41,14 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     """Why this kernel cannot run, or None."""
     if not on_hopper(query.q):
         return "needs compute capability 9.0"
-    if not installed("cuda.bindings"):
-        return "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
-    if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
-        return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
+    misfit = unfit(query, keys)
+    if misfit:
+        return misfit
     if query.num_queries > MAX_QUERIES:
         return f"needs at most {MAX_QUERIES} queries, not {query.num_queries}"
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
-    if keys.page_size != TILE or keys.pages.data_ptr() % 16:
-        return f"needs pages of {TILE} keys at multiples of 16 bytes, not {keys.page_size} at {keys.pages.data_ptr() % 16}"
-    return None if len(keys.pages) and keys.num_requests else "needs a page and a request"
+    return None if keys.pages.data_ptr() % 16 == 0 else "needs pages at a multiple of 16 bytes"
 
 
 def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
@@ -66,7 +61,7 @@ def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
-    return select_step(query, keys, topk, with_scores, torch.cuda.get_device_properties(query.q.device).multi_processor_count)
+    return select_step(query, keys, topk, with_scores, multiprocessors(query.q.device))
 
 
 def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int) -> Selection:
@@ -88,11 +83,12 @@ def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool
     owners, positions, lengths = query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous()
     heads = max(padded_heads(query.num_heads), 16)
     tiles = num * table.shape[1]
-    size, held = shared_memory(heads, dim, -(-tiles // programs))
+    share = -(-tiles // programs)
+    size, held = shared_memory(heads, dim, share)
     told = torch.zeros(num, BINS + 2, dtype=torch.int32, device=device)
     notes = torch.empty(num, programs, NOTES, dtype=torch.int32, device=device)
     pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
-    spilt = torch.empty(tiles * TILE, dtype=torch.int32, device=device) if held < -(-tiles // programs) * TILE else None
+    spilt = torch.empty(tiles * TILE, dtype=torch.int32, device=device) if held < share * TILE else None
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),

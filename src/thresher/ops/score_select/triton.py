@@ -37,7 +37,7 @@ SAMPLES_BYTES = 64 * 2**20  # of the sample's keys of all the table's requests, 
 MIN_HITS = 32  # of the topk best, on average in the sample
 MAX_TOPK = 8192
 ROWS = 1024  # at a time, at most: enough for all multiprocessors
-LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take up to 109 MB at topk 2048, and 172 at 4096
+LISTS_BYTES = 224 * 2**20  # of the rows at a time: 1024 of 1M keys take up to 93 MB at topk 2048, and 160 at 4096
 STAGES = 8  # tiles under way
 MAX_LISTS = 512  # of a row
 PAST = 128  # entries behind a row, for its last list to run on into before that is noticed
@@ -130,20 +130,26 @@ def rows_at_once(heads: int, room_tokens: int, topk: int, programs: int) -> int:
     return rows
 
 
-def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
-    """Why these kernels cannot run, or None."""
-    if INTERPRET:
-        return "cannot be interpreted"
-    if not runs_gluon(query.q):
-        return f"needs compute capability 9.0, and Triton {GLUON}x"
+def unfit(query: IndexQuery, keys: IndexKeys) -> str | None:
+    """What no kernel here for Hopper takes, or None."""
     if not installed("cuda.bindings"):
         return "the package cuda-bindings is not installed, which comes with PyTorch's CUDA builds"
     if query.q.dtype != FP8 or query.q.shape[2] not in (64, 128) or not 1 <= query.num_heads <= 64:
         return f"needs 1 to 64 float8_e4m3fn heads of 64 or 128, not {query.num_heads} of {query.q.shape[2]}, {query.q.dtype}"
     if keys.page_size != TILE:
         return f"needs pages of {TILE} keys, not {keys.page_size}"
-    if not len(keys.pages) or not keys.num_requests:
-        return "needs a page and a request"
+    return None if len(keys.pages) and keys.num_requests else "needs a page and a request"
+
+
+def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
+    """Why these kernels cannot run, or None."""
+    if INTERPRET:
+        return "cannot be interpreted"
+    if not runs_gluon(query.q):
+        return f"needs compute capability 9.0, and Triton {GLUON}x"
+    misfit = unfit(query, keys)
+    if misfit:
+        return misfit
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK}, not {topk}"
     room_tokens = keys.room
@@ -167,7 +173,7 @@ def worthwhile(num_heads: int, num_queries: int, room_tokens: int) -> bool:
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     parts = []
-    step = rows_at_once(query.num_heads, keys.room, topk, _multiprocessors(query.q.device))
+    step = rows_at_once(query.num_heads, keys.room, topk, multiprocessors(query.q.device))
     for start in range(0, max(query.num_queries, 1), step):
         rows = query.rows(slice(start, start + step))
         selection, redo = first_try(rows, keys, topk, with_scores)
@@ -187,7 +193,7 @@ def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Select
     if not num:
         return
     room_tokens = keys.room
-    programs = scratch_rows(_multiprocessors(query.q.device), room_tokens)
+    programs = scratch_rows(multiprocessors(query.q.device), room_tokens)
     scratch = torch.empty(programs, room_tokens, device=query.q.device)
     tensors, sizes, strides = paged_arguments(query, keys)
     beside, slots = selection.scores, min(SHARED_ROWS, programs)
@@ -197,7 +203,7 @@ def do_again(query: IndexQuery, keys: IndexKeys, redo: Tensor, selection: Select
         "INTERPRET": INTERPRET, **OPTIONS,
     }  # fmt: skip
     with on_device(query.q):
-        score_marked_kernel[(_multiprocessors(query.q.device),)](
+        score_marked_kernel[(multiprocessors(query.q.device),)](
             *tensors, redo, scratch, num, *sizes, room_tokens, slots, *strides, **constants
         )
         redo_kernel[(programs,)](
@@ -211,7 +217,7 @@ def scratch_rows(programs: int, room_tokens: int) -> int:
     return max(1, min(programs, SCRATCH // (4 * max(room_tokens, 1))))
 
 
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -219,7 +225,7 @@ def first_try(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool =
     """The selection, and int32 ``[Q]``: 1 for the rows that must be done again, whose selection is empty."""
     num, device = query.num_queries, query.q.device
     room_tokens = keys.room
-    programs = _multiprocessors(device)
+    programs = multiprocessors(device)
     plan = make_plan(max(num, 1), query.num_heads, room_tokens, topk, programs)
     ends = torch.empty(num, dtype=torch.int64, device=device)
     levels = torch.empty(num, device=device)

@@ -1,0 +1,104 @@
+// A part of step.cu: every key of a block's run of tiles is scored, and scores are counted in bins.
+
+template <u32 DIM, u32 HEADS>
+__device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>& work) {
+  u32 turn = 0;
+  Run run(c, work);
+  while (run.next(work)) {
+    const int* table = c.table + look(c, run.query).owner * c.table_row - work.first[run.query];
+    int ahead = 0;
+    for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
+      if ((tile - run.at) % 32 == 0) ahead = tile + lane_of() < run.upto ? table[(long long)tile + lane_of()] : 0;
+      int page = __shfl_sync(EVERY, ahead, (tile - run.at) % 32);
+      bool there = (u32)page < c.num_pages;
+      u32 slot = turn % STAGES;
+      await(&work.empty[slot], turn / STAGES % 2 ^ 1);
+      if (!there) {
+        work.scales[slot][lane_of()] = work.scales[slot][lane_of() + 32] = __uint_as_float(ABSENT);
+        fence_for_async();  // the copy engine brings other scales to this place later
+      }
+      __syncwarp();  // all have seen the slot empty before it is filled
+      if (lane_of() == 0) {
+        u32 from = there ? page : 0;
+        expect(&work.full[slot], KEYS * DIM + (there ? KEYS * 4 : 0));
+        fetch_tile(work.tiles[slot], c.tiles, from, &work.full[slot]);
+        if (there) fetch_bytes(work.scales[slot], c.pages + (u64)from * c.page_bytes + KEYS * DIM, KEYS * 4, &work.full[slot]);
+      }
+    }
+  }
+}
+
+template <u32 DIM, u32 HEADS>
+struct Scorer {
+  const Step& c;
+  Workspace<DIM, HEADS>& work;
+  u32 turn = 0;
+  float weights[HEADS / 4];  // half of those of heads 8 j + lane % 4 * 2 and the next
+
+  // The query's heads into shared memory, zeros where there is none, and its weights.
+  __device__ __forceinline__ void begin(u32 query) {
+    constexpr u32 PIECES = DIM / 16;
+    for (u32 piece = threadIdx.x; piece < HEADS * PIECES; piece += THREADS) {
+      u32 head = piece / PIECES;
+      Four values = {0, 0, 0, 0};
+      if (head < c.num_heads) values = *(const Four*)(c.q + (u64)query * c.q_row + (u64)head * c.q_head + piece % PIECES * 16);
+      *(Four*)(work.query + swizzled<DIM>(head, piece % PIECES)) = values;
+    }
+    fence_for_async();
+#pragma unroll
+    for (u32 at = 0; at < HEADS / 4; at++) {
+      u32 head = at / 2 * 8 + lane_of() % 4 * 2 + at % 2;
+      weights[at] = head < c.num_heads ? mul(c.weights[(u64)query * c.w_row + head], 0.5f) : 0.0f;
+    }
+    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) work.bins[bin] = 0;
+  }
+
+  // The score of one of a thread's two keys, in the order of index_score/triton.py: heads onto the sums of their classes modulo 8, ascending;
+  // two of them; lanes two apart, and one.
+  __device__ __forceinline__ float total(const float (&dots)[HEADS / 2], u32 key) const {
+    float sums[2];
+#pragma unroll
+    for (u32 at = 0; at < HEADS / 4; at++) {
+      float dot = dots[at / 2 * 4 + key * 2 + at % 2], twice = add_two(dot, fabsf(dot));
+      sums[at % 2] = at < 2 ? mul(twice, weights[at]) : fmaf(twice, weights[at], sums[at % 2]);
+    }
+    float sum = add_two(sums[0], sums[1]);
+    sum = add_two(sum, __shfl_xor_sync(EVERY, sum, 2));
+    return add_two(sum, __shfl_xor_sync(EVERY, sum, 1));
+  }
+
+  // Score a tile, whose keys are `first` and on of the query's and have their places in `orders`.
+  __device__ __forceinline__ void take(u32 first, u32 end, u32* orders) {
+    u32 slot = turn % STAGES;
+    await(&work.full[slot], turn / STAGES % 2);
+    float dots[HEADS / 2];
+    multiply<DIM>(dots, work.tiles[slot], work.query);
+    await_products(dots);
+    u32 own = lane_of() % 4, key = warp_of() % WARPS * 16 + lane_of() / 4 + own % 2 * 8;
+    float scale = work.scales[slot][key], low = total(dots, 0), high = total(dots, 1);
+    // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative.
+    u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? rank_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
+    if (own < 2) {
+      orders[key] = order;
+      if (order) atomicAdd(&work.bins[score_bin(order)], 1u);
+    }
+    __syncwarp();
+    if (lane_of() == 0) arrive(&work.empty[slot]);
+  }
+
+  __device__ __forceinline__ void run() {
+    Run run(c, work);
+    while (run.next(work)) {
+      begin(run.query);
+      meet_all();
+      u32 end = look(c, run.query).end, *orders = run.orders(c, work);
+      for (u32 tile = run.at; tile < run.upto; tile++, turn++)
+        if (turn % GROUPS == warp_of() / WARPS) take((tile - work.first[run.query]) * KEYS, end, orders + (tile - run.at) * KEYS);
+      meet_all();
+      u32* told = c.told + (u64)run.query * (BINS + 2);
+      tell_bins(told, work);
+      meet_all();
+      if (threadIdx.x == 0) arrive_for_all(&told[BINS]);
+    }
+  }
+};
