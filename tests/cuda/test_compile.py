@@ -34,6 +34,4 @@ def test_registers_suffice(source, tmp_path):
     spilt = [int(num) for num in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     assert spilt
     # At two rows of 1024 threads, of 32 registers, rows that shared memory does not hold are settled with less: few are.
-    rare = [spilt.pop(spilt.index(max(spilt)))] if source == "settle" else [0]
     assert max(spilt) <= 64
-    assert max(rare) <= 256

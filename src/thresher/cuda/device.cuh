@@ -15,9 +15,6 @@ __device__ __forceinline__ u32 warp_of() { return threadIdx.x / 32; }
 struct alignas(16) Four {
   u32 a, b, c, d;
 };
-struct alignas(16) Floats {
-  float a, b, c, d;
-};
 struct Two {
   float a, b;
 };

@@ -19,7 +19,7 @@ struct Lists {
   float* beside;          // null, or [rows, topk]
   int* redo;              // [rows]: 1 where the lists do not hold the answer, and the selection is empty
   u32 topk, lists, room, found_row;
-  u32 held;               // pairs that shared memory has room for; the lists of a row with more are read three times
+  u32 held;               // pairs that shared memory has room for; the lists of a row with more are read again and again
   u32 words;              // of 32 keys each that the mask has room for; those of a row with more are looked at part after part
 };
 
@@ -33,7 +33,6 @@ struct Workspace {
       u64 near[NEAR];
       u32 bins[BINS];
     };
-    u32 scores[SCORE_BINS];
     u32 mask[1];  // as many words as the launch makes room for, at least those of the others
   };
 };
@@ -78,9 +77,8 @@ __device__ __forceinline__ void clear_bins(Workspace& work) {
 }
 
 // `seek_bin`. Begins and ends at a barrier.
-template <u32 NUM>
-__device__ __forceinline__ void find_bin(const u32 (&bins)[NUM], u32 want, Workspace& work) {
-  seek_bin(bins, NUM, blockDim.x, want, work, [&](u32 sum, u32& total) { return scan(sum, work.warps[0], total); });
+__device__ __forceinline__ void find_bin(u32 want, Workspace& work) {
+  seek_bin(work.bins, BINS, blockDim.x, want, work, [&](u32 sum, u32& total) { return scan(sum, work.warps[0], total); });
   __syncthreads();
 }
 
@@ -118,7 +116,7 @@ __device__ __forceinline__ u64 nth_largest(const Each& each, Range range, u32 wa
   Scale scale(number_of(~range.low), number_of(range.high));
   each([&](u64 pair) { atomicAdd(&work.bins[scale.bin(number_of((u32)(pair >> 32)))], 1u); });
   __syncthreads();
-  find_bin(work.bins, want, work);
+  find_bin(want, work);
   u32 bin = work.bin;
   want -= work.above;
   if (work.inside <= NEAR) {
@@ -143,7 +141,7 @@ __device__ __forceinline__ u64 nth_largest(const Each& each, Range range, u32 wa
       if (pair - first <= span) atomicAdd(&work.bins[(pair - first) >> shift], 1u);
     });
     __syncthreads();
-    find_bin(work.bins, want, work);
+    find_bin(want, work);
     u64 over = (u64)work.bin << shift;
     first += over;
     span = min(((u64)1 << shift) - 1, span - over);  // no pairs beyond the last were counted
@@ -215,69 +213,26 @@ struct Listed {
       for (u32 at = lane_of(); at < num; at += 32) use(begin + at, from + at);
     }
   }
-  // The pairs, as they lie there, some of them asked for before the first is used.
-  template <class Use>
-  __device__ __forceinline__ void each_pair(const Use& use) const {
-    constexpr u32 AHEAD = 3;
-    for (u32 list = warp_of(); list < lists; list += blockDim.x / 32) {
-      u32 num = begins[list + 1] - begins[list];
-      const u64* from = found + list * room;
-      for (u32 at = lane_of(); at < num; at += 32 * AHEAD) {
-        u64 raw[AHEAD];
-#pragma unroll
-        for (u32 ahead = 0; ahead < AHEAD; ahead++)
-          if (at + 32 * ahead < num) raw[ahead] = from[at + 32 * ahead];
-#pragma unroll
-        for (u32 ahead = 0; ahead < AHEAD; ahead++)
-          if (at + 32 * ahead < num) use(raw[ahead]);
-      }
-    }
-  }
 };
 
-// Seek the cut among the pairs where they lie, and write the keys: for rows that shared memory does not hold. Bins of their scores tell a few
-// about the cut, which it does.
-__device__ __noinline__ u64 settle_unheld(
-    const Listed& listed, u32 num, u32 length, u32 end, u32 words, u32* keys, u64* pairs, u32 held, Workspace& work) {
-  auto each = [&](auto use) { listed.each_pair([&](u64 raw) { use(pair_of(raw)); }); };
-  u64 cut = 0;
-  if (num > length) {
-    for (u32 at = threadIdx.x; at < SCORE_BINS; at += blockDim.x) work.scores[at] = 0;
-    __syncthreads();
-    each([&](u64 pair) { atomicAdd(&work.scores[score_bin((u32)(pair >> 32))], 1u); });
-    __syncthreads();
-    find_bin(work.scores, length, work);
-    u32 bin = work.bin, want = length - work.above, inside = work.inside;
-    if (threadIdx.x == 0) work.num_near = 0;
-    __syncthreads();
-    Range range;
-    if (inside <= held) {
-      each([&](u64 pair) {
-        if (score_bin((u32)(pair >> 32)) == bin) pairs[atomicAdd(&work.num_near, 1u)] = pair;
-      });
-      __syncthreads();
-      auto few = [&](auto use) {
-        for (u32 at = threadIdx.x; at < inside; at += blockDim.x) use(pairs[at]);
-      };
-      few([&](u64 pair) { range.add(pair); });
-      cut = nth_largest(few, range, want, work);
-    } else {
-      each([&](u64 pair) { range.add(pair); });
-      cut = nth_largest(each, range, length, work);
-    }
-  }
+// Seek the cut among the pairs where they lie, and write the keys: for rows that shared memory cannot hold, which are few.
+__device__ __noinline__ u64 settle_unheld(const Listed& listed, u32 num, u32 length, u32 end, u32 words, u32* keys, Workspace& work) {
+  auto each = [&](auto use) { listed.each([&](u32, const u64* from) { use(pair_of(*from)); }); };
+  Range range;
+  each([&](u64 pair) { range.add(pair); });
+  u64 cut = num > length ? nth_largest(each, range, length, work) : 0;
   write_keys(each, cut, end, words, keys, work);
   return cut;
 }
 
 // A thread block takes the row of its number, whose lists are no more than its threads.
-// Shared memory: Workspace up to the mask, `words` of that, `lists` + 1 + `topk` words, rounded up to an even number, and `held` pairs.
+// Shared memory: Workspace up to the mask, `words` of that, `lists` + 1 words, rounded up to an even number, and `held` pairs. The keys taken
+// stand where the pairs were, which nobody reads once a mask of all keys is made; behind them where it is made part after part.
 __device__ __forceinline__ void settle_row(const Lists& rows) {
   Workspace& work = *(Workspace*)shared_memory;
   u32 topk = rows.topk, lists = rows.lists, room = rows.room, held = rows.held;
   u32* begins = work.mask + rows.words;
-  u32* keys = begins + lists + 1;
-  u64* pairs = (u64*)(keys + topk + (lists + 1 + topk) % 2);
+  u64* pairs = (u64*)(begins + (lists + 2) / 2 * 2);
   u64 row = blockIdx.x;
 
   u32 end = (u32)rows.ends[row], wanted = min(end, topk);
@@ -292,6 +247,7 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
   __syncthreads();
   if (length > 0) {
     Listed listed{rows.found + row * rows.found_row, begins, lists, room};
+    u32* keys = (u32*)(pairs + (end <= 32 * rows.words ? 0 : held));
     u64 cut = 0;
     if (num <= held) {
       listed.each([&](u32 at, const u64* from) { copy_ahead(pairs + at, from); });
@@ -310,11 +266,12 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
       if (num > length) cut = nth_largest(each, range, length, work);
       write_keys(each, cut, end, rows.words, keys, work);
     } else {
-      cut = settle_unheld(listed, num, length, end, rows.words, keys, pairs, held, work);
+      cut = settle_unheld(listed, num, length, end, rows.words, keys, work);
     }
     for (u32 at = threadIdx.x; at < length; at += blockDim.x) rows.indices[row * topk + at] = keys[at];
     if (rows.beside != nullptr)
-      listed.each_pair([&](u64 raw) {
+      listed.each([&](u32, const u64* from) {
+        u64 raw = *from;
         if (pair_of(raw) < cut) return;
         u32 place = 0;  // how many keys are smaller
         for (u32 step = 1u << (31 - __clz(length)); step > 0; step /= 2)
@@ -332,3 +289,4 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
 extern "C" __global__ void __launch_bounds__(1024, 1) settle_1(const Lists rows) { settle_row(rows); }
 extern "C" __global__ void __launch_bounds__(1024, 2) settle_2(const Lists rows) { settle_row(rows); }
 extern "C" __global__ void __launch_bounds__(512, 3) settle_3(const Lists rows) { settle_row(rows); }
+extern "C" __global__ void __launch_bounds__(512, 4) settle_4(const Lists rows) { settle_row(rows); }

@@ -1,12 +1,12 @@
 // Sums of FP8 keys in position order, and the means of blocks: see ops/pool_keys/walks.py.
 //
-// A thread block walks one block of keys: a chain of additions in fp32 for each dim, whose order is the result's. Half of its threads add, a dim
-// each; the others bring keys to shared memory, parts ahead of the walk, and turn them into fp32, so that the chain is nothing but additions.
+// A thread block of as many threads as a key has dims walks one block of keys, a dim a thread: a chain of additions in fp32, whose order is
+// the result's. Keys come through shared memory, a part of them ahead of the walk, for from device memory each took ten times as long.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
-constexpr u32 PART = 32;  // keys that are copied together
-constexpr u32 PARTS = 8;  // in shared memory: one that is turned into fp32, the others under way
-constexpr u32 TURN = 16;  // keys that a thread reads ahead
+constexpr u32 PART = 128;  // keys that are copied together
+constexpr u32 PARTS = 3;   // in shared memory: one that is walked, two under way
+constexpr u32 TURN = 16;   // keys that a thread reads ahead
 
 struct Rows {  // struct Rows of cache/device.py, of keys in pages
   const unsigned char* values;
@@ -43,119 +43,91 @@ struct Part {
 
 template <u32 DIM>
 struct Workspace {
-  alignas(16) float terms[2][PART][DIM];  // keys times their scales: exact, since those are powers of two
+  Part<DIM> parts[PARTS];
   u32 warps[DIM / 32];
   u32 run;
-  Part<DIM> parts[1];  // PARTS, or as many as a block of keys has; behind them the pages that it lies in
+  int pages[1];  // of all that a block of keys lies in
 };
 
-// A thread's terms of the keys from `at` on.
+// A thread's values of the keys from `at` on, and their scales. A product of both is exact, since scales are powers of two.
 template <u32 DIM>
 struct Turn {
-  float terms[TURN];
-  __device__ __forceinline__ Turn(const float (*part)[DIM], u32 at) {
+  float values[TURN], scales[TURN];
+  __device__ __forceinline__ Turn(const Part<DIM>& part, u32 at) {
 #pragma unroll
-    for (u32 key = 0; key < TURN; key++) terms[key] = part[at + key][threadIdx.x];
+    for (u32 key = 0; key < TURN; key += 2) {
+      Two two = from_e4m3(part.values[at + key][threadIdx.x] | part.values[at + key + 1][threadIdx.x] << 8);
+      values[key] = two.a, values[key + 1] = two.b;
+    }
+#pragma unroll
+    for (u32 key = 0; key < TURN; key += 4) {
+      Four four = *(const Four*)(part.scales + at + key);
+      scales[key] = __uint_as_float(four.a), scales[key + 1] = __uint_as_float(four.b);
+      scales[key + 2] = __uint_as_float(four.c), scales[key + 3] = __uint_as_float(four.d);
+    }
   }
 };
 
-// Whether a thread adds, and which of its half of the threads it is.
-template <u32 DIM>
-__device__ __forceinline__ bool adds() {
-  return threadIdx.x < DIM;
-}
-template <u32 DIM>
-__device__ __forceinline__ u32 of_half() {
-  return threadIdx.x % DIM;
-}
-
-// Where the keys of a walk lie: the first is `within` a page, whose size is 1 << shift, the first of `pages`.
+// Where the keys of a walk lie: the first is `within` a page, whose size is 1 << shift, the first of work.pages.
 struct Place {
   u32 shift, within;
-  int* pages;
 };
 
-// Begin to copy a part of the keys, of `count` in all; zeros where there is no page or no key. Without a branch, so that loads of pages do not
-// wait for one another.
+// Begin to copy the keys from `first` of the walk on, of `count` in all; zeros where there is no page or no key. Without a branch, so that
+// loads of pages do not wait for one another.
 template <u32 DIM>
-__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Place place, u32 number, u32 count) {
-  Part<DIM>& part = work.parts[number % PARTS];
+__device__ __forceinline__ void fetch(const Rows& rows, Workspace<DIM>& work, Place place, u32 first, u32 count) {
+  Part<DIM>& part = work.parts[first / PART % PARTS];
   constexpr u32 PIECES = DIM / 16;  // of a key, of 16 bytes
-  u32 first = number * PART, mask = (1u << place.shift) - 1, thread = of_half<DIM>();
+  u32 mask = (1u << place.shift) - 1;
   auto copy = [&](void* to, const void* from, u64 stride, u32 key, u32 start, u32 each) {
     u32 row = place.within + first + key;
-    int page = place.pages[first + key < count ? row >> place.shift : 0];
+    int page = work.pages[first + key < count ? row >> place.shift : 0];
     u64 offset = (u64)max(page, 0) * stride + start + (row & mask) * each;
     copy_or_zero((Four*)to, (const Four*)((const unsigned char*)from + offset), page >= 0 && first + key < count);
   };
-  if (first < count) {
 #pragma unroll
-    for (u32 turn = 0; turn < PART * PIECES / DIM; turn++) {
-      u32 piece = turn * DIM + thread, key = piece / PIECES, at = piece % PIECES * 16;
-      copy(part.values[key] + at, rows.values, rows.value_stride, key, at, DIM);
-    }
-    if (thread < PART / 4) copy(part.scales + thread * 4, rows.scales, 4 * (u64)rows.scale_stride, thread * 4, 4 * rows.scale_start, 4);
+  for (u32 turn = 0; turn < PART * PIECES / DIM; turn++) {
+    u32 piece = turn * DIM + threadIdx.x, key = piece / PIECES, at = piece % PIECES * 16;
+    copy(part.values[key] + at, rows.values, rows.value_stride, key, at, DIM);
   }
+  if (threadIdx.x < PART / 4)
+    copy(part.scales + threadIdx.x * 4, rows.scales, 4 * (u64)rows.scale_stride, threadIdx.x * 4, 4 * rows.scale_start, 4);
   commit_copies();
 }
 
-// Turn a part of the keys into terms. Threads begin at different quarters of their pieces, so that they write to different banks.
-template <u32 DIM>
-__device__ __forceinline__ void convert(const Part<DIM>& part, float (*terms)[DIM]) {
-  constexpr u32 PIECES = DIM / 16;
-#pragma unroll
-  for (u32 turn = 0; turn < PART * PIECES / DIM; turn++) {
-    u32 piece = turn * DIM + of_half<DIM>(), key = piece / PIECES, at = piece % PIECES * 16, ahead = piece / 2 % 4;
-    float scale = part.scales[key];
-    Four four = *(const Four*)(part.values[key] + at);
-    if (ahead & 1) four = {four.b, four.c, four.d, four.a};
-    if (ahead & 2) four = {four.c, four.d, four.a, four.b};
-    u32 words[4] = {four.a, four.b, four.c, four.d};
-#pragma unroll
-    for (u32 word = 0; word < 4; word++) {
-      Two low = from_e4m3(words[word]), high = from_e4m3(words[word] >> 16);
-      *(Floats*)&terms[key][at + (word + ahead) % 4 * 4] = {low.a * scale, low.b * scale, high.a * scale, high.b * scale};
-    }
-  }
-}
-
-// The sum of keys `start .. start + count - 1` of a request in this thread's dim, for those that add. `use` is told of each key's number and the
-// sum up to it, up to TURN of them at a time. `start` is a multiple of 16, a page's size too, and a power of two. Once a thread block.
+// The sum of keys `start .. start + count - 1` of a request in this thread's dim. `use` is told of each key's number and the sum up to it, up to
+// TURN of them at a time. `start` is a multiple of 16, a page's size too, and a power of two. Begins at a barrier.
 template <u32 DIM, class Use>
 __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, u32 count, Workspace<DIM>& work, const Use& use) {
-  u32 parts = (count + PART - 1) / PART;
-  Place place{(u32)__ffs(rows.page_size) - 1, start & (rows.page_size - 1), (int*)(work.parts + min(parts, PARTS))};
+  Place place{(u32)__ffs(rows.page_size) - 1, start & (rows.page_size - 1)};
   u32 column = start >> place.shift;
-  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += 2 * DIM) place.pages[at] = page_of(rows, request, column + at);
+  for (u32 at = threadIdx.x; at << place.shift < place.within + count; at += DIM) work.pages[at] = page_of(rows, request, column + at);
   __syncthreads();
+  fetch(rows, work, place, 0, count);
+  fetch(rows, work, place, PART, count);
   float sum = 0.0f;
-  if (!adds<DIM>())
-    for (u32 number = 0; number < PARTS - 1; number++) fetch(rows, work, place, number, count);
-  // One part is added while the next is turned into terms.
-  for (u32 number = 0; number <= parts; number++) {
-    if (!adds<DIM>()) await_copies<PARTS - 2>();
+  for (u32 first = 0; first < count; first += PART) {
+    await_copies<1>();
     __syncthreads();
-    if (!adds<DIM>()) {
-      fetch(rows, work, place, number + PARTS - 1, count);
-      if (number < parts) convert(work.parts[number % PARTS], work.terms[number % 2]);
-    } else if (number > 0) {
-      const float(*part)[DIM] = work.terms[(number - 1) % 2];
-      u32 first = (number - 1) * PART, num = min(count - first, PART), at = 0;
-      Turn<DIM> turn(part, 0);
-      for (; at + TURN <= num; at += TURN) {
-        Turn<DIM> next(part, min(at + TURN, PART - TURN));  // ahead of the chain
-        float sums[TURN];
+    fetch(rows, work, place, first + 2 * PART, count);
+    const Part<DIM>& part = work.parts[first / PART % PARTS];
+    u32 num = min(count - first, PART), at = 0;
+    Turn<DIM> turn(part, 0);
+    for (; at + TURN <= num; at += TURN) {
+      Turn<DIM> next(part, min(at + TURN, PART - TURN));  // ahead of the chain
+      float sums[TURN];
 #pragma unroll
-        for (u32 key = 0; key < TURN; key++) sums[key] = sum = sum + turn.terms[key];
-        use(first + at, sums, TURN);
-        turn = next;
-      }
-      for (; at < num; at++) {
-        sum += part[at][threadIdx.x];
-        use(first + at, &sum, 1);
-      }
+      for (u32 key = 0; key < TURN; key++) sums[key] = sum = fmaf(turn.values[key], turn.scales[key], sum);
+      use(first + at, sums, TURN);
+      turn = next;
+    }
+    for (; at < num; at++) {
+      sum = fmaf(from_e4m3(part.values[at][threadIdx.x]).a, part.scales[at], sum);
+      use(first + at, &sum, 1);
     }
   }
+  __syncthreads();
   return sum;
 }
 
@@ -164,9 +136,8 @@ __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, 
 template <u32 DIM>
 __device__ __forceinline__ void store_mean(float mean, unsigned char* values, float* scale, Workspace<DIM>& work) {
   u32 top = __reduce_max_sync(EVERY, __float_as_uint(mean) & 0x7fffffffu);
-  if (adds<DIM>() && lane_of() == 0) work.warps[warp_of()] = top;
+  if (lane_of() == 0) work.warps[warp_of()] = top;
   __syncthreads();
-  if (!adds<DIM>()) return;
   for (u32 warp = 0; warp < DIM / 32; warp++) top = max(top, work.warps[warp]);
   bool finite = top < 0x7f800000u;
   top = max(top, 0x38d1b717u);  // 1e-4
@@ -217,7 +188,7 @@ __device__ __forceinline__ Sight sight(const Own& own, u64 query) {
 template <u32 DIM>
 __device__ __forceinline__ void own_block(const Own& own) {
   Workspace<DIM>& work = *(Workspace<DIM>*)shared_memory;
-  constexpr u32 LOOKS = 4;  // of each thread at once
+  constexpr u32 LOOKS = 8;  // of each thread at once
   u64 query = blockIdx.x;
   Sight seen = sight(own, query);
   if (seen.offset < 0) return;
@@ -232,18 +203,18 @@ __device__ __forceinline__ void own_block(const Own& own) {
     __syncthreads();
     u32 stop = most;
     for (u32 look = LOOKS; look-- > 0;) {
-      u32 step = run + look * 2 * DIM + threadIdx.x;
+      u32 step = run + look * DIM + threadIdx.x;
       if (step < most && !follows(query + step, step)) stop = step;
     }
     atomicMin(&work.run, stop);
     __syncthreads();
-    run += LOOKS * 2 * DIM;
+    run += LOOKS * DIM;
     if (work.run < run || run >= most) break;
     __syncthreads();
   }
   run = work.run;
   u32 offset = (u32)seen.offset;
-  float* to = own.sums + query * DIM + of_half<DIM>();
+  float* to = own.sums + query * DIM + threadIdx.x;
   auto use = [&](u32 key, const float* sums, u32 num) {
     float* from = to + ((long long)key - offset) * DIM;
     if (key >= offset) {  // without a branch for each
@@ -259,7 +230,7 @@ __device__ __forceinline__ void own_block(const Own& own) {
   walk(own.keys, seen.request, (u32)(seen.last - offset), offset + run, work, use);
 }
 
-extern "C" __global__ void __launch_bounds__(256) pool_128(const Pool pool) { pool_block<128>(pool); }
-extern "C" __global__ void __launch_bounds__(128) pool_64(const Pool pool) { pool_block<64>(pool); }
-extern "C" __global__ void __launch_bounds__(256) own_128(const Own own) { own_block<128>(own); }
-extern "C" __global__ void __launch_bounds__(128) own_64(const Own own) { own_block<64>(own); }
+extern "C" __global__ void __launch_bounds__(128) pool_128(const Pool pool) { pool_block<128>(pool); }
+extern "C" __global__ void __launch_bounds__(64) pool_64(const Pool pool) { pool_block<64>(pool); }
+extern "C" __global__ void __launch_bounds__(128) own_128(const Own own) { own_block<128>(own); }
+extern "C" __global__ void __launch_bounds__(64) own_64(const Own own) { own_block<64>(own); }

@@ -1,7 +1,7 @@
 """Sums of index keys in position order on Hopper, in CUDA C++ (``thresher/cuda/walk.cu``): the bits of ``device.ordered_sum``.
 
 A walk is a chain of additions. There keys come from device memory a run at a time, 40 clocks a key, whatever is asked for ahead; here they
-are copied to shared memory and turned into fp32 by other threads (docs/lab-log.md).
+are copied to shared memory first, by all threads, and a key takes 27 (docs/lab-log.md).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from thresher.cache.device import Rows, on_hopper
 from thresher.cuda import launch
 from thresher.ops.dispatch import installed
 
-PART, PARTS = 32, 8  # keys that are copied together, and how many such parts shared memory holds, as in walk.cu
+PART, PARTS = 128, 3  # keys that are copied together, and how many such parts shared memory holds, as in walk.cu
 
 
 class _Rows(ctypes.Structure):
@@ -77,6 +77,5 @@ def _rows(rows: Rows) -> _Rows:
 
 def _launch(name: str, arguments: ctypes.Structure, grid: int, rows: Rows, block_size: int, dim: int) -> None:
     pages = -(-block_size // rows.page_size) + 1
-    beside = 2 * PART * dim * 4 + -(-(dim // 32 + 1) // 4) * 16
-    shared = beside + min(-(-block_size // PART), PARTS) * PART * (dim + 4) + 4 * pages
-    launch.launch("walk", name, arguments, grid, 2 * dim, shared, rows.values.device)
+    shared = PARTS * PART * (dim + 4) + 4 * (dim // 32 + 1 + pages)
+    launch.launch("walk", name, arguments, grid, dim, shared, rows.values.device)

@@ -7,6 +7,7 @@ that are taken become bits of a mask there, which is written out in order: nothi
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,10 +19,8 @@ from thresher.types import Selection
 if TYPE_CHECKING:
     from thresher.ops.score_select.triton import Plan
 
-BEFORE_MASK, LEAST_WORDS = 288, 2048  # bytes, and words of 4: struct Workspace of settle.cu
+BEFORE_MASK, LEAST_WORDS = 288, 1280  # bytes, and words of 4: struct Workspace of settle.cu
 MOST_WORDS = 4096  # of a mask that is taken in parts, so that all pairs have room
-SPARE = 1.2  # times as many pairs as are likely should have room
-FEW = 1024  # pairs, at least, where lists are read three times and only those about the cut have room
 
 
 class Lists(ctypes.Structure):
@@ -37,7 +36,7 @@ class Memory(NamedTuple):
     """Shared memory for a row.
 
     Attributes:
-        rows: that a multiprocessor has at a time, 1 to 3.
+        rows: that a multiprocessor has at a time, 1 to 4.
         words: of the mask, 32 keys each.
         held: pairs.
         size: bytes in all.
@@ -50,23 +49,19 @@ class Memory(NamedTuple):
 
 
 def shared_memory(plan: Plan, topk: int, room_tokens: int) -> Memory:
-    """A mask of all keys and as many rows at a time as leave room for the pairs that are likely, or for a few of them where it would be one
-    row at a time; for very many keys, parts of the mask."""
-    lists = plan.lists + 1 + topk
-    lists += lists % 2
+    """A mask of all keys and as many rows at a time as leave room for the pairs that are likely; for very many keys, parts of the mask."""
+    lists = (plan.lists + 2) // 2 * 2
     most = min(plan.lists * plan.room, room_tokens)
-    likely = min((plan.want + plan.slack) * plan.stride or most, most)
+    # What the level lets pass deviates by less than the root of what it counts in the sample, times the stride.
+    likely = (plan.want + plan.slack + 1.5 * math.sqrt(topk / plan.stride)) * plan.stride if plan.stride else most
     whole = max(-(-room_tokens // 128) * 4, LEAST_WORDS)
-    all_of_them, few = min(SPARE * likely, most), min(FEW, most)
-    for words, rows, wanted in (
-        (whole, 3, all_of_them), (whole, 2, all_of_them), (whole, 3, few), (whole, 2, few), (whole, 1, all_of_them),
-        (min(whole, MOST_WORDS), 1, few),
-    ):  # fmt: skip
+    for words, rows in [(whole, rows) for rows in (4, 3, 2, 1)] + [(min(whole, MOST_WORDS), 1)]:
         fixed = BEFORE_MASK + 4 * (words + lists)
-        held = min((launch.SHARED // rows // 1024 * 1024 - 1024 * (rows > 1) - fixed) // 8, most)  # CUDA takes 1 KB for each
-        if held >= wanted:
+        keys = 0 if words == whole else topk  # behind the pairs: see settle.cu
+        held = min((launch.SHARED // rows // 1024 * 1024 - 1024 * (rows > 1) - fixed - 4 * keys) // 8, most)  # CUDA takes 1 KB for each
+        if held >= max(min(likely, most), topk / 2):
             break
-    return Memory(rows, words, held, fixed + 8 * held)
+    return Memory(rows, words, held, fixed + max(8 * held + 4 * keys, 4 * topk))
 
 
 def settle(
@@ -95,5 +90,5 @@ def settle(
         found_row=found.stride(0), held=memory.held, words=memory.words,
     )  # fmt: skip
     if num:
-        launch.launch("settle", f"settle_{memory.rows}", lists, num, 512 if memory.rows == 3 else 1024, memory.size, device)
+        launch.launch("settle", f"settle_{memory.rows}", lists, num, 512 if memory.rows > 2 else 1024, memory.size, device)
     return Selection(indices, lengths, "logical", beside), redo

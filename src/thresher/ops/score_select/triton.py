@@ -95,16 +95,18 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     """The plan for rows of up to ``room_tokens`` keys on ``programs`` multiprocessors.
 
     The sample, one of every stride keys, holds ``topk / stride`` of the topk best on average. It deviates from that by the root of it at
-    most, and by less where these stand together. The level is set for six such deviations more. A list has room for what that brings it and
-    six deviations more, its own and the level's, or for a heavier tail.
+    most, and by less where these stand together. The level is set for 5.3 such deviations more, and four places: of hits that fall like
+    rain one row in ten million has so many. A list has room for what that brings it and six deviations more, its own and the level's, or for a
+    heavier tail.
     """
     places = 64 if heads > QUADS else 32  # lists of a run
     runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
     lists = places * runs
     stride = sample_stride(room_tokens, topk, heads)
     hits = topk / stride
-    want = math.ceil(hits + 6 * math.sqrt(hits) + 4)
-    expected = (want + want // 16) * stride / lists
+    want = math.ceil(hits + 5.3 * math.sqrt(hits) + 4)
+    slack = want // 32
+    expected = (want + slack) * stride / lists
     most = expected + 6 * math.sqrt(expected + expected**2 / want)
     # The level's tail is the heavier the smaller ``want``: 4.5 of its deviations, and of a list that has that many 3.5 of its own.
     likely = expected * (1 + 4.5 / math.sqrt(want))
@@ -113,7 +115,7 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
     row = lists * room + PAST
     if room_tokens <= lists * room:
         return Plan(0, 0, 0, runs, lists, room, row)
-    return Plan(stride, want, want // 16, runs, lists, room, row)
+    return Plan(stride, want, slack, runs, lists, room, row)
 
 
 def sample_stride(room_tokens: int, topk: int, heads: int) -> int:
