@@ -19,7 +19,7 @@ struct Lists {
   float* beside;          // null, or [rows, topk]
   int* redo;              // [rows]: 1 where the lists do not hold the answer, and the selection is empty
   u32 topk, lists, room, found_row;
-  u32 held;               // pairs that shared memory has room for; the lists of a row with more are read again and again
+  u32 held;               // pairs that shared memory has room for; the others of a row are read again and again
   u32 words;              // of 32 keys each that the mask has room for; those of a row with more are looked at part after part
 };
 
@@ -213,17 +213,13 @@ struct Listed {
       for (u32 at = lane_of(); at < num; at += 32) use(begin + at, from + at);
     }
   }
+  __device__ __forceinline__ u64 pair(u32 at) const {
+    u32 list = 0;
+    for (u32 step = 1u << (31 - __clz(lists)); step > 0; step /= 2)
+      if (list + step < lists && begins[list + step] <= at) list += step;
+    return pair_of(found[list * room + at - begins[list]]);
+  }
 };
-
-// Seek the cut among the pairs where they lie, and write the keys: for rows that shared memory cannot hold, which are few.
-__device__ __noinline__ u64 settle_unheld(const Listed& listed, u32 num, u32 length, u32 end, u32 words, u32* keys, Workspace& work) {
-  auto each = [&](auto use) { listed.each([&](u32, const u64* from) { use(pair_of(*from)); }); };
-  Range range;
-  each([&](u64 pair) { range.add(pair); });
-  u64 cut = num > length ? nth_largest(each, range, length, work) : 0;
-  write_keys(each, cut, end, words, keys, work);
-  return cut;
-}
 
 // A thread block takes the row of its number, whose lists are no more than its threads.
 // Shared memory: Workspace up to the mask, `words` of that, `lists` + 1 words, rounded up to an even number, and `held` pairs. The keys taken
@@ -248,26 +244,27 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
   if (length > 0) {
     Listed listed{rows.found + row * rows.found_row, begins, lists, room};
     u32* keys = (u32*)(pairs + (end <= 32 * rows.words ? 0 : held));
-    u64 cut = 0;
-    if (num <= held) {
-      listed.each([&](u32 at, const u64* from) { copy_ahead(pairs + at, from); });
-      commit_copies();
-      await_copies<0>();
-      __syncthreads();
-      Range range;
-      for (u32 at = threadIdx.x; at < num; at += blockDim.x) {
-        u64 pair = pair_of(pairs[at]);
-        pairs[at] = pair;
-        range.add(pair);
-      }
-      auto each = [&](auto use) {  // those that this thread has just written
-        for (u32 at = threadIdx.x; at < num; at += blockDim.x) use(pairs[at]);
-      };
-      if (num > length) cut = nth_largest(each, range, length, work);
-      write_keys(each, cut, end, rows.words, keys, work);
-    } else {
-      cut = settle_unheld(listed, num, length, end, rows.words, keys, work);
+    u32 here = min(num, held);
+    listed.each([&](u32 at, const u64* from) {
+      if (at < here) copy_ahead(pairs + at, from);
+    });
+    commit_copies();
+    await_copies<0>();
+    __syncthreads();
+    Range range;
+    for (u32 at = threadIdx.x; at < here; at += blockDim.x) {
+      u64 pair = pair_of(pairs[at]);
+      pairs[at] = pair;
+      range.add(pair);
     }
+    for (u32 at = held + threadIdx.x; at < num; at += blockDim.x) range.add(listed.pair(at));
+    auto each = [&](auto use) {
+      for (u32 at = threadIdx.x; at < here; at += blockDim.x) use(pairs[at]);  // those that this thread has just written
+      for (u32 at = held + threadIdx.x; at < num; at += blockDim.x) use(listed.pair(at));
+    };
+    u64 cut = 0;
+    if (num > length) cut = nth_largest(each, range, length, work);
+    write_keys(each, cut, end, rows.words, keys, work);
     for (u32 at = threadIdx.x; at < length; at += blockDim.x) rows.indices[row * topk + at] = keys[at];
     if (rows.beside != nullptr)
       listed.each([&](u32, const u64* from) {
@@ -289,4 +286,3 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
 extern "C" __global__ void __launch_bounds__(1024, 1) settle_1(const Lists rows) { settle_row(rows); }
 extern "C" __global__ void __launch_bounds__(1024, 2) settle_2(const Lists rows) { settle_row(rows); }
 extern "C" __global__ void __launch_bounds__(512, 3) settle_3(const Lists rows) { settle_row(rows); }
-extern "C" __global__ void __launch_bounds__(512, 4) settle_4(const Lists rows) { settle_row(rows); }

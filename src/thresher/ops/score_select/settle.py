@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     """Shared memory for a row.
 
     Attributes:
-        rows: that a multiprocessor has at a time, 1 to 4.
+        rows: that a multiprocessor has at a time, 1 to 3.
         words: of the mask, 32 keys each.
         held: pairs.
         size: bytes in all.
@@ -55,7 +55,7 @@ def shared_memory(plan: Plan, topk: int, room_tokens: int) -> Memory:
     # What the level lets pass deviates by less than the root of what it counts in the sample, times the stride.
     likely = (plan.want + plan.slack + 1.5 * math.sqrt(topk / plan.stride)) * plan.stride if plan.stride else most
     whole = max(-(-room_tokens // 128) * 4, LEAST_WORDS)
-    for words, rows in [(whole, rows) for rows in (4, 3, 2, 1)] + [(min(whole, MOST_WORDS), 1)]:
+    for words, rows in [(whole, rows) for rows in (3, 2, 1)] + [(min(whole, MOST_WORDS), 1)]:
         fixed = BEFORE_MASK + 4 * (words + lists)
         keys = 0 if words == whole else topk  # behind the pairs: see settle.cu
         held = min((launch.SHARED // rows // 1024 * 1024 - 1024 * (rows > 1) - fixed - 4 * keys) // 8, most)  # CUDA takes 1 KB for each
@@ -90,5 +90,5 @@ def settle(
         found_row=found.stride(0), held=memory.held, words=memory.words,
     )  # fmt: skip
     if num:
-        launch.launch("settle", f"settle_{memory.rows}", lists, num, 512 if memory.rows > 2 else 1024, memory.size, device)
+        launch.launch("settle", f"settle_{memory.rows}", lists, num, 512 if memory.rows == 3 else 1024, memory.size, device)
     return Selection(indices, lengths, "logical", beside), redo

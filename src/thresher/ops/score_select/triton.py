@@ -96,8 +96,8 @@ def make_plan(num_queries: int, heads: int, room_tokens: int, topk: int, program
 
     The sample, one of every stride keys, holds ``topk / stride`` of the topk best on average. It deviates from that by the root of it at
     most, and by less where these stand together. The level is set for 5.3 such deviations more, and four places: of hits that fall like
-    rain one row in ten million has so many. A list has room for what that brings it and six deviations more, its own and the level's, or for a
-    heavier tail.
+    rain one row in ten million has so many. A list has room for what that brings it and six deviations more, its own and the level's, or
+    for a heavier tail.
     """
     places = 64 if heads > QUADS else 32  # lists of a run
     runs = share_out(triton.cdiv(num_queries, rows_together(heads)), MAX_LISTS // places, programs)
