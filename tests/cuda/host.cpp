@@ -41,4 +41,5 @@ extern "C" u32 bytes_before_mask() { return offsetof(settle::Workspace, mask); }
 extern "C" u32 least_words() { return (sizeof(settle::Workspace) - offsetof(settle::Workspace, mask)) / 4; }
 
 using Largest = step::Workspace<128, 64>;
-extern "C" u32 bytes_before_orders() { return offsetof(Largest, orders) - 8 * 64 * 128 - 64 * 128; }
+extern "C" u32 bytes_of_tiles() { return offsetof(Largest, query); }
+extern "C" u32 bytes_before_orders() { return offsetof(Largest, orders) - offsetof(Largest, query) - 64 * (128 + 4); }

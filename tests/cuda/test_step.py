@@ -111,6 +111,8 @@ def test_more_in_a_bin_than_is_told_to_all(lengths, programs, order):
 def test_orders_that_shared_memory_has_no_room_for(order, monkeypatch):
     monkeypatch.setattr(step.launch, "SHARED", step.shared_memory(16, 64, 0)[0] + 100)
     World(16, 64, [1300, 0, 500, 64], 6, 3).check(64, True, 3)
+    monkeypatch.setattr(step, "MASKED", 256)
+    World(16, 64, [1300, 0, 500, 64], 6, 3).check(64, True, 3)
 
 
 def test_more_queries_than_blocks(order):
@@ -118,6 +120,7 @@ def test_more_queries_than_blocks(order):
 
 
 def test_shared_memory_is_laid_out_as_the_kernel_has_it():
+    assert library().bytes_of_tiles() == step.TILES
     assert library().bytes_before_orders() == step.BEFORE_ORDERS
     assert step.shared_memory(64, 128, 497)[1] == 497 * 64, "32 requests of 128k on 132 multiprocessors"
     size, held = step.shared_memory(64, 128, 993)

@@ -25,7 +25,7 @@ from thresher.cache import load_keys
 from thresher.cache.index_keys import visible_counts
 from thresher.errors import ThresherError
 from thresher.ops import paged_index_score
-from thresher.ops.dispatch import using
+from thresher.ops.dispatch import AUTO, implementations, using
 from thresher.ops.index_score import deep_gemm
 from thresher.ops.select import flashinfer, vllm
 from thresher.ops.sparse_attend import flash_mla
@@ -186,12 +186,12 @@ def _fastest(ways: dict[str, Sequence[Step]], device: torch.device) -> str:
 
 
 def _our_scores(work: Work, rows: Tensor) -> Tensor:
-    """fp32 ``[rows, N]``, -inf out of sight: given, or by the implementation under test."""
+    """fp32 ``[rows, N]``, -inf out of sight: given, or by the implementation under test where it gives scores alone."""
     assert work.index is not None
     query = work.index.query.rows(rows.to(work.device))
     if work.scores is not None:
         return work.scores[rows.to(work.device)]
-    with using(work.impl):
+    with using(work.impl if work.impl in implementations("paged_index_score") else AUTO):
         return paged_index_score(query, work.index.keys)
 
 

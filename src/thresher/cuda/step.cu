@@ -2,23 +2,22 @@
 //
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly: a thread block has a run of them and keeps their scores in
 // its shared memory. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for one another.
-// 1. One warp fetches tiles through the copy engine; two groups of four warps take turns at multiplying them, and count scores in bins.
+// 1. One warp fetches tiles through the copy engine; four groups of four warps take turns at multiplying them, and count scores in bins.
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
-//    all parts, and each finds the cut, a pair of which there is one.
+//    all parts, and each finds the cut, a pair of which there is one. Scores are read once: what they are sought for is kept as a mask of keys.
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
 //    it waits for the first, so that queries which share blocks do not wait for one another in a row.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
 #include <common.cuh>
 
-constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 2, WARPS = 4;  // of a tile, of the ring, that take turns, of each
+constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; one warp more fetches
-constexpr u32 BINS = SCORE_BINS, MOST = 4096, NEAR = 256;    // of scores; pairs that are told to all; that are compared with one another
+constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
-// What a part notes of a query: how many it takes above what is sought; how many can be selected; which largest of how many pairs the cut is;
-// how often it has arrived.
-enum Note { ABOVE, TOTAL, WANT, INSIDE, ARRIVED, NOTES = 8 };
+constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
+constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
 
 struct Step {
   TileMap tiles;               // of the pages' keys
@@ -31,40 +30,48 @@ struct Step {
   long long* taken;  // [queries]
   float* beside;     // null, or [queries, topk]
   u32* told;         // [queries, BINS + 2], zeros: bins, how often parts have arrived, how many pairs were told
-  u32* notes;        // [queries, blocks, NOTES]: of each part, see Note
+  u32* above;        // [queries, blocks]: how many each part takes for certain
   u64* pairs;        // [queries, MOST]
-  u32* spilt;        // null, or as many orders as the table has room for, where shared memory has no room for a block's
+  u32* spilt;        // null, or as many orders as the table has room for, and their mask, where shared memory has no room for a block's
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
-  u32 held;  // orders that shared memory has room for
+  u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
+};
+
+// What a block knows of a query between its two turns.
+struct Sought {
+  u32 total, want, inside, arrived;  // how many can be selected; which largest of how many pairs the cut is; how often it has arrived
+  u64 low, high;                     // the cut lies from `low` on and below `high`
 };
 
 template <u32 DIM, u32 HEADS>
 struct Workspace {  // begins at a multiple of 1024
   union {
     unsigned char tiles[STAGES][KEYS * DIM];
-    u64 near[MOST];  // once all tiles are scored
+    struct {  // once all tiles are scored
+      u64 near[MOST];
+      Sought sought[MAX_QUERIES];  // of the block's parts, one after the other
+      u32 masks[MASKED / 32];
+    };
   };
   unsigned char query[HEADS * DIM];
+  float weights[HEADS];
   float scales[STAGES][KEYS];
   u64 full[STAGES], empty[STAGES];
-  u64 cut, range[2][GROUPS * WARPS], small[NEAR];
+  u64 cut, small[FEW];
   u32 bins[BINS];
-  u32 first[MAX_QUERIES + 1];  // tiles before each query
-  u32 warps[GROUPS * WARPS], bin, above, inside, num;
+  u32 first[MAX_QUERIES + 1];       // tiles before each query
+  unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
+  u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS], bin, above, inside, num;
   u32 orders[1];  // of the block's keys: see rank_of
 };
 
-// What a query sees: how many keys, of which request.
-struct Seen {
-  u32 end;
-  long long owner;
-};
-__device__ __forceinline__ Seen look(const Step& c, u32 query) {
-  long long owner = c.owners[query];
-  if (owner < 0 || owner >= c.num_requests) return {0, 0};
+// How many keys a query sees.
+__device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
+  long long owner = c.owners[query], position = c.positions[query];
+  if (owner < 0 || owner >= c.num_requests) return 0;
   long long held = min(max(c.lengths[owner], 0ll), (long long)c.table_tiles * KEYS);
-  return {(u32)(min(max(c.positions[query], -1ll), held - 1) + 1), owner};
+  return (u32)(min(max(position, -1ll), held - 1) + 1);
 }
 
 // `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back.
@@ -76,11 +83,14 @@ __device__ __forceinline__ float score_of(u32 rank) { return rank == 1 ? __uint_
 
 __device__ __forceinline__ void meet_all() { meet(1, THREADS); }
 
-// Add this block's bins to those of all parts.
+// Add this block's bins to those of all parts, and clear them.
 template <class Work>
-__device__ __forceinline__ void tell_bins(u32* told, const Work& work) {
-  for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
-    if (work.bins[bin]) atomicAdd(&told[bin], work.bins[bin]);
+__device__ __forceinline__ void tell_bins(u32* told, Work& work) {
+#pragma unroll
+  for (u32 at = 0; at < BINS; at += THREADS) {
+    u32 bin = at + threadIdx.x, count = work.bins[bin];
+    if (count) atomicAdd(&told[bin], count), work.bins[bin] = 0;
+  }
 }
 
 // A run of tiles: those of one query after another.
@@ -100,6 +110,11 @@ struct Run {
     return each * KEYS <= c.held ? work.orders + (at - begin) * KEYS : c.spilt + (u64)at * KEYS;
   }
   template <class Work>
+  __device__ __forceinline__ u32* masks(const Step& c, Work& work) const {
+    u64 all = (u64)c.num_queries * c.table_tiles * KEYS;
+    return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : c.spilt + all + (u64)at * (KEYS / 32);
+  }
+  template <class Work>
   __device__ __forceinline__ bool next(const Work& work) {
     at = upto;
     if (at >= stop) return false;
@@ -112,22 +127,26 @@ struct Run {
 #include <step_score.cuh>
 #include <step_select.cuh>
 
-// Calls use(part) for each query that the block has a part of.
+// Calls use(part, what the block knows of its query) for each query that the block has a part of.
 template <u32 DIM, u32 HEADS, class Use>
 __device__ __forceinline__ void each_part(const Step& c, Workspace<DIM, HEADS>& work, const Use& use) {
   Run run(c, work);
-  while (run.next(work)) {
+  for (u32 number = 0; run.next(work); number++) {
     u32 before = work.first[run.query], behind = work.first[run.query + 1], first = before / run.each;
-    use(Part<DIM, HEADS>{
+    Part<DIM, HEADS> part{
         c, work, run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - before) * KEYS, (run.upto - run.at) * KEYS,
-        run.orders(c, work)});
+        run.orders(c, work), run.masks(c, work)};
+    use(part, work.sought[number]);
   }
 }
 
 template <u32 DIM, u32 HEADS>
 __device__ __forceinline__ void step(const Step& c) {
   Workspace<DIM, HEADS>& work = *(Workspace<DIM, HEADS>*)aligned_memory<1024>();
-  for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) work.first[query + 1] = (look(c, query).end + KEYS - 1) / KEYS;
+  for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) {
+    u32 end = end_of(c, query);
+    work.first[query + 1] = (end + KEYS - 1) / KEYS, work.last[query] = (end + KEYS - 1) % KEYS;
+  }
   if (threadIdx.x == 0) {
     for (u32 slot = 0; slot < STAGES; slot++) begin_barrier(&work.full[slot], 1), begin_barrier(&work.empty[slot], WARPS);
     fence_for_copies();
@@ -149,8 +168,8 @@ __device__ __forceinline__ void step(const Step& c) {
     return;
   }
   Scorer<DIM, HEADS>{c, work}.run();
-  each_part<DIM, HEADS>(c, work, [](auto part) { part.seek(); });
-  each_part<DIM, HEADS>(c, work, [](auto part) { part.take(); });
+  each_part<DIM, HEADS>(c, work, [](auto& part, Sought& sought) { part.seek(sought); });
+  each_part<DIM, HEADS>(c, work, [](auto& part, const Sought& sought) { part.take(sought); });
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
     if (threadIdx.x == 0) c.taken[query] = 0;
@@ -159,7 +178,7 @@ __device__ __forceinline__ void step(const Step& c) {
 }
 
 #define STEP(dim, heads)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(288, 1) step_##dim##_##heads(const __grid_constant__ Step c) { \
+  extern "C" __global__ void __launch_bounds__(544, 1) step_##dim##_##heads(const __grid_constant__ Step c) { \
     step<dim, heads>(c);                                                                                      \
   }
 STEP(128, 16)

@@ -5,7 +5,7 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>
   u32 turn = 0;
   Run run(c, work);
   while (run.next(work)) {
-    const int* table = c.table + look(c, run.query).owner * c.table_row - work.first[run.query];
+    const int* table = c.table + c.owners[run.query] * c.table_row - work.first[run.query];
     int ahead = 0;
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
       if ((tile - run.at) % 32 == 0) ahead = tile + lane_of() < run.upto ? table[(long long)tile + lane_of()] : 0;
@@ -35,22 +35,24 @@ struct Scorer {
   u32 turn = 0;
   float weights[HEADS / 4];  // half of those of heads 8 j + lane % 4 * 2 and the next
 
-  // The query's heads into shared memory, zeros where there is none, and its weights.
-  __device__ __forceinline__ void begin(u32 query) {
-    constexpr u32 PIECES = DIM / 16;
-    for (u32 piece = threadIdx.x; piece < HEADS * PIECES; piece += THREADS) {
-      u32 head = piece / PIECES;
-      Four values = {0, 0, 0, 0};
-      if (head < c.num_heads) values = *(const Four*)(c.q + (u64)query * c.q_row + (u64)head * c.q_head + piece % PIECES * 16);
-      *(Four*)(work.query + swizzled<DIM>(head, piece % PIECES)) = values;
-    }
+  // 16 bytes of a query's heads and a weight: of each thread, while the query before is at work. Zeros where there is none.
+  struct Ahead {
+    Four piece = {0, 0, 0, 0};
+    float weight = 0.0f;
+  };
+  static constexpr u32 PIECES = DIM / 16;  // of a head
+  static_assert(HEADS * PIECES <= THREADS);
+  __device__ __forceinline__ Ahead fetch(u32 query) const {
+    Ahead ahead;
+    if (threadIdx.x / PIECES < c.num_heads && threadIdx.x < HEADS * PIECES)
+      ahead.piece = *(const Four*)(c.q + (u64)query * c.q_row + (u64)(threadIdx.x / PIECES) * c.q_head + threadIdx.x % PIECES * 16);
+    if (threadIdx.x < c.num_heads) ahead.weight = c.weights[(u64)query * c.w_row + threadIdx.x];
+    return ahead;
+  }
+  __device__ __forceinline__ void put(const Ahead& ahead) {
+    if (threadIdx.x < HEADS * PIECES) *(Four*)(work.query + swizzled<DIM>(threadIdx.x / PIECES, threadIdx.x % PIECES)) = ahead.piece;
+    if (threadIdx.x < HEADS) work.weights[threadIdx.x] = mul(ahead.weight, 0.5f);
     fence_for_async();
-#pragma unroll
-    for (u32 at = 0; at < HEADS / 4; at++) {
-      u32 head = at / 2 * 8 + lane_of() % 4 * 2 + at % 2;
-      weights[at] = head < c.num_heads ? mul(c.weights[(u64)query * c.w_row + head], 0.5f) : 0.0f;
-    }
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) work.bins[bin] = 0;
   }
 
   // The score of one of a thread's two keys, in the order of index_score/triton.py: heads onto the sums of their classes modulo 8, ascending;
@@ -88,17 +90,29 @@ struct Scorer {
 
   __device__ __forceinline__ void run() {
     Run run(c, work);
-    while (run.next(work)) {
-      begin(run.query);
-      meet_all();
-      u32 end = look(c, run.query).end, *orders = run.orders(c, work);
+    if (!run.next(work)) return;
+    put(fetch(run.query));
+    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) work.bins[bin] = 0;
+    meet_all();
+    while (true) {
+      Run next = run;
+      bool more = next.next(work);
+      Ahead ahead;
+      if (more) ahead = fetch(next.query);
+#pragma unroll
+      for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
+      u32 before = work.first[run.query], end = (work.first[run.query + 1] - before - 1) * KEYS + work.last[run.query] + 1;
+      u32* orders = run.orders(c, work);
       for (u32 tile = run.at; tile < run.upto; tile++, turn++)
-        if (turn % GROUPS == warp_of() / WARPS) take((tile - work.first[run.query]) * KEYS, end, orders + (tile - run.at) * KEYS);
+        if (turn % GROUPS == warp_of() / WARPS) take((tile - before) * KEYS, end, orders + (tile - run.at) * KEYS);
       meet_all();
       u32* told = c.told + (u64)run.query * (BINS + 2);
       tell_bins(told, work);
+      if (more) put(ahead);
       meet_all();
       if (threadIdx.x == 0) arrive_for_all(&told[BINS]);
+      if (!more) break;
+      run = next;
     }
   }
 };

@@ -21,35 +21,40 @@ __device__ __forceinline__ u32 find_bin(u32 want, u32 num, Work& work) {
   return total;
 }
 
-// The `want`-th largest of the first `num` of work.near, which are distinct.
+// The least order in a bin.
+__device__ __forceinline__ u32 first_order(u32 bin) {
+  constexpr u32 HALF = BINS / 2, FROM = (127 - 16) * 32;
+  if (bin > HALF) return 0x80000000u | (bin - HALF + FROM) << 18;
+  if (bin == HALF) return 0x80000000u;
+  return bin == 0 ? 1 : 0x80000000u - ((HALF - bin + FROM) << 18);
+}
+
+// How far pairs from `low` on and below `high` are shifted, so that there are at most 1 << bits of them.
+__device__ __forceinline__ u32 shift_of(u64 low, u64 high, u32 bits) { return max(64 - __clzll(high - 1 - low) - (int)bits, 0); }
+
+// The `want`-th largest of those `inside` pairs of the first `num` of work.near, all distinct, that lie from `low` on and below `high`.
+// work.num is 0.
 template <class Work>
-__device__ __forceinline__ u64 nth_largest(u32 want, u32 num, Work& work) {
-  u64 low = ~0ull, high = 0;
-  for (u32 at = threadIdx.x; at < num; at += THREADS) low = min(low, work.near[at]), high = max(high, work.near[at]);
-  for (u32 step = 16; step; step /= 2) low = min(low, __shfl_xor_sync(EVERY, low, step)), high = max(high, __shfl_xor_sync(EVERY, high, step));
-  if (lane_of() == 0) work.range[0][warp_of()] = low, work.range[1][warp_of()] = high;
+__device__ __forceinline__ u64 nth_largest(u64 low, u64 high, u32 want, u32 inside, u32 num, Work& work) {
+  constexpr u32 BITS = 9;
+  static_assert(1 << BITS == THREADS);
   meet_all();
-  for (u32 warp = 0; warp < GROUPS * WARPS; warp++) low = min(low, work.range[0][warp]), high = max(high, work.range[1][warp]);
-  u32 inside = num;
-  while (inside > NEAR) {
-    u32 shift = max(64 - __clzll(high - low) - 8, 0);
+  while (inside > FEW) {
+    u32 shift = shift_of(low, high, BITS);
     work.bins[threadIdx.x] = 0;
     meet_all();
     for (u32 at = threadIdx.x; at < num; at += THREADS) {
       u64 pair = work.near[at];
-      if (pair >= low && pair <= high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
+      if (pair >= low && pair < high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
     }
     meet_all();
     find_bin(want, THREADS, work);
-    low += (u64)work.bin << shift, high = min(high, low + ((u64)1 << shift) - 1);
+    low += (u64)work.bin << shift, high = min(high, low + ((u64)1 << shift));
     want -= work.above, inside = work.inside;
-    meet_all();
   }
-  if (threadIdx.x == 0) work.num = 0;
-  meet_all();
   for (u32 at = threadIdx.x; at < num; at += THREADS) {
     u64 pair = work.near[at];
-    if (pair >= low && pair <= high) work.small[atomicAdd(&work.num, 1u)] = pair;
+    if (pair >= low && pair < high) work.small[atomicAdd(&work.num, 1u)] = pair;
   }
   meet_all();
   if (threadIdx.x < inside) {
@@ -68,10 +73,8 @@ struct Part {
   Workspace<DIM, HEADS>& work;
   u32 query, part, parts, first, num;  // the part's keys, `num` from `first` of the query's on
   const u32* orders;
+  u32* masks;  // of those keys that may be taken
   u32 arrived = 1;
-  // What is sought lies in `bin`, and its pair shifted by `shift` is `prefix`.
-  u32 bin = 0, shift = 64;
-  u64 prefix = 0;
 
   __device__ __forceinline__ u32* told() const { return c.told + (u64)query * (BINS + 2); }
   __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
@@ -88,36 +91,25 @@ struct Part {
     arrive_parts();
     await_parts();
   }
-  __device__ __forceinline__ u32* notes(u32 of) const { return c.notes + ((u64)query * gridDim.x + of) * NOTES; }
-  // 1 above what is sought for now, 0 within it, -1 below.
-  __device__ __forceinline__ int side(u32 order, u32 at) const {
-    u32 mine = score_bin(order);
-    if (!order || mine != bin) return order && mine > bin ? 1 : -1;
-    if (shift == 64) return 0;
-    u64 high = pair_of(order, at) >> shift;
-    return high == prefix ? 0 : high > prefix ? 1 : -1;
-  }
-  // Calls use(order, place, which of the keys) for each of a warp's keys, all lanes together; each warp has keys that stand together.
-  template <class Use>
-  __device__ __forceinline__ void each(const Use& use) const {
-    u32 share = (num / 32 + GROUPS * WARPS - 1) / (GROUPS * WARPS) * 32, begin = warp_of() * share;
-    for (u32 at = begin + lane_of(); at < begin + share; at += 32) use(at < num ? orders[at] : 0, at);
-  }
 
-  // Bins of the next 11 bits of the pairs within, when they are too many to be told to all.
-  __device__ __forceinline__ void divide() {
-    u32 from = shift, width = min(from, 11u);
+  // Bins of the pairs from `low` on and below `high`, when they are too many to be told to all. How far they are shifted for that.
+  __device__ __forceinline__ u32 divide(u64 low, u64 high) {
+    u32 shift = shift_of(low, high, 11);
+    static_assert(BINS == 1 << 11);
     meet_parts();
     for (u32 at = threadIdx.x; at < BINS; at += THREADS) {
       work.bins[at] = 0;
       if (part == 0) told()[at] = 0;
     }
     meet_parts();
-    for (u32 at = threadIdx.x; at < num; at += THREADS)
-      if (side(orders[at], at) == 0) atomicAdd(&work.bins[pair_of(orders[at], at) >> (from - width) & ((1u << width) - 1)], 1u);
+    for (u32 at = threadIdx.x; at < num; at += THREADS) {
+      u64 pair = pair_of(orders[at], at);
+      if (pair >= low && pair < high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
+    }
     meet_all();
     tell_bins(told(), work);
     meet_parts();
+    return shift;
   }
 
   // The bin that the `want`-th is in, of those that all parts have added up.
@@ -130,87 +122,121 @@ struct Part {
 
   // Find where the cut is and tell the others what this part has there. Only where a bin holds too many is anybody waited for once all are
   // scored.
-  __device__ __forceinline__ void seek() {
+  __device__ __forceinline__ void seek(Sought& sought) {
     await_parts();
+    if (threadIdx.x == 0) work.num = 0;
     u32 total = find_told_bin(c.topk), want = 0, inside = 0;
+    u64 low = SELECTABLE, high = SELECTABLE;
     if (total > c.topk) {
-      want = c.topk - work.above;
-      bin = work.bin, inside = work.inside;
+      want = c.topk - work.above, inside = work.inside;
+      low = (u64)first_order(work.bin) << 32, high = work.bin + 1 < BINS ? (u64)first_order(work.bin + 1) << 32 : ~(u64)0;
       while (inside > MOST) {
-        divide();
+        u32 shift = divide(low, high);
         find_told_bin(want);
-        u32 width = min(shift, 11u);
-        prefix = shift == 64 ? work.bin : prefix << width | work.bin;
-        shift -= width, want -= work.above, inside = work.inside;
+        low += (u64)work.bin << shift, high = min(high, low + ((u64)1 << shift));
+        want -= work.above, inside = work.inside;
       }
     }
-    tell(inside == 0);
-    if (threadIdx.x == 0) notes(part)[TOTAL] = total, notes(part)[WANT] = want, notes(part)[INSIDE] = inside, notes(part)[ARRIVED] = arrived + 1;
+    tell(low, high);
+    if (threadIdx.x == 0) sought = {total, want, inside, arrived + 1, low, high};
     arrive_parts();
   }
 
-  // Once all parts have told, take what is theirs.
-  __device__ __forceinline__ void take() {
-    u32 total = fresh(&notes(part)[TOTAL]), want = fresh(&notes(part)[WANT]), inside = fresh(&notes(part)[INSIDE]);
-    arrived = fresh(&notes(part)[ARRIVED]);
-    await_parts();
-    u64 cut = (u64)1 << 32;  // all that can be selected
-    if (inside > 0) {
-      for (u32 at = threadIdx.x; at < inside; at += THREADS) work.near[at] = fresh(&c.pairs[(u64)query * MOST + at]);
-      meet_all();
-      cut = nth_largest(want, inside, work);
-    }
-    write(cut, min(total, c.topk), inside);
+  // The groups of 32 keys of a warp: they stand together.
+  struct Groups {
+    u32 begin, stop;
+  };
+  __device__ __forceinline__ Groups groups() const {
+    u32 all = num / 32, share = (all + GROUPS * WARPS - 1) / (GROUPS * WARPS), begin = min(warp_of() * share, all);
+    return {begin, min(begin + share, all)};
+  }
+  // Calls use(mask, group) for each of a warp's groups, 32 of them at a time, one a lane; beyond the last with 0.
+  template <class Use>
+  __device__ __forceinline__ void each_mask(const Use& use) const {
+    auto [begin, stop] = groups();
+    for (u32 group = begin + lane_of(); group - lane_of() < stop; group += 32) use(group < stop ? masks[group] : 0, group);
+  }
+  template <class Use>  // of the keys in a mask
+  __device__ __forceinline__ static void each_key(u32 mask, u32 group, const Use& use) {
+    for (; mask; mask &= mask - 1) use(group * 32 + __ffs(mask) - 1);
   }
 
-  // How many this part takes for certain; and, unless all are taken, the pairs within what is sought.
-  __device__ __forceinline__ void tell(bool all) {
-    constexpr u32 BITS = 13;  // for those within, MOST at most
-    u32 mine = 0, total;
-    auto where = [&](u32 order, u32 at) { return all ? (order ? 1 : -1) : side(order, at); };
-    each([&](u32 order, u32 at) {
-      int side = where(order, at);
-      mine += __popc(__ballot_sync(EVERY, side == 1)) << BITS | __popc(__ballot_sync(EVERY, side == 0));
-    });
-    u32 to = scan(lane_of() == 0 ? mine : 0, work, total) & ((1u << BITS) - 1);
-    if (threadIdx.x == 0) {
-      notes(part)[ABOVE] = total >> BITS;
-      u32 within = total & ((1u << BITS) - 1);
-      work.num = within ? atomicAdd(&told()[BINS + 1], within) : 0;
+  // Keep a mask of the keys from `low` on. Note how many this part takes for certain, those from `high` on, and tell all parts the pairs
+  // between.
+  __device__ __forceinline__ void tell(u64 low, u64 high) {
+    constexpr u32 TURN = 8;  // loads ahead
+    u32 above = 0, within = 0;
+    auto [begin, stop] = groups();
+    for (u32 group = begin; group < stop; group += TURN) {
+      u32 values[TURN];
+#pragma unroll
+      for (u32 at = 0; at < TURN; at++) values[at] = group + at < stop ? orders[(group + at) * 32 + lane_of()] : 0;
+#pragma unroll
+      for (u32 at = 0; at < TURN; at++) {
+        u64 pair = pair_of(values[at], (group + at) * 32 + lane_of());
+        u32 mask = __ballot_sync(EVERY, pair >= low), sure = __popc(__ballot_sync(EVERY, pair >= high));
+        if (lane_of() == 0 && group + at < stop) masks[group + at] = mask;
+        above += sure, within += __popc(mask) - sure;
+      }
     }
+    if (lane_of() == 0) {
+      atomicAdd(&work.num, above);
+      if (within) work.warps[warp_of()] = atomicAdd(&told()[BINS + 1], within);
+    }
+    __syncwarp();
+    if (within)
+      each_mask([&](u32 mask, u32 group) {
+        each_key(mask, group, [&](u32 at) {
+          u64 pair = pair_of(orders[at], at);
+          if (pair < high) c.pairs[(u64)query * MOST + atomicAdd(&work.warps[warp_of()], 1u)] = pair;
+        });
+      });
     meet_all();
-    to = __shfl_sync(EVERY, to, 0) + work.num;
-    if (!(mine & ((1u << BITS) - 1))) return;
-    each([&](u32 order, u32 at) {
-      bool within = where(order, at) == 0;
-      u32 those = __ballot_sync(EVERY, within);
-      if (within) c.pairs[(u64)query * MOST + to + __popc(those & ((1u << lane_of()) - 1))] = pair_of(order, at);
-      to += __popc(those);
-    });
+    if (threadIdx.x == 0) c.above[query * gridDim.x + part] = work.num;
   }
 
-  // The part's keys from the cut on, ascending, behind those that the parts before it take: above, and `inside` pairs that were told to all.
-  __device__ __forceinline__ void write(u64 cut, u32 taken, u32 inside) {
-    u32 before = 0, ahead, mine = 0, own;
-    if (part > 0) {
-      for (u32 at = threadIdx.x; at < part; at += THREADS) before += fresh(&notes(at)[ABOVE]);
+  // Once all parts have told, take what is theirs: the keys from the cut on, ascending, behind those that the parts before it take.
+  __device__ __forceinline__ void take(const Sought& sought) {
+    arrived = sought.arrived;
+    u32 taken = min(sought.total, c.topk), inside = sought.inside, before = 0, mine = 0;
+    await_parts();
+    for (u32 at = threadIdx.x; at < inside; at += THREADS) work.near[at] = fresh(&c.pairs[(u64)query * MOST + at]);
+    for (u32 at = threadIdx.x; at < part; at += THREADS) before += fresh(&c.above[query * gridDim.x + at]);
+    if (threadIdx.x == 0) work.num = 0;
+    u64 cut = SELECTABLE;
+    if (inside > 0) {
+      cut = nth_largest(sought.low, sought.high, sought.want, inside, inside, work);
       for (u32 at = threadIdx.x; at < inside; at += THREADS) before += work.near[at] >= cut && ~(u32)work.near[at] < first;
     }
-    scan(before, work, ahead);
-    each([&](u32 order, u32 at) { mine += __popc(__ballot_sync(EVERY, order && pair_of(order, at) >= cut)); });
-    u32 to = __shfl_sync(EVERY, ahead + scan(lane_of() == 0 ? mine : 0, work, own), 0);
-    each([&](u32 order, u32 at) {
-      bool keep = order && pair_of(order, at) >= cut;
-      u32 kept = __ballot_sync(EVERY, keep);
-      u64 place = (u64)query * c.topk + to + __popc(kept & ((1u << lane_of()) - 1));
-      if (keep) c.indices[place] = first + at;
-      if (keep && c.beside) c.beside[place] = score_of(order);
-      to += __popc(kept);
+    each_mask([&](u32 mask, u32 group) {
+      u32 kept = mask;
+      if (inside > 0)
+        each_key(mask, group, [&](u32 at) {
+          if (pair_of(orders[at], at) < cut) kept ^= 1u << at % 32;
+        });
+      if (kept != mask) masks[group] = kept;
+      mine += __popc(kept);
+    });
+    mine = __reduce_add_sync(EVERY, mine), before = __reduce_add_sync(EVERY, before);
+    if (lane_of() == 0) work.warps[warp_of()] = mine, work.befores[warp_of()] = before;
+    meet_all();
+    u32 to = 0;
+    for (u32 warp = 0; warp < GROUPS * WARPS; warp++) to += work.befores[warp] + (warp < warp_of() ? work.warps[warp] : 0);
+    each_mask([&](u32 mask, u32 group) {
+      u32 upto = sum_upto(__popc(mask));
+      u64 place = (u64)query * c.topk + to + upto - __popc(mask);
+      each_key(mask, group, [&](u32 at) {
+        c.indices[place] = first + at;
+        if (c.beside) c.beside[place] = score_of(orders[at]);
+        place++;
+      });
+      to += __shfl_sync(EVERY, upto, 31);
     });
     if (part + 1 < parts) return;
     if (threadIdx.x == 0) c.taken[query] = taken;
     for (u32 at = taken + threadIdx.x; at < c.topk; at += THREADS) leave_out(c, query, at);
   }
+
   __device__ __forceinline__ static void leave_out(const Step& c, u32 query, u32 at) {
     c.indices[(u64)query * c.topk + at] = -1;
     if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);

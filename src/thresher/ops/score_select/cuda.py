@@ -18,10 +18,10 @@ from thresher.ops.index_score.triton import padded_heads
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-THREADS = 288  # two groups of four warps that multiply and select, and a warp that fetches
-BINS, MOST, MAX_QUERIES, NOTES = 2048, 4096, 1024, 8  # as in step.cu
-MAX_TOPK = 2**18  # a part counts what it takes in 19 bits
-BEFORE_ORDERS = 16700  # bytes of struct Workspace in step.cu beside tiles and heads
+THREADS = 544  # four groups of four warps that multiply and select, and a warp that fetches
+BINS, MOST, MAX_QUERIES, MASKED = 2048, 2048, 1024, 2**17  # as in step.cu
+TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
+BEFORE_ORDERS = 16156  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
@@ -30,10 +30,10 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "notes", "pairs", "spilt")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "above", "pairs", "spilt")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
-        *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held")),
-        ("spare", ctypes.c_uint * 8),
+        *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
+        ("spare", ctypes.c_uint * 7),
     ]
 
 
@@ -46,15 +46,13 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
         return misfit
     if query.num_queries > MAX_QUERIES:
         return f"needs at most {MAX_QUERIES} queries, not {query.num_queries}"
-    if topk > MAX_TOPK:
-        return f"topk is at most {MAX_TOPK}, not {topk}"
     return None if keys.pages.data_ptr() % 16 == 0 else "needs pages at a multiple of 16 bytes"
 
 
 def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
     """``(bytes, held)``: of shared memory for a thread block, to begin at a KB, and how many of the orders of ``tiles`` tiles it has room
     for."""
-    fixed = 1024 + 8 * TILE * dim + heads * dim + BEFORE_ORDERS
+    fixed = 1024 + TILES + heads * (dim + 4) + BEFORE_ORDERS
     held = min(tiles, (launch.SHARED - fixed) // (4 * TILE)) * TILE
     return fixed + 4 * held, held
 
@@ -86,16 +84,18 @@ def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool
     share = -(-tiles // programs)
     size, held = shared_memory(heads, dim, share)
     told = torch.zeros(num, BINS + 2, dtype=torch.int32, device=device)
-    notes = torch.empty(num, programs, NOTES, dtype=torch.int32, device=device)
+    above = torch.empty(num, programs, dtype=torch.int32, device=device)
     pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
-    spilt = torch.empty(tiles * TILE, dtype=torch.int32, device=device) if held < share * TILE else None
+    spilt = None
+    if share * TILE > min(held, MASKED):  # orders, and one bit for each
+        spilt = torch.empty(tiles * (TILE + TILE // 32), dtype=torch.int32, device=device)
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),
         table=table.data_ptr(), indices=indices.data_ptr(), taken=taken.data_ptr(), beside=_address(beside), told=told.data_ptr(),
-        notes=notes.data_ptr(), pairs=pairs.data_ptr(), spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
+        above=above.data_ptr(), pairs=pairs.data_ptr(), spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
         table_tiles=table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4),
-        q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held,
+        q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held, masked=MASKED,
     )  # fmt: skip
     launch.launch("step", f"step_{dim}_{heads}", arguments, programs, THREADS, size, device, together=True)
     return Selection(indices, taken, scores=beside)
