@@ -113,6 +113,10 @@ template <class T>
 __device__ __forceinline__ T fresh(const T* from) {
   return __ldcg(from);
 }
+__device__ __forceinline__ Four fresh(const Four* from) {
+  uint4 four = __ldcg((const uint4*)from);
+  return {four.x, four.y, four.z, four.w};
+}
 
 // The matrix unit: 64 keys by as many columns, in FP8, as the copy engine swizzles them. Thread t of a group of four warps has keys
 // t / 32 * 16 + t % 32 / 4 and 8 more, and columns 8 j + t % 4 * 2 and the next: d[4 j + 2 * key + column].

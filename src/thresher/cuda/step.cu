@@ -16,6 +16,7 @@ constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply an
 constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
+constexpr u32 ARRIVED = BINS, PAIRS = BINS + 1, TOLD = BINS + 4;  // in struct Step
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
 
@@ -29,7 +30,7 @@ struct Step {
   int* indices;      // [queries, topk]
   long long* taken;  // [queries]
   float* beside;     // null, or [queries, topk]
-  u32* told;         // [queries, BINS + 2], zeros: bins, how often parts have arrived, how many pairs were told
+  u32* told;         // [queries, TOLD], zeros: bins, how often parts have arrived, how many pairs were told
   u32* above;        // [queries, blocks]: how many each part takes for certain
   u64* pairs;        // [queries, MOST]
   u32* spilt;        // null, or as many orders as the table has room for, and their mask, where shared memory has no room for a block's
@@ -38,10 +39,11 @@ struct Step {
   u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
 };
 
-// What a block knows of a query between its two turns.
+// What a block knows of a query, of which it has a part.
 struct Sought {
-  u32 total, want, inside, arrived;  // how many can be selected; which largest of how many pairs the cut is; how often it has arrived
-  u64 low, high;                     // the cut lies from `low` on and below `high`
+  u32 taken, above;                      // how many are selected; how many this part takes for certain
+  u32 want : 12, inside : 12, times : 8;  // which largest of how many pairs the cut is; how often each part arrives
+  u64 low, high;                          // the cut lies from `low` on and below `high`
 };
 
 template <u32 DIM, u32 HEADS>
@@ -66,11 +68,13 @@ struct Workspace {  // begins at a multiple of 1024
   u32 orders[1];  // of the block's keys: see rank_of
 };
 
-// How many keys a query sees.
+// How many keys a query sees. Its owner is mostly of its own number: then one load need not wait for another.
 __device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
-  long long owner = c.owners[query], position = c.positions[query];
+  u32 likely = min(query, c.num_requests - 1);
+  long long owner = c.owners[query], position = c.positions[query], length = c.num_requests > 0 ? c.lengths[likely] : 0;
   if (owner < 0 || owner >= c.num_requests) return 0;
-  long long held = min(max(c.lengths[owner], 0ll), (long long)c.table_tiles * KEYS);
+  if (owner != likely) length = c.lengths[owner];
+  long long held = min(max(length, 0ll), (long long)c.table_tiles * KEYS);
   return (u32)(min(max(position, -1ll), held - 1) + 1);
 }
 
@@ -93,6 +97,14 @@ __device__ __forceinline__ void tell_bins(u32* told, Work& work) {
   }
 }
 
+// Orders of a part: the first in shared memory, those that it has no room for in device memory.
+struct Orders {
+  u32 *near, *far;
+  u32 room;
+  __device__ __forceinline__ u32 operator[](u32 at) const { return at < room ? near[at] : far[at]; }
+  __device__ __forceinline__ void put(u32 at, u32 order) const { *(at < room ? near + at : far + at) = order; }
+};
+
 // A run of tiles: those of one query after another.
 struct Run {
   u32 each, begin, stop;  // tiles of a block, and this block's
@@ -106,8 +118,9 @@ struct Run {
     at = upto = begin;
   }
   template <class Work>  // of the tiles at hand
-  __device__ __forceinline__ u32* orders(const Step& c, Work& work) const {
-    return each * KEYS <= c.held ? work.orders + (at - begin) * KEYS : c.spilt + (u64)at * KEYS;
+  __device__ __forceinline__ Orders orders(const Step& c, Work& work) const {
+    u32 from = (at - begin) * KEYS;
+    return {work.orders + from, c.spilt + (u64)at * KEYS, c.held > from ? c.held - from : 0};
   }
   template <class Work>
   __device__ __forceinline__ u32* masks(const Step& c, Work& work) const {
@@ -126,19 +139,6 @@ struct Run {
 
 #include <step_score.cuh>
 #include <step_select.cuh>
-
-// Calls use(part, what the block knows of its query) for each query that the block has a part of.
-template <u32 DIM, u32 HEADS, class Use>
-__device__ __forceinline__ void each_part(const Step& c, Workspace<DIM, HEADS>& work, const Use& use) {
-  Run run(c, work);
-  for (u32 number = 0; run.next(work); number++) {
-    u32 before = work.first[run.query], behind = work.first[run.query + 1], first = before / run.each;
-    Part<DIM, HEADS> part{
-        c, work, run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - before) * KEYS, (run.upto - run.at) * KEYS,
-        run.orders(c, work), run.masks(c, work)};
-    use(part, work.sought[number]);
-  }
-}
 
 template <u32 DIM, u32 HEADS>
 __device__ __forceinline__ void step(const Step& c) {
@@ -168,12 +168,11 @@ __device__ __forceinline__ void step(const Step& c) {
     return;
   }
   Scorer<DIM, HEADS>{c, work}.run();
-  each_part<DIM, HEADS>(c, work, [](auto& part, Sought& sought) { part.seek(sought); });
-  each_part<DIM, HEADS>(c, work, [](auto& part, const Sought& sought) { part.take(sought); });
+  Selecting<DIM, HEADS>{c, work}.run();
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
     if (threadIdx.x == 0) c.taken[query] = 0;
-    for (u32 at = threadIdx.x; at < c.topk; at += THREADS) Part<DIM, HEADS>::leave_out(c, query, at);
+    for (u32 at = threadIdx.x; at < c.topk; at += THREADS) leave_out(c, query, at);
   }
 }
 

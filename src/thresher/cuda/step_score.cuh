@@ -70,22 +70,21 @@ struct Scorer {
   }
 
   // Score a tile, whose keys are `first` and on of the query's and have their places in `orders`.
-  __device__ __forceinline__ void take(u32 first, u32 end, u32* orders) {
-    u32 slot = turn % STAGES;
+  __device__ __forceinline__ void take(u32 first, u32 end, const Orders& orders, u32 from) {
+    u32 slot = turn % STAGES, own = lane_of() % 4, key = warp_of() % WARPS * 16 + lane_of() / 4 + own % 2 * 8;
     await(&work.full[slot], turn / STAGES % 2);
-    float dots[HEADS / 2];
+    float dots[HEADS / 2], scale = work.scales[slot][key];
     multiply<DIM>(dots, work.tiles[slot], work.query);
     await_products(dots);
-    u32 own = lane_of() % 4, key = warp_of() % WARPS * 16 + lane_of() / 4 + own % 2 * 8;
-    float scale = work.scales[slot][key], low = total(dots, 0), high = total(dots, 1);
+    __syncwarp();
+    if (lane_of() == 0) arrive(&work.empty[slot]);  // so that the next tile is under way while this one's products are added
+    float low = total(dots, 0), high = total(dots, 1);
     // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative.
     u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? rank_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
     if (own < 2) {
-      orders[key] = order;
+      orders.put(from + key, order);
       if (order) atomicAdd(&work.bins[score_bin(order)], 1u);
     }
-    __syncwarp();
-    if (lane_of() == 0) arrive(&work.empty[slot]);
   }
 
   __device__ __forceinline__ void run() {
@@ -102,15 +101,15 @@ struct Scorer {
 #pragma unroll
       for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
       u32 before = work.first[run.query], end = (work.first[run.query + 1] - before - 1) * KEYS + work.last[run.query] + 1;
-      u32* orders = run.orders(c, work);
+      Orders orders = run.orders(c, work);
       for (u32 tile = run.at; tile < run.upto; tile++, turn++)
-        if (turn % GROUPS == warp_of() / WARPS) take((tile - before) * KEYS, end, orders + (tile - run.at) * KEYS);
+        if (turn % GROUPS == warp_of() / WARPS) take((tile - before) * KEYS, end, orders, (tile - run.at) * KEYS);
       meet_all();
-      u32* told = c.told + (u64)run.query * (BINS + 2);
+      u32* told = c.told + (u64)run.query * TOLD;
       tell_bins(told, work);
       if (more) put(ahead);
       meet_all();
-      if (threadIdx.x == 0) arrive_for_all(&told[BINS]);
+      if (threadIdx.x == 0) arrive_for_all(&told[ARRIVED]);
       if (!more) break;
       run = next;
     }

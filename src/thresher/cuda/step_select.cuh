@@ -7,10 +7,9 @@ __device__ __forceinline__ u32 scan(u32 value, Work& work, u32& total) {
   meet_all();  // nobody reads the last scan's any more
   if (lane_of() == 31) work.warps[warp_of()] = upto;
   meet_all();
-  u32 before = 0;
-  total = 0;
-  for (u32 warp = 0; warp < GROUPS * WARPS; warp++) before += warp < warp_of() ? work.warps[warp] : 0, total += work.warps[warp];
-  return before + upto - value;
+  u32 sum = lane_of() < GROUPS * WARPS ? work.warps[lane_of()] : 0;
+  total = __reduce_add_sync(EVERY, sum);
+  return __reduce_add_sync(EVERY, lane_of() < warp_of() ? sum : 0) + upto - value;
 }
 
 // `seek_bin` in the first `num` of work.bins. Begins and ends where all have met.
@@ -66,81 +65,17 @@ __device__ __forceinline__ u64 nth_largest(u64 low, u64 high, u32 want, u32 insi
   return work.cut;
 }
 
-// The selection of one query, by one of its parts.
-template <u32 DIM, u32 HEADS>
+__device__ __forceinline__ void leave_out(const Step& c, u32 query, u32 at) {
+  c.indices[(u64)query * c.topk + at] = -1;
+  if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
+}
+
+// What a block has of a query.
 struct Part {
-  const Step& c;
-  Workspace<DIM, HEADS>& work;
-  u32 query, part, parts, first, num;  // the part's keys, `num` from `first` of the query's on
-  const u32* orders;
+  u32 query, part, parts, first, num;  // which of how many parts; its keys, `num` from `first` of the query's on
+  Orders orders;
   u32* masks;  // of those keys that may be taken
-  u32 arrived = 1;
-
-  __device__ __forceinline__ u32* told() const { return c.told + (u64)query * (BINS + 2); }
   __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
-  __device__ __forceinline__ void await_parts() {
-    if (threadIdx.x == 0) await_all(&told()[BINS], arrived * parts);
-    meet_all();
-  }
-  __device__ __forceinline__ void arrive_parts() {
-    meet_all();
-    if (threadIdx.x == 0) arrive_for_all(&told()[BINS]);
-    arrived++;
-  }
-  __device__ __forceinline__ void meet_parts() {
-    arrive_parts();
-    await_parts();
-  }
-
-  // Bins of the pairs from `low` on and below `high`, when they are too many to be told to all. How far they are shifted for that.
-  __device__ __forceinline__ u32 divide(u64 low, u64 high) {
-    u32 shift = shift_of(low, high, 11);
-    static_assert(BINS == 1 << 11);
-    meet_parts();
-    for (u32 at = threadIdx.x; at < BINS; at += THREADS) {
-      work.bins[at] = 0;
-      if (part == 0) told()[at] = 0;
-    }
-    meet_parts();
-    for (u32 at = threadIdx.x; at < num; at += THREADS) {
-      u64 pair = pair_of(orders[at], at);
-      if (pair >= low && pair < high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
-    }
-    meet_all();
-    tell_bins(told(), work);
-    meet_parts();
-    return shift;
-  }
-
-  // The bin that the `want`-th is in, of those that all parts have added up.
-  __device__ __forceinline__ u32 find_told_bin(u32 want) {
-#pragma unroll
-    for (u32 at = 0; at < BINS; at += THREADS) work.bins[at + threadIdx.x] = fresh(&told()[at + threadIdx.x]);
-    meet_all();
-    return find_bin(want, BINS, work);
-  }
-
-  // Find where the cut is and tell the others what this part has there. Only where a bin holds too many is anybody waited for once all are
-  // scored.
-  __device__ __forceinline__ void seek(Sought& sought) {
-    await_parts();
-    if (threadIdx.x == 0) work.num = 0;
-    u32 total = find_told_bin(c.topk), want = 0, inside = 0;
-    u64 low = SELECTABLE, high = SELECTABLE;
-    if (total > c.topk) {
-      want = c.topk - work.above, inside = work.inside;
-      low = (u64)first_order(work.bin) << 32, high = work.bin + 1 < BINS ? (u64)first_order(work.bin + 1) << 32 : ~(u64)0;
-      while (inside > MOST) {
-        u32 shift = divide(low, high);
-        find_told_bin(want);
-        low += (u64)work.bin << shift, high = min(high, low + ((u64)1 << shift));
-        want -= work.above, inside = work.inside;
-      }
-    }
-    tell(low, high);
-    if (threadIdx.x == 0) sought = {total, want, inside, arrived + 1, low, high};
-    arrive_parts();
-  }
 
   // The groups of 32 keys of a warp: they stand together.
   struct Groups {
@@ -160,85 +95,221 @@ struct Part {
   __device__ __forceinline__ static void each_key(u32 mask, u32 group, const Use& use) {
     for (; mask; mask &= mask - 1) use(group * 32 + __ffs(mask) - 1);
   }
+};
+
+template <u32 DIM, u32 HEADS>
+struct Selecting {
+  const Step& c;
+  Workspace<DIM, HEADS>& work;
+
+  __device__ __forceinline__ u32* told(const Part& part) const { return c.told + (u64)part.query * TOLD; }
+  __device__ __forceinline__ u32* above(const Part& part, u32 of) const { return c.above + part.query * gridDim.x + of; }
+  __device__ __forceinline__ Part part_of(const Run& run) {
+    u32 before = work.first[run.query], behind = work.first[run.query + 1], first = before / run.each;
+    return {
+        run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - before) * KEYS, (run.upto - run.at) * KEYS,
+        run.orders(c, work), run.masks(c, work)};
+  }
+  // Calls use(part, what the block knows of its query) in a thread for each part, all of them at once. Ends where all have met.
+  template <class Use>
+  __device__ __forceinline__ void each_alone(const Use& use) {
+    bool more = true;
+    for (u32 base = 0; more; base += THREADS) {
+      Run run(c, work);
+      u32 number = 0;
+      Part mine;
+      for (; run.next(work); number++)
+        if (number == base + threadIdx.x) mine = part_of(run);
+      if (base + threadIdx.x < number) use(mine, work.sought[base + threadIdx.x]);
+      more = base + THREADS < number;
+    }
+    meet_all();
+  }
+  // Calls use(part, what the block knows of its query, what `fetch(part, the same)` made of both) for each part, one after the other: a part
+  // is fetched for before the one ahead of it is used.
+  template <class Fetch, class Use>
+  __device__ __forceinline__ void each_in_turn(const Fetch& fetch, const Use& use) {
+    Run run(c, work);
+    if (!run.next(work)) return;
+    Part part = part_of(run);
+    auto fetched = fetch(part, work.sought[0]);
+    for (u32 number = 0; true; number++) {
+      Part next = part;
+      auto ahead = fetched;
+      bool more = run.next(work);
+      if (more) next = part_of(run), ahead = fetch(next, work.sought[number + 1]);
+      use(part, work.sought[number], fetched);
+      if (!more) break;
+      part = next, fetched = ahead;
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    each_alone([&](const Part& part, Sought& sought) {
+      sought.above = 0;
+      await_all(&told(part)[ARRIVED], part.parts);
+    });
+    each_in_turn(
+        [&](const Part& part, const Sought&) { return told_bins(part); },
+        [&](const Part& part, Sought& sought, const Four& bins) { seek(part, sought, bins); });
+    meet_all();
+    each_alone([&](const Part& part, const Sought& sought) {
+      *above(part, part.part) = sought.above;
+      arrive_for_all(&told(part)[ARRIVED]);
+      await_all(&told(part)[ARRIVED], part.parts * sought.times);
+    });
+    each_in_turn(
+        [&](const Part& part, const Sought& sought) { return fetch(part, sought); },
+        [&](const Part& part, const Sought& sought, const Fetched& fetched) { take(part, sought, fetched); });
+  }
+
+  // Four bins of all parts for each thread, the highest for the first.
+  __device__ __forceinline__ Four told_bins(const Part& part) const { return fresh((const Four*)told(part) + (THREADS - 1 - threadIdx.x)); }
+  // `seek_bin` in them. Ends where all have met.
+  __device__ __forceinline__ u32 find_told_bin(const Four& bins, u32 want) {
+    static_assert(BINS == 4 * THREADS);
+    u32 counts[4] = {bins.d, bins.c, bins.b, bins.a}, sum = bins.a + bins.b + bins.c + bins.d, total, above = scan(sum, work, total);
+    if (above < want && want <= above + sum) {
+      u32 at = 0;
+#pragma unroll
+      for (u32 last = 0; last < 3; last++)
+        if (at == last && above + counts[last] < want) above += counts[last], at++;
+      work.bin = BINS - 1 - 4 * threadIdx.x - at, work.above = above, work.inside = at == 0 ? bins.d : at == 1 ? bins.c : at == 2 ? bins.b : bins.a;
+    }
+    meet_all();
+    return total;
+  }
+
+  // Bins of the pairs from `low` on and below `high`, when they are too many to be told to all. How far they are shifted for that.
+  __device__ __forceinline__ u32 divide(const Part& part, u64 low, u64 high, u32& times) {
+    auto meet_parts = [&] {
+      meet_all();
+      times++;
+      if (threadIdx.x == 0) arrive_for_all(&told(part)[ARRIVED]), await_all(&told(part)[ARRIVED], part.parts * times);
+      meet_all();
+    };
+    u32 shift = shift_of(low, high, 11);
+    static_assert(BINS == 1 << 11);
+    meet_parts();
+    for (u32 at = threadIdx.x; at < BINS; at += THREADS) {
+      work.bins[at] = 0;
+      if (part.part == 0) told(part)[at] = 0;
+    }
+    meet_parts();
+    for (u32 at = threadIdx.x; at < part.num; at += THREADS) {
+      u64 pair = part.pair_of(part.orders[at], at);
+      if (pair >= low && pair < high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
+    }
+    meet_all();
+    tell_bins(told(part), work);
+    meet_parts();
+    return shift;
+  }
+
+  // Find where the cut is and tell the others what this part has there. Only where a bin holds too many is anybody waited for once all are
+  // scored.
+  __device__ __forceinline__ void seek(const Part& part, Sought& sought, const Four& bins) {
+    u32 total = find_told_bin(bins, c.topk), want = 0, inside = 0, times = 1;
+    u64 low = SELECTABLE, high = SELECTABLE;
+    if (total > c.topk) {
+      want = c.topk - work.above, inside = work.inside;
+      low = (u64)first_order(work.bin) << 32, high = work.bin + 1 < BINS ? (u64)first_order(work.bin + 1) << 32 : ~(u64)0;
+      while (inside > MOST) {
+        u32 shift = divide(part, low, high, times);
+        find_told_bin(told_bins(part), want);
+        low += (u64)work.bin << shift, high = min(high, low + ((u64)1 << shift));
+        want -= work.above, inside = work.inside;
+      }
+    }
+    if (threadIdx.x == 0) {
+      sought.taken = min(total, c.topk), sought.want = want, sought.inside = inside, sought.times = times + 1;
+      sought.low = low, sought.high = high;
+    }
+    tell(part, sought, low, high);
+  }
 
   // Keep a mask of the keys from `low` on. Note how many this part takes for certain, those from `high` on, and tell all parts the pairs
   // between.
-  __device__ __forceinline__ void tell(u64 low, u64 high) {
-    constexpr u32 TURN = 8;  // loads ahead
+  __device__ __forceinline__ void tell(const Part& part, Sought& sought, u64 low, u64 high) {
+    constexpr u32 TURN = 16;  // loads ahead
     u32 above = 0, within = 0;
-    auto [begin, stop] = groups();
+    auto [begin, stop] = part.groups();
     for (u32 group = begin; group < stop; group += TURN) {
       u32 values[TURN];
 #pragma unroll
-      for (u32 at = 0; at < TURN; at++) values[at] = group + at < stop ? orders[(group + at) * 32 + lane_of()] : 0;
+      for (u32 at = 0; at < TURN; at++) values[at] = group + at < stop ? part.orders[(group + at) * 32 + lane_of()] : 0;
 #pragma unroll
       for (u32 at = 0; at < TURN; at++) {
-        u64 pair = pair_of(values[at], (group + at) * 32 + lane_of());
+        u64 pair = part.pair_of(values[at], (group + at) * 32 + lane_of());
         u32 mask = __ballot_sync(EVERY, pair >= low), sure = __popc(__ballot_sync(EVERY, pair >= high));
-        if (lane_of() == 0 && group + at < stop) masks[group + at] = mask;
+        if (lane_of() == 0 && group + at < stop) part.masks[group + at] = mask;
         above += sure, within += __popc(mask) - sure;
       }
     }
     if (lane_of() == 0) {
-      atomicAdd(&work.num, above);
-      if (within) work.warps[warp_of()] = atomicAdd(&told()[BINS + 1], within);
+      atomicAdd(&sought.above, above);
+      if (within) work.befores[warp_of()] = atomicAdd(&told(part)[PAIRS], within);
     }
     __syncwarp();
     if (within)
-      each_mask([&](u32 mask, u32 group) {
-        each_key(mask, group, [&](u32 at) {
-          u64 pair = pair_of(orders[at], at);
-          if (pair < high) c.pairs[(u64)query * MOST + atomicAdd(&work.warps[warp_of()], 1u)] = pair;
+      part.each_mask([&](u32 mask, u32 group) {
+        part.each_key(mask, group, [&](u32 at) {
+          u64 pair = part.pair_of(part.orders[at], at);
+          if (pair < high) c.pairs[(u64)part.query * MOST + atomicAdd(&work.befores[warp_of()], 1u)] = pair;
         });
       });
-    meet_all();
-    if (threadIdx.x == 0) c.above[query * gridDim.x + part] = work.num;
   }
 
-  // Once all parts have told, take what is theirs: the keys from the cut on, ascending, behind those that the parts before it take.
-  __device__ __forceinline__ void take(const Sought& sought) {
-    arrived = sought.arrived;
-    u32 taken = min(sought.total, c.topk), inside = sought.inside, before = 0, mine = 0;
-    await_parts();
-    for (u32 at = threadIdx.x; at < inside; at += THREADS) work.near[at] = fresh(&c.pairs[(u64)query * MOST + at]);
-    for (u32 at = threadIdx.x; at < part; at += THREADS) before += fresh(&c.above[query * gridDim.x + at]);
-    if (threadIdx.x == 0) work.num = 0;
+  // Of each thread: one of the pairs that were told, and how many one of the parts before this one takes for certain.
+  struct Fetched {
+    u64 pair = 0;
+    u32 above = 0;
+  };
+  __device__ __forceinline__ Fetched fetch(const Part& part, const Sought& sought) const {
+    Fetched fetched;
+    if (threadIdx.x < sought.inside) fetched.pair = fresh(&c.pairs[(u64)part.query * MOST + threadIdx.x]);
+    if (threadIdx.x < part.part) fetched.above = fresh(above(part, threadIdx.x));
+    return fetched;
+  }
+
+  // Take what is this part's: the keys from the cut on, ascending, behind those that the parts before it take.
+  __device__ __forceinline__ void take(const Part& part, const Sought& sought, const Fetched& fetched) {
+    u32 inside = sought.inside, before = fetched.above, mine = 0;
     u64 cut = SELECTABLE;
+    meet_all();
     if (inside > 0) {
+      if (threadIdx.x == 0) work.num = 0;
+      if (threadIdx.x < inside) work.near[threadIdx.x] = fetched.pair;
+      for (u32 at = threadIdx.x + THREADS; at < inside; at += THREADS) work.near[at] = fresh(&c.pairs[(u64)part.query * MOST + at]);
       cut = nth_largest(sought.low, sought.high, sought.want, inside, inside, work);
-      for (u32 at = threadIdx.x; at < inside; at += THREADS) before += work.near[at] >= cut && ~(u32)work.near[at] < first;
+      for (u32 at = threadIdx.x; at < inside; at += THREADS) before += work.near[at] >= cut && ~(u32)work.near[at] < part.first;
     }
-    each_mask([&](u32 mask, u32 group) {
+    part.each_mask([&](u32 mask, u32 group) {
       u32 kept = mask;
       if (inside > 0)
-        each_key(mask, group, [&](u32 at) {
-          if (pair_of(orders[at], at) < cut) kept ^= 1u << at % 32;
+        part.each_key(mask, group, [&](u32 at) {
+          if (part.pair_of(part.orders[at], at) < cut) kept ^= 1u << at % 32;
         });
-      if (kept != mask) masks[group] = kept;
+      if (kept != mask) part.masks[group] = kept;
       mine += __popc(kept);
     });
     mine = __reduce_add_sync(EVERY, mine), before = __reduce_add_sync(EVERY, before);
     if (lane_of() == 0) work.warps[warp_of()] = mine, work.befores[warp_of()] = before;
     meet_all();
-    u32 to = 0;
-    for (u32 warp = 0; warp < GROUPS * WARPS; warp++) to += work.befores[warp] + (warp < warp_of() ? work.warps[warp] : 0);
-    each_mask([&](u32 mask, u32 group) {
+    bool there = lane_of() < GROUPS * WARPS;
+    u32 to = __reduce_add_sync(EVERY, there ? work.befores[lane_of()] + (lane_of() < warp_of() ? work.warps[lane_of()] : 0) : 0);
+    part.each_mask([&](u32 mask, u32 group) {
       u32 upto = sum_upto(__popc(mask));
-      u64 place = (u64)query * c.topk + to + upto - __popc(mask);
-      each_key(mask, group, [&](u32 at) {
-        c.indices[place] = first + at;
-        if (c.beside) c.beside[place] = score_of(orders[at]);
+      u64 place = (u64)part.query * c.topk + to + upto - __popc(mask);
+      part.each_key(mask, group, [&](u32 at) {
+        c.indices[place] = part.first + at;
+        if (c.beside) c.beside[place] = score_of(part.orders[at]);
         place++;
       });
       to += __shfl_sync(EVERY, upto, 31);
     });
-    if (part + 1 < parts) return;
-    if (threadIdx.x == 0) c.taken[query] = taken;
-    for (u32 at = taken + threadIdx.x; at < c.topk; at += THREADS) leave_out(c, query, at);
-  }
-
-  __device__ __forceinline__ static void leave_out(const Step& c, u32 query, u32 at) {
-    c.indices[(u64)query * c.topk + at] = -1;
-    if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
+    if (part.part + 1 < part.parts) return;
+    if (threadIdx.x == 0) c.taken[part.query] = sought.taken;
+    for (u32 at = sought.taken + threadIdx.x; at < c.topk; at += THREADS) leave_out(c, part.query, at);
   }
 };

@@ -83,12 +83,11 @@ def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool
     tiles = num * table.shape[1]
     share = -(-tiles // programs)
     size, held = shared_memory(heads, dim, share)
-    told = torch.zeros(num, BINS + 2, dtype=torch.int32, device=device)
+    told = torch.zeros(num, BINS + 4, dtype=torch.int32, device=device)
     above = torch.empty(num, programs, dtype=torch.int32, device=device)
     pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
-    spilt = None
-    if share * TILE > min(held, MASKED):  # orders, and one bit for each
-        spilt = torch.empty(tiles * (TILE + TILE // 32), dtype=torch.int32, device=device)
+    spills = share * TILE > min(held, MASKED)  # orders, and one bit for each
+    spilt = torch.empty(tiles * (TILE + TILE // 32), dtype=torch.int32, device=device) if spills else None
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),
