@@ -78,12 +78,12 @@ __device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
   return (u32)(min(max(position, -1ll), held - 1) + 1);
 }
 
-// `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back.
+// `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back: NaN as Hopper makes it.
 __device__ __forceinline__ u32 rank_of(float score) {
   if (score != score) return 1;
   return __float_as_uint(score) == 0xff800000u ? 0 : order_of(score);
 }
-__device__ __forceinline__ float score_of(u32 rank) { return rank == 1 ? __uint_as_float(0x7fc00000u) : number_of(rank); }
+__device__ __forceinline__ float score_of(u32 rank) { return rank == 1 ? __uint_as_float(0x7fffffffu) : number_of(rank); }
 
 __device__ __forceinline__ void meet_all() { meet(1, THREADS); }
 

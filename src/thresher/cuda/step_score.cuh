@@ -6,10 +6,11 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>
   Run run(c, work);
   while (run.next(work)) {
     const int* table = c.table + c.owners[run.query] * c.table_row - work.first[run.query];
-    int ahead = 0;
+    auto look_up = [&](u32 tile) { return tile + lane_of() < run.upto ? table[(long long)tile + lane_of()] : 0; };
+    int pages = 0, ahead = look_up(run.at);
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
-      if ((tile - run.at) % 32 == 0) ahead = tile + lane_of() < run.upto ? table[(long long)tile + lane_of()] : 0;
-      int page = __shfl_sync(EVERY, ahead, (tile - run.at) % 32);
+      if ((tile - run.at) % 32 == 0) pages = ahead, ahead = look_up(tile + 32);
+      int page = __shfl_sync(EVERY, pages, (tile - run.at) % 32);
       bool there = (u32)page < c.num_pages;
       u32 slot = turn % STAGES;
       await(&work.empty[slot], turn / STAGES % 2 ^ 1);

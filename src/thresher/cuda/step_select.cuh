@@ -234,18 +234,21 @@ struct Selecting {
     constexpr u32 TURN = 16;  // loads ahead
     u32 above = 0, within = 0;
     auto [begin, stop] = part.groups();
-    for (u32 group = begin; group < stop; group += TURN) {
+    auto look = [&](u32 order, u32 group) {
+      u64 pair = part.pair_of(order, group * 32 + lane_of());
+      u32 mask = __ballot_sync(EVERY, pair >= low), sure = __popc(__ballot_sync(EVERY, pair >= high));
+      if (lane_of() == 0) part.masks[group] = mask;
+      above += sure, within += __popc(mask) - sure;
+    };
+    u32 group = begin;
+    for (; group + TURN <= stop; group += TURN) {
       u32 values[TURN];
 #pragma unroll
-      for (u32 at = 0; at < TURN; at++) values[at] = group + at < stop ? part.orders[(group + at) * 32 + lane_of()] : 0;
+      for (u32 at = 0; at < TURN; at++) values[at] = part.orders[(group + at) * 32 + lane_of()];
 #pragma unroll
-      for (u32 at = 0; at < TURN; at++) {
-        u64 pair = part.pair_of(values[at], (group + at) * 32 + lane_of());
-        u32 mask = __ballot_sync(EVERY, pair >= low), sure = __popc(__ballot_sync(EVERY, pair >= high));
-        if (lane_of() == 0 && group + at < stop) part.masks[group + at] = mask;
-        above += sure, within += __popc(mask) - sure;
-      }
+      for (u32 at = 0; at < TURN; at++) look(values[at], group + at);
     }
+    for (; group < stop; group++) look(part.orders[group * 32 + lane_of()], group);
     if (lane_of() == 0) {
       atomicAdd(&sought.above, above);
       if (within) work.befores[warp_of()] = atomicAdd(&told(part)[PAIRS], within);
