@@ -398,10 +398,11 @@ void multiply(float (&d)[NUM], const void* keys, const void* queries) {
     }
   };
 }
-template <u32 NUM>
-void await_products(float (&)[NUM]) {
+template <u32 NUM, class Then>
+void await_products(float (&)[NUM], const Then& then) {
   host::current->product();
   __syncwarp();  // no lane goes on alone
+  then();
 }
 using std::max;
 using std::min;

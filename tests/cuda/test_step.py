@@ -67,7 +67,9 @@ class World:
         self.scores[np.arange(width * 64) >= ends[:, None]] = -np.inf
 
     def check(self, topk: int, with_scores: bool, programs: int) -> None:
-        got = step.select_step(self.query, self.keys, topk, with_scores, programs)
+        told = torch.zeros(len(self.scores) * step.TOLD, dtype=torch.int32)
+        got = step.select_step(self.query, self.keys, topk, with_scores, programs, told)
+        assert not told.any(), "what the next launch begins with"
         want = select_topk(torch.from_numpy(self.scores), topk, impl="reference")
         assert torch.equal(got.lengths, want.lengths)
         assert torch.equal(got.indices, want.indices)

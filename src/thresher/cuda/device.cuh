@@ -166,9 +166,10 @@ __device__ __forceinline__ void multiply(float (&d)[NUM], const void* keys, cons
   for (u32 k = 0; k < DIM / 32; k++) multiply_32(d, a + 2 * k, b + 2 * k, k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-template <u32 NUM>  // wait for all products; `d` is what is then read
-__device__ __forceinline__ void await_products(float (&d)[NUM]) {
+template <u32 NUM, class Then>  // wait for all products, call then(), and only then read `d`
+__device__ __forceinline__ void await_products(float (&d)[NUM], const Then& then) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  then();
 #pragma unroll
   for (u32 at = 0; at < NUM; at++) asm volatile("" : "+f"(d[at])::"memory");
 }

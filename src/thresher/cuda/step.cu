@@ -1,8 +1,8 @@
 // A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py.
 //
-// The tiles of 64 keys of all queries, one after the other, are shared out evenly: a thread block has a run of them and keeps their scores in
-// its shared memory. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for one another.
-// 1. One warp fetches tiles through the copy engine; four groups of four warps take turns at multiplying them, and count scores in bins.
+// The tiles of 64 keys of all queries, one after the other, are shared out evenly, so many before each query for what it costs beside: a
+// thread block has a run of them and keeps their scores in its shared memory. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for one another.
+// 1. Four warps fetch tiles through the copy engine, of which one alone would be late; four groups of four warps take turns at multiplying them, and count scores in bins.
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
 //    all parts, and each finds the cut, a pair of which there is one. Scores are read once: what they are sought for is kept as a mask of keys.
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
@@ -12,11 +12,12 @@
 #include <common.cuh>
 
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
-constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; one warp more fetches
+constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
+constexpr u32 FETCHERS = 4, EXTRA = 12;                      // what a query more costs a block, in tiles
 constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
-constexpr u32 ARRIVED = BINS, PAIRS = BINS + 1, TOLD = BINS + 4;  // in struct Step
+constexpr u32 ARRIVED = BINS, PAIRS = BINS + 1, LEFT = BINS + 2, TOLD = BINS + 4;  // see struct Step
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
 
@@ -30,10 +31,10 @@ struct Step {
   int* indices;      // [queries, topk]
   long long* taken;  // [queries]
   float* beside;     // null, or [queries, topk]
-  u32* told;         // [queries, TOLD], zeros: bins, how often parts have arrived, how many pairs were told
+  u32* told;         // [queries, TOLD], zeros before and after: bins, how often parts have arrived, how many pairs were told, how many parts have left
   u32* above;        // [queries, blocks]: how many each part takes for certain
   u64* pairs;        // [queries, MOST]
-  u32* spilt;        // null, or as many orders as the table has room for, and their mask, where shared memory has no room for a block's
+  u32* spilt;        // null, or orders for all tiles that the table has room for and those EXTRA, and their mask, where shared memory has no room for a block's
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
   u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
@@ -62,7 +63,7 @@ struct Workspace {  // begins at a multiple of 1024
   u64 full[STAGES], empty[STAGES];
   u64 cut, small[FEW];
   u32 bins[BINS];
-  u32 first[MAX_QUERIES + 1];       // tiles before each query
+  u32 first[MAX_QUERIES + 1];       // tiles before each query and those EXTRA
   unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
   u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS], bin, above, inside, num;
   u32 orders[1];  // of the block's keys: see rank_of
@@ -101,21 +102,30 @@ __device__ __forceinline__ void tell_bins(u32* told, Work& work) {
 struct Orders {
   u32 *near, *far;
   u32 room;
-  __device__ __forceinline__ u32 operator[](u32 at) const { return at < room ? near[at] : far[at]; }
-  __device__ __forceinline__ void put(u32 at, u32 order) const { *(at < room ? near + at : far + at) = order; }
+  __device__ __forceinline__ u32 operator[](u32 at) const {
+    if (at < room) return near[at];
+    return far[at];
+  }
+  __device__ __forceinline__ void put(u32 at, u32 order) const {
+    if (at < room)
+      near[at] = order;
+    else
+      far[at] = order;
+  }
 };
 
 // A run of tiles: those of one query after another.
 struct Run {
   u32 each, begin, stop;  // tiles of a block, and this block's
   u32 query = 0, at, upto;  // at hand: tiles at .. upto - 1 of all
+  u32 from;                 // the first of the query's
 
   template <class Work>
   __device__ __forceinline__ Run(const Step& c, const Work& work) {
     u32 total = work.first[c.num_queries];
     each = max((total + gridDim.x - 1) / gridDim.x, 1u);
     begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
-    at = upto = begin;
+    at = upto = from = begin;
   }
   template <class Work>  // of the tiles at hand
   __device__ __forceinline__ Orders orders(const Step& c, Work& work) const {
@@ -124,7 +134,7 @@ struct Run {
   }
   template <class Work>
   __device__ __forceinline__ u32* masks(const Step& c, Work& work) const {
-    u64 all = (u64)c.num_queries * c.table_tiles * KEYS;
+    u64 all = (u64)c.num_queries * (c.table_tiles + EXTRA) * KEYS;
     return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : c.spilt + all + (u64)at * (KEYS / 32);
   }
   template <class Work>
@@ -132,8 +142,8 @@ struct Run {
     at = upto;
     if (at >= stop) return false;
     while (work.first[query + 1] <= at) query++;
-    upto = min(stop, work.first[query + 1]);
-    return true;
+    from = work.first[query] + EXTRA, at = max(at, from), upto = min(stop, work.first[query + 1]);
+    return at < stop;
   }
 };
 
@@ -145,7 +155,7 @@ __device__ __forceinline__ void step(const Step& c) {
   Workspace<DIM, HEADS>& work = *(Workspace<DIM, HEADS>*)aligned_memory<1024>();
   for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) {
     u32 end = end_of(c, query);
-    work.first[query + 1] = (end + KEYS - 1) / KEYS, work.last[query] = (end + KEYS - 1) % KEYS;
+    work.first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, work.last[query] = (end + KEYS - 1) % KEYS;
   }
   if (threadIdx.x == 0) {
     for (u32 slot = 0; slot < STAGES; slot++) begin_barrier(&work.full[slot], 1), begin_barrier(&work.empty[slot], WARPS);
@@ -164,7 +174,7 @@ __device__ __forceinline__ void step(const Step& c) {
   }
   __syncthreads();
   if (warp_of() >= GROUPS * WARPS) {
-    fetch_tiles<DIM, HEADS>(c, work);
+    fetch_tiles<DIM, HEADS>(c, work, warp_of() - GROUPS * WARPS);
     return;
   }
   Scorer<DIM, HEADS>{c, work}.run();
@@ -177,7 +187,7 @@ __device__ __forceinline__ void step(const Step& c) {
 }
 
 #define STEP(dim, heads)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(544, 1) step_##dim##_##heads(const __grid_constant__ Step c) { \
+  extern "C" __global__ void __launch_bounds__(640, 1) step_##dim##_##heads(const __grid_constant__ Step c) { \
     step<dim, heads>(c);                                                                                      \
   }
 STEP(128, 16)

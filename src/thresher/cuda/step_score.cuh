@@ -1,15 +1,16 @@
 // A part of step.cu: every key of a block's run of tiles is scored, and scores are counted in bins.
 
 template <u32 DIM, u32 HEADS>
-__device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>& work) {
+__device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>& work, u32 fetcher) {
   u32 turn = 0;
   Run run(c, work);
   while (run.next(work)) {
-    const int* table = c.table + c.owners[run.query] * c.table_row - work.first[run.query];
+    const int* table = c.table + c.owners[run.query] * c.table_row - run.from;
     auto look_up = [&](u32 tile) { return tile + lane_of() < run.upto ? table[(long long)tile + lane_of()] : 0; };
     int pages = 0, ahead = look_up(run.at);
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
       if ((tile - run.at) % 32 == 0) pages = ahead, ahead = look_up(tile + 32);
+      if (turn % FETCHERS != fetcher) continue;
       int page = __shfl_sync(EVERY, pages, (tile - run.at) % 32);
       bool there = (u32)page < c.num_pages;
       u32 slot = turn % STAGES;
@@ -76,9 +77,10 @@ struct Scorer {
     await(&work.full[slot], turn / STAGES % 2);
     float dots[HEADS / 2], scale = work.scales[slot][key];
     multiply<DIM>(dots, work.tiles[slot], work.query);
-    await_products(dots);
-    __syncwarp();
-    if (lane_of() == 0) arrive(&work.empty[slot]);  // so that the next tile is under way while this one's products are added
+    await_products(dots, [&] {
+      __syncwarp();
+      if (lane_of() == 0) arrive(&work.empty[slot]);  // so that another tile is under way while this one's products are added
+    });
     float low = total(dots, 0), high = total(dots, 1);
     // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative.
     u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? rank_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
@@ -101,10 +103,10 @@ struct Scorer {
       if (more) ahead = fetch(next.query);
 #pragma unroll
       for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
-      u32 before = work.first[run.query], end = (work.first[run.query + 1] - before - 1) * KEYS + work.last[run.query] + 1;
+      u32 end = (work.first[run.query + 1] - run.from - 1) * KEYS + work.last[run.query] + 1;
       Orders orders = run.orders(c, work);
       for (u32 tile = run.at; tile < run.upto; tile++, turn++)
-        if (turn % GROUPS == warp_of() / WARPS) take((tile - before) * KEYS, end, orders, (tile - run.at) * KEYS);
+        if (turn % GROUPS == warp_of() / WARPS) take((tile - run.from) * KEYS, end, orders, (tile - run.at) * KEYS);
       meet_all();
       u32* told = c.told + (u64)run.query * TOLD;
       tell_bins(told, work);

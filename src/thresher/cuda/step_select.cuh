@@ -105,9 +105,9 @@ struct Selecting {
   __device__ __forceinline__ u32* told(const Part& part) const { return c.told + (u64)part.query * TOLD; }
   __device__ __forceinline__ u32* above(const Part& part, u32 of) const { return c.above + part.query * gridDim.x + of; }
   __device__ __forceinline__ Part part_of(const Run& run) {
-    u32 before = work.first[run.query], behind = work.first[run.query + 1], first = before / run.each;
+    u32 behind = work.first[run.query + 1], first = run.from / run.each;
     return {
-        run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - before) * KEYS, (run.upto - run.at) * KEYS,
+        run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
         run.orders(c, work), run.masks(c, work)};
   }
   // Calls use(part, what the block knows of its query) in a thread for each part, all of them at once. Ends where all have met.
@@ -157,6 +157,7 @@ struct Selecting {
       *above(part, part.part) = sought.above;
       arrive_for_all(&told(part)[ARRIVED]);
       await_all(&told(part)[ARRIVED], part.parts * sought.times);
+      if (atomicAdd(&told(part)[LEFT], 1u) + 1 == part.parts) told(part)[ARRIVED] = told(part)[PAIRS] = told(part)[LEFT] = 0;
     });
     each_in_turn(
         [&](const Part& part, const Sought& sought) { return fetch(part, sought); },
@@ -234,21 +235,32 @@ struct Selecting {
     constexpr u32 TURN = 16;  // loads ahead
     u32 above = 0, within = 0;
     auto [begin, stop] = part.groups();
-    auto look = [&](u32 order, u32 group) {
-      u64 pair = part.pair_of(order, group * 32 + lane_of());
-      u32 mask = __ballot_sync(EVERY, pair >= low), sure = __popc(__ballot_sync(EVERY, pair >= high));
+    auto look = [&](u32 group, bool reach, bool sure) {
+      u32 mask = __ballot_sync(EVERY, reach);
       if (lane_of() == 0) part.masks[group] = mask;
-      above += sure, within += __popc(mask) - sure;
+      above += sure, within += reach && !sure;
     };
-    u32 group = begin;
-    for (; group + TURN <= stop; group += TURN) {
-      u32 values[TURN];
+    // Mostly an order tells by itself on which side of both a pair is.
+    bool plain = (u32)low == 0 && ((u32)high == 0 || high == ~(u64)0);
+    auto look_at = [&](u32 order, u32 group) {
+      u64 pair = part.pair_of(order, group * 32 + lane_of());
+      look(group, pair >= low, pair >= high);
+    };
+    auto look_through = [&](const u32* orders, u32 from, u32 to) {
+      u32 group = from, least = low >> 32, sure = high >> 32;
+      for (; plain && group + TURN <= to; group += TURN) {
+        u32 values[TURN];
 #pragma unroll
-      for (u32 at = 0; at < TURN; at++) values[at] = part.orders[(group + at) * 32 + lane_of()];
+        for (u32 at = 0; at < TURN; at++) values[at] = orders[(group + at) * 32 + lane_of()];
 #pragma unroll
-      for (u32 at = 0; at < TURN; at++) look(values[at], group + at);
-    }
-    for (; group < stop; group++) look(part.orders[group * 32 + lane_of()], group);
+        for (u32 at = 0; at < TURN; at++) look(group + at, values[at] >= least, values[at] >= sure);
+      }
+      for (; group < to; group++) look_at(orders[group * 32 + lane_of()], group);
+    };
+    u32 near = min(max(part.orders.room / 32, begin), stop);  // room is whole tiles
+    look_through(part.orders.near, begin, near);
+    look_through(part.orders.far, near, stop);
+    above = __reduce_add_sync(EVERY, above), within = __reduce_add_sync(EVERY, within);
     if (lane_of() == 0) {
       atomicAdd(&sought.above, above);
       if (within) work.befores[warp_of()] = atomicAdd(&told(part)[PAIRS], within);
@@ -312,6 +324,7 @@ struct Selecting {
       to += __shfl_sync(EVERY, upto, 31);
     });
     if (part.part + 1 < part.parts) return;
+    ((Four*)told(part))[threadIdx.x] = {0, 0, 0, 0};  // all parts have read them
     if (threadIdx.x == 0) c.taken[part.query] = sought.taken;
     for (u32 at = sought.taken + threadIdx.x; at < c.topk; at += THREADS) leave_out(c, part.query, at);
   }

@@ -18,8 +18,9 @@ from thresher.ops.index_score.triton import padded_heads
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-THREADS = 544  # four groups of four warps that multiply and select, and a warp that fetches
-BINS, MOST, MAX_QUERIES, MASKED = 2048, 2048, 1024, 2**17  # as in step.cu
+THREADS = 640  # four groups of four warps that multiply and select, and four warps that fetch
+BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
+TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
 BEFORE_ORDERS = 16156  # beside those, heads and weights
 
@@ -62,11 +63,14 @@ def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: boo
     return select_step(query, keys, topk, with_scores, multiprocessors(query.q.device))
 
 
-def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int) -> Selection:
+def select_step(
+    query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int, told: Tensor | None = None
+) -> Selection:
     """``score_select`` on so many multiprocessors.
 
     Args:
         programs: thread blocks, of which each multiprocessor must have room for one.
+        told: int32, at least ``Q * TOLD`` zeros, which are zeros again when the launch ends; None makes some.
     """
     num, dim, device = query.num_queries, keys.head_dim, query.q.device
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
@@ -80,10 +84,10 @@ def select_step(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool
     pages = keys.pages.contiguous()
     owners, positions, lengths = query.requests.contiguous(), query.positions.contiguous(), keys.lengths.contiguous()
     heads = max(padded_heads(query.num_heads), 16)
-    tiles = num * table.shape[1]
+    tiles = num * (table.shape[1] + EXTRA)
     share = -(-tiles // programs)
     size, held = shared_memory(heads, dim, share)
-    told = torch.zeros(num, BINS + 4, dtype=torch.int32, device=device)
+    told = torch.zeros(num * TOLD, dtype=torch.int32, device=device) if told is None else told
     above = torch.empty(num, programs, dtype=torch.int32, device=device)
     pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
     spills = share * TILE > min(held, MASKED)  # orders, and one bit for each
