@@ -6,6 +6,7 @@ import torch
 
 from thresher import ops
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
+from thresher.cache.scratch import Scratch
 from thresher.types import IndexKeys, IndexQuery, PartialAttention
 
 HEADS, DIM, BLOCK = 3, 64, 16
@@ -58,7 +59,7 @@ def good():
             "positions": torch.tensor([[0, 5, -1], [1, 2, 69]]),
             "ends": longs(3, 2),
         },
-        "score_select": {"query": query, "keys": keys, "topk": 2, "with_scores": False},
+        "score_select": {"query": query, "keys": keys, "topk": 2, "with_scores": False, "scratch": Scratch()},
         "pool_keys": {"values": k, "scales": k_scales, "block_size": BLOCK},
         "pool_pages": {"keys": keys, "starts": [1], "ends": [3], "block_size": BLOCK},
         "pool_blocks": {"keys": keys, "block_size": BLOCK},

@@ -39,6 +39,7 @@ PLAIN = {
     "style": [None, "neox", 3],
     "filled": [None, 1, "no"],
     "with_scores": [None, 1, "no"],
+    "scratch": [1, "some", torch.zeros(9)],
     "space": [None, "page", 3],
 }
 # Tensors whose sizes follow from the arguments before them: one row too many is a mistake of theirs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from thresher.cache.block_means import BlockMeans, Pool, PoolPages
+from thresher.cache.scratch import Scratch
 from thresher.types import Selection
 
 
@@ -15,10 +16,12 @@ class LayerState:
     Attributes:
         layer: index of the layer.
         selections: layer -> selection of the current step; one dict shared by every layer of the model.
+        scratch: for kernels of a step; it may be one for every layer, if their steps follow one another on one stream.
     """
 
     layer: int
     selections: dict[int, Selection] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
     _means: dict[int, BlockMeans] = field(default_factory=dict, init=False, repr=False)
 
     def block_means(self, block_size: int, pool: Pool, pool_pages: PoolPages | None = None) -> BlockMeans:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
+from thresher.cache.scratch import Scratch
 from thresher.checks import check_count, check_kind
 from thresher.ops.arguments import check_paged
 from thresher.ops.dispatch import AUTO, choose, meaning, using
@@ -20,7 +21,9 @@ from thresher.ops.score_select.reference import score_select_reference
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 
-def score_select(query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: bool = True, impl: str = AUTO) -> Selection:
+def score_select(
+    query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: bool = True, impl: str = AUTO, scratch: Scratch | None = None
+) -> Selection:
     """The topk visible keys of largest score for each query: ``paged_index_score`` and ``select_topk``, bit for bit. No gradient.
 
     Args:
@@ -31,24 +34,30 @@ def score_select(query: IndexQuery, keys: IndexKeys, topk: int, *, with_scores: 
         impl: "auto", "triton", "cuda" or "reference". "triton" are the kernels that do both at once in prefill, "cuda" is the one for a
             step of decoding on Hopper; each raises where it cannot run. "reference" is the two steps' reference. "auto" is "triton" where
             that can run and ``score_select.triton.worthwhile`` says so, and else the two steps with "auto" each, which hold a matrix of
-            scores.
+            scores. Of steps of decoding, "auto" is "cuda" where ``score_select.cuda.worthwhile`` says so.
+        scratch: for "cuda", which then has nothing to clear before it begins; None gives it memory of its own.
 
     Returns:
         A logical Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores (-inf where padded) or None.
 
     Raises:
-        ThresherError: what ``paged_index_score`` refuses, topk below 1, with_scores that is no bool, or an impl that cannot run.
+        ThresherError: what ``paged_index_score`` refuses, topk below 1, with_scores that is no bool, scratch that is
+            none, or an impl that cannot run.
 
     Source: DeepSeek-V3.2-Exp (arXiv 2512.02556), equations 1 and 2.
     """
     device = check_paged(query, keys)
     check_count("topk", topk, 1, do="ask for at least one token")
     check_kind("with_scores", with_scores, bool, "pass True or False")
+    if scratch is not None:
+        check_kind("scratch", scratch, Scratch, "pass a Scratch, or None")
     if impl == AUTO:
         kernel = one_pass(query, keys, topk)
     else:
         kernel = choose("score_select", impl, device, lambda module: module.unsupported(query, keys, topk))
-    return score_select_reference(query, keys, topk, with_scores, impl) if kernel is None else kernel(query, keys, topk, with_scores)
+    if kernel is None:
+        return score_select_reference(query, keys, topk, with_scores, impl)
+    return kernel(query, keys, topk, with_scores, scratch)
 
 
 def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Selection] | None:
@@ -57,16 +66,19 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
     What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run
     the two steps as "triton".
     """
+    wanted = meaning()
 
     def why_not(module: ModuleType) -> str | None:
+        if wanted == "triton" and module.__name__.endswith(".cuda"):
+            return "another was asked for"
         why: str | None = module.unsupported(query, keys, topk)
-        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.room):
+        if why is None and not module.worthwhile(query, keys):
             why = "the two steps are taken for so many queries, heads and keys"
         return why
 
-    if meaning() == "cuda":
+    if wanted == "cuda":
         return choose("score_select", AUTO, query.q.device, lambda module: module.unsupported(query, keys, topk))
-    if meaning() not in (AUTO, "triton"):
+    if wanted not in (AUTO, "triton"):
         return None
     with using(AUTO):
         return choose("score_select", AUTO, query.q.device, why_not)

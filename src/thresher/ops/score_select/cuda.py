@@ -1,8 +1,7 @@
 """Score and select in one launch for a step of decoding, in CUDA C++ (``thresher/cuda/step.cu``): the set of the two steps, bit for bit.
 
 Tiles of all queries are shared out evenly among the multiprocessors, whatever their lengths; scores stay in shared memory. The host reads
-no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It has run on a CPU's threads alone so far
-(tests/cuda/test_step.py) and is not timed, so it is for its name, not for "auto".
+no value, so a step can be recorded in a CUDA graph and replayed with other lengths.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.device import on_hopper, unit_rows
+from thresher.cache.scratch import Scratch
 from thresher.cuda import launch
 from thresher.ops.index_score.triton import padded_heads
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
@@ -58,9 +58,16 @@ def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
     return fixed + 4 * held, held
 
 
-def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Selection:
+def worthwhile(query: IndexQuery, keys: IndexKeys) -> bool:
+    """Whether this kernel is taken before the two steps and the kernels for prefill: for steps of one query a request (docs/lab-log.md)."""
+    return query.num_queries <= keys.num_requests
+
+
+def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True, scratch: Scratch | None = None) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
-    return select_step(query, keys, topk, with_scores, multiprocessors(query.q.device))
+    device = query.q.device
+    told = None if scratch is None else scratch.zeros(query.num_queries * TOLD, device)
+    return select_step(query, keys, topk, with_scores, multiprocessors(device), told)
 
 
 def select_step(
