@@ -325,6 +325,11 @@ inline u32 atomicMin(u32* to, u32 value) {
   *to = std::min(*to, value);
   return before;
 }
+inline u32 atomicAnd(u32* to, u32 value) {
+  u32 before = *to;
+  *to &= value;
+  return before;
+}
 inline u32 atomicOr(u32* to, u32 value) {
   u32 before = *to;
   *to |= value;
@@ -369,6 +374,10 @@ inline float add_two(float a, float b) { return a + b; }
 inline void arrive_for_all(u32* at) { ++*at, host::moved = true; }
 inline void await_all(const u32* at, u32 times) {
   while (*at < times) host::yield();
+}
+template <class T>
+T changed(const T* from) {
+  return *from;
 }
 template <class T>
 T fresh(const T* from) {

@@ -25,18 +25,3 @@ __device__ __forceinline__ u32 sum_upto(u32 value) {
   }
   return value;
 }
-
-// Which of `num` bins the `want`-th from above lies in (work.bin), how many lie in those above (work.above), and how many in it (work.inside),
-// for all `threads` once they have met. `scan(value, total)`: the sum of the values of threads before this one, and of all. Returns that.
-template <class Work, class Scan>
-__device__ __forceinline__ u32 seek_bin(const u32* bins, u32 num, u32 threads, u32 want, Work& work, const Scan& scan) {
-  u32 own = num / threads, last = num - 1 - threadIdx.x * own, sum = 0, total;
-  for (u32 at = 0; at < own; at++) sum += bins[last - at];
-  u32 above = scan(sum, total);
-  if (above < want && want <= above + sum) {
-    u32 bin = last, inside;
-    while (above + (inside = bins[bin]) < want) above += inside, bin--;
-    work.bin = bin, work.above = above, work.inside = inside;
-  }
-  return total;
-}

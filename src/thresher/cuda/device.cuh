@@ -109,6 +109,10 @@ __device__ __forceinline__ void await_all(const u32* at, u32 times) {
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
   while (seen < times);
 }
+template <class T>  // of this memory or of shared memory: what others of this block made it by atomic operations
+__device__ __forceinline__ T changed(const T* from) {
+  return *(const volatile T*)from;
+}
 template <class T>
 __device__ __forceinline__ T fresh(const T* from) {
   return __ldcg(from);

@@ -76,9 +76,17 @@ __device__ __forceinline__ void clear_bins(Workspace& work) {
   if (threadIdx.x == 0) work.num_near = 0;
 }
 
-// `seek_bin`. Begins and ends at a barrier.
+// Which bin the `want`-th largest lies in (work.bin), how many lie in those above (work.above), and how many in it (work.inside).
+// Begins and ends at a barrier.
 __device__ __forceinline__ void find_bin(u32 want, Workspace& work) {
-  seek_bin(work.bins, BINS, blockDim.x, want, work, [&](u32 sum, u32& total) { return scan(sum, work.warps[0], total); });
+  u32 own = BINS / blockDim.x, last = BINS - 1 - threadIdx.x * own, sum = 0, total;
+  for (u32 at = 0; at < own; at++) sum += work.bins[last - at];
+  u32 above = scan(sum, work.warps[0], total);
+  if (above < want && want <= above + sum) {
+    u32 bin = last, inside;
+    while (above + (inside = work.bins[bin]) < want) above += inside, bin--;
+    work.bin = bin, work.above = above, work.inside = inside;
+  }
   __syncthreads();
 }
 

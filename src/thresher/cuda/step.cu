@@ -6,14 +6,14 @@
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
 //    all parts, and each finds the cut, a pair of which there is one. Scores are read once: what they are sought for is kept as a mask of keys.
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
-//    it waits for the first, so that queries which share blocks do not wait for one another in a row.
+//    it waits for the first, so that queries which share blocks do not wait for one another in a row; teams of its warps take queries each.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
 #include <common.cuh>
 
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
-constexpr u32 FETCHERS = 4, EXTRA = 12;                      // what a query more costs a block, in tiles
+constexpr u32 FETCHERS = 4, TEAMS = 4, EXTRA = 12;           // teams at most; what a query more costs a block, in tiles
 constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
@@ -43,7 +43,7 @@ struct Step {
 // What a block knows of a query, of which it has a part.
 struct Sought {
   u32 taken, above;                      // how many are selected; how many this part takes for certain
-  u32 want : 12, inside : 12, times : 8;  // which largest of how many pairs the cut is; how often each part arrives
+  u32 want : 12, inside : 12, times : 8;  // which largest of how many pairs the cut is; how often each part arrives, 0 before that is known
   u64 low, high;                          // the cut lies from `low` on and below `high`
 };
 
@@ -61,11 +61,15 @@ struct Workspace {  // begins at a multiple of 1024
   float weights[HEADS];
   float scales[STAGES][KEYS];
   u64 full[STAGES], empty[STAGES];
-  u64 cut, small[FEW];
   u32 bins[BINS];
   u32 first[MAX_QUERIES + 1];       // tiles before each query and those EXTRA
   unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
-  u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS], bin, above, inside, num;
+  u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS];
+  struct Team {  // of warps that select for one part
+    u64 cut, small[FEW];
+    u32 bin, above, inside, num, base, spare;
+  } teams[TEAMS];
+  u32 postponed;
   u32 orders[1];  // of the block's keys: see rank_of
 };
 
