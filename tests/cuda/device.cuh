@@ -375,6 +375,11 @@ inline void arrive_for_all(u32* at) { ++*at, host::moved = true; }
 inline void await_all(const u32* at, u32 times) {
   while (*at < times) host::yield();
 }
+inline void publish(u64* to, u64 word) { *to = word, host::moved = true; }
+inline u64 await_word(const u64* from) {
+  while (*from == 0) host::yield();
+  return *from;
+}
 template <class T>
 T changed(const T* from) {
   return *from;

@@ -40,6 +40,7 @@ KERNEL(own_128, walk::Own, walk::own_block<128>)
 extern "C" u32 bytes_before_mask() { return offsetof(settle::Workspace, mask); }
 extern "C" u32 least_words() { return (sizeof(settle::Workspace) - offsetof(settle::Workspace, mask)) / 4; }
 
+extern "C" u32 extra_tiles() { return step::EXTRA; }
 using Largest = step::Workspace<128, 64>;
 extern "C" u32 bytes_of_tiles() { return offsetof(Largest, query); }
 extern "C" u32 bytes_before_orders() { return offsetof(Largest, orders) - offsetof(Largest, query) - 64 * (128 + 4); }

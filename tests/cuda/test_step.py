@@ -36,7 +36,7 @@ class World:
             if tiles > 4:
                 table[request, [1, tiles - 2]] = -1, PAGES
         owners = rng.integers(0, len(lengths), num)
-        owners[:3] = 0, len(lengths), -1
+        owners[:3] = (0, len(lengths), -1)[:num]
         held = np.int64(lengths)[owners.clip(0, len(lengths) - 1)]
         positions = np.where(rng.random(num) < 0.5, held - 1, (held * rng.random(num)).astype(np.int64) - 1)
         positions[0] = 10**12
@@ -67,9 +67,9 @@ class World:
         self.scores[np.arange(width * 64) >= ends[:, None]] = -np.inf
 
     def check(self, topk: int, with_scores: bool, programs: int) -> None:
-        told = torch.zeros(len(self.scores) * step.TOLD, dtype=torch.int32)
-        got = step.select_step(self.query, self.keys, topk, with_scores, programs, told)
-        assert not told.any(), "what the next launch begins with"
+        shared = torch.zeros(step.shared_words(len(self.scores), programs), dtype=torch.int32)
+        got = step.select_step(self.query, self.keys, topk, with_scores, programs, shared)
+        assert not shared.any(), "what the next launch begins with"
         want = select_topk(torch.from_numpy(self.scores), topk, impl="reference")
         assert torch.equal(got.lengths, want.lengths)
         assert torch.equal(got.indices, want.indices)
@@ -98,10 +98,10 @@ def test_the_set_of_the_two_steps(heads, dim, programs, topk, order):
     World(heads, dim, [1300, 0, 500, 64], 7, heads + order).check(topk, topk != 64, programs)
 
 
-@pytest.mark.parametrize(("lengths", "programs"), [([6300], 4), ([64 * 75, 900], 3)])
-def test_more_in_a_bin_than_is_told_to_all(lengths, programs, order):
-    """All keys equal, in two of four queries."""
-    world = World(3, 64, lengths, 5, order, spread=0)
+@pytest.mark.parametrize(("lengths", "num", "programs"), [([6300], 5, 4), ([64 * 75, 900], 5, 3), ([1900], 1, 10)])
+def test_many_in_a_bin(lengths, num, programs, order):
+    """All keys equal: more than are told to all, more than a team has room for, more of a part than it has slots for."""
+    world = World(3, 64, lengths, num, order, spread=0)
     world.query.q.view(torch.uint8)[:] = 0
     world.scores[np.isfinite(world.scores)] = 0.0
     world.scores[np.isnan(world.scores)] = 0.0
@@ -123,6 +123,7 @@ def test_more_queries_than_blocks(order):
 
 def test_shared_memory_is_laid_out_as_the_kernel_has_it():
     assert library().bytes_of_tiles() == step.TILES
+    assert library().extra_tiles() == step.EXTRA
     assert library().bytes_before_orders() == step.BEFORE_ORDERS
     assert step.shared_memory(64, 128, 497)[1] == 497 * 64, "32 requests of 128k on 132 multiprocessors"
     size, held = step.shared_memory(64, 128, 993)

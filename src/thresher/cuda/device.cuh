@@ -109,6 +109,14 @@ __device__ __forceinline__ void await_all(const u32* at, u32 times) {
   do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(at) : "memory");
   while (seen < times);
 }
+// A word that others read as soon as it is not zero: no arrival need be waited for, nor one ordered behind it.
+__device__ __forceinline__ void publish(u64* to, u64 word) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory"); }
+__device__ __forceinline__ u64 await_word(const u64* from) {
+  u64 word;
+  do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  while (word == 0);
+  return word;
+}
 template <class T>  // of this memory or of shared memory: what others of this block made it by atomic operations
 __device__ __forceinline__ T changed(const T* from) {
   return *(const volatile T*)from;

@@ -17,7 +17,9 @@ constexpr u32 FETCHERS = 4, TEAMS = 4, EXTRA = 12;           // teams at most; w
 constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
-constexpr u32 ARRIVED = BINS, PAIRS = BINS + 1, LEFT = BINS + 2, TOLD = BINS + 4;  // see struct Step
+// In struct Step: of bins, how often parts have arrived, how many keys have no score, how many pairs found no slot, how many parts have left.
+constexpr u32 ARRIVED = BINS, LOST = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, TOLD = BINS + 4;
+constexpr u32 MAX_PARTS = 256;  // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
 
@@ -31,9 +33,9 @@ struct Step {
   int* indices;      // [queries, topk]
   long long* taken;  // [queries]
   float* beside;     // null, or [queries, topk]
-  u32* told;         // [queries, TOLD], zeros before and after: bins, how often parts have arrived, how many pairs were told, how many parts have left
-  u32* above;        // [queries, blocks]: how many each part takes for certain
-  u64* pairs;        // [queries, MOST]
+  u32* told;         // [queries, TOLD], zeros before and after: see there
+  u64* words;        // [queries, blocks], zeros before and after: see word_of
+  u64* pairs;        // [queries, 2 MOST], zeros before and after: as many slots for each part, and what finds none there
   u32* spilt;        // null, or orders for all tiles that the table has room for and those EXTRA, and their mask, where shared memory has no room for a block's
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
@@ -43,7 +45,7 @@ struct Step {
 // What a block knows of a query, of which it has a part.
 struct Sought {
   u32 taken, above;                      // how many are selected; how many this part takes for certain
-  u32 want : 12, inside : 12, times : 8;  // which largest of how many pairs the cut is; how often each part arrives, 0 before that is known
+  u32 want : 12, inside : 12, known : 1;  // which largest of how many pairs the cut is
   u64 low, high;                          // the cut lies from `low` on and below `high`
 };
 
@@ -67,9 +69,10 @@ struct Workspace {  // begins at a multiple of 1024
   u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS];
   struct Team {  // of warps that select for one part
     u64 cut, small[FEW];
-    u32 bin, above, inside, num, base, spare;
+    u32 bin, above, inside, num, base, last;
+    unsigned short within[MAX_PARTS];  // how many pairs each part told
   } teams[TEAMS];
-  u32 postponed;
+  u32 postponed, lost;
   u32 orders[1];  // of the block's keys: see rank_of
 };
 

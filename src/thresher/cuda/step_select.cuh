@@ -16,9 +16,12 @@ __device__ __forceinline__ void leave_out(const Step& c, u32 query, u32 at) {
   if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
 }
 
+// What a part publishes: how many keys it takes for certain, how many pairs it tells, and where those begin that find no slot.
+__device__ __forceinline__ u64 word_of(u32 above, u32 within, u32 base) { return (u64)1 << 63 | (u64)base << 48 | (u64)within << 32 | above; }
+
 // What a block has of a query.
 struct Part {
-  u32 query, part, parts, first, num;  // which of how many parts; its keys, `num` from `first` of the query's on
+  u32 query, part, parts, first, num, end;  // which of how many parts; its keys, `num` from `first` of the query's on; how many that sees
   Orders orders;
   u32* masks;  // of those keys that may be taken
   __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
@@ -38,28 +41,13 @@ struct Selecting {
   __device__ __forceinline__ void meet_team() { meet(2 + number, threads); }
 
   __device__ __forceinline__ u32* told(const Part& part) const { return c.told + (u64)part.query * TOLD; }
-  __device__ __forceinline__ u32* above(const Part& part, u32 of) const { return c.above + part.query * gridDim.x + of; }
-  __device__ __forceinline__ u64* pairs(const Part& part) const { return c.pairs + (u64)part.query * MOST; }
+  __device__ __forceinline__ u64* words(const Part& part) const { return c.words + part.query * gridDim.x; }
+  __device__ __forceinline__ u64* pairs(const Part& part) const { return c.pairs + (u64)part.query * 2 * MOST; }
   __device__ __forceinline__ Part part_of(const Run& run) {
     u32 behind = work.first[run.query + 1], first = run.from / run.each;
     return {
         run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
-        run.orders(c, work), run.masks(c, work)};
-  }
-  // Calls use(part, what the block knows of its query) in a thread for each part, all of them at once. How many there are. Ends where all
-  // have met.
-  template <class Use>
-  __device__ __forceinline__ u32 each_alone(const Use& use) {
-    u32 num = 1;
-    for (u32 base = 0; base < num; base += THREADS) {
-      Run run(c, work);
-      Part mine;
-      for (num = 0; run.next(work); num++)
-        if (num == base + threadIdx.x) mine = part_of(run);
-      if (base + threadIdx.x < num) use(mine, work.sought[base + threadIdx.x]);
-    }
-    meet_all();
-    return num;
+        (behind - run.from - 1) * KEYS + work.last[run.query] + 1, run.orders(c, work), run.masks(c, work)};
   }
   // Calls use(part, what the block knows of its query) for each part that is `wanted`, one after the other in each team.
   template <class Wanted, class Use>
@@ -70,29 +58,23 @@ struct Selecting {
   }
 
   __device__ __forceinline__ void run() {
+    u32 num = 0;
+    for (Run run(c, work); run.next(work); num++)
+      if (threadIdx.x == 0) work.sought[num].above = 0, work.sought[num].known = 0;
     if (threadIdx.x == 0) work.postponed = 0;
-    u32 num = each_alone([&](const Part& part, Sought& sought) {
-      sought.above = 0, sought.times = 0;
-      await_all(&told(part)[ARRIVED], part.parts);
-    });
+    meet_all();
     u32 most = num > 2 ? TEAMS : max(num, 1u);
     auto seek_in = [&](const Part& part, Sought& sought) { seek(part, sought); };
+    auto take_from = [&](const Part& part, const Sought& sought) { take(part, sought); };
     divide_into(most);
     each_in_teams([](const Sought&) { return true; }, seek_in);
     meet_all();
     bool postponed = work.postponed;
     if (postponed) {
       divide_into(1);
-      each_in_teams([](const Sought& sought) { return sought.times == 0; }, seek_in);
+      each_in_teams([](const Sought& sought) { return !sought.known; }, seek_in);
       meet_all();
     }
-    each_alone([&](const Part& part, const Sought& sought) {
-      *above(part, part.part) = sought.above;
-      arrive_for_all(&told(part)[ARRIVED]);
-      await_all(&told(part)[ARRIVED], part.parts * sought.times);
-      if (atomicAdd(&told(part)[LEFT], 1u) + 1 == part.parts) told(part)[ARRIVED] = told(part)[PAIRS] = told(part)[LEFT] = 0;
-    });
-    auto take_from = [&](const Part& part, const Sought& sought) { take(part, sought); };
     divide_into(most);
     each_in_teams([&](const Sought& sought) { return sought.inside <= MOST / most; }, take_from);
     if (!postponed) return;
@@ -113,17 +95,24 @@ struct Selecting {
   }
 
   // The bin that the `want`-th from above lies in (bin), of those that all parts have added up, how many lie in those above (above), and how
-  // many in it (inside), for the team. Returns how many there are in all. Ends where the team has met.
-  __device__ __forceinline__ u32 find_told_bin(const Part& part, u32 want) {
+  // many in it (inside), for the team. Returns how many there are in all. Ends where the team has met. They are all there once they are
+  // `keys`, with those that have no score: each count only grows, up to what it ends with.
+  __device__ __forceinline__ u32 find_told_bin(const Part& part, u32 want, u32 keys) {
     static_assert(BINS == 4 * THREADS);
     Four fours[TEAMS];  // so many for each thread, from the highest of all to the lowest; zeros beyond
-    u32 sum = 0, total;
+    u32 sum, total, above;
+    do {
 #pragma unroll
-    for (u32 at = 0; at < TEAMS; at++)
-      fours[at] = at < teams ? fresh((const Four*)told(part) + (BINS / 4 - 1 - thread * teams - at)) : Four{0, 0, 0, 0};
+      for (u32 at = 0; at < TEAMS; at++)
+        fours[at] = at < teams ? fresh((const Four*)told(part) + (BINS / 4 - 1 - thread * teams - at)) : Four{0, 0, 0, 0};
+      u32 lost = thread + 1 == threads ? fresh(&told(part)[LOST]) : 0;
+      if (thread + 1 == threads) team().base = lost;
+      sum = 0;
 #pragma unroll
-    for (u32 at = 0; at < TEAMS; at++) sum += fours[at].a + fours[at].b + fours[at].c + fours[at].d;
-    u32 above = scan(sum, total);
+      for (u32 at = 0; at < TEAMS; at++) sum += fours[at].a + fours[at].b + fours[at].c + fours[at].d;
+      above = scan(sum + lost, total);
+    } while (total < keys);
+    total -= team().base;
     if (above < want && want <= above + sum) {
       u32 bin = BINS - thread * teams * 4;
       auto pass = [&](u32 count) {
@@ -167,8 +156,9 @@ struct Selecting {
   // Find where the cut is and tell the others what this part has there. Only where a bin holds too many is anybody waited for once all are
   // scored; a team has room for fewer, and leaves that to all threads.
   __device__ __forceinline__ void seek(const Part& part, Sought& sought) {
+    meet_team();  // nobody asks how many pairs the part before told any more
     if (thread == 0) team().num = 0;
-    u32 total = find_told_bin(part, c.topk), want = 0, inside = 0, times = 1;
+    u32 total = find_told_bin(part, c.topk, part.end), want = 0, inside = 0, times = 0;
     u64 low = SELECTABLE, high = SELECTABLE;
     if (total > c.topk) {
       want = c.topk - team().above, inside = team().inside;
@@ -179,13 +169,13 @@ struct Selecting {
       }
       while (inside > MOST) {
         u32 shift = divide(part, low, high, times);
-        find_told_bin(part, want);
+        find_told_bin(part, want, 0);
         low += (u64)team().bin << shift, high = min(high, low + ((u64)1 << shift));
         want -= team().above, inside = team().inside;
       }
     }
     if (thread == 0) {
-      sought.taken = min(total, c.topk), sought.want = want, sought.inside = inside, sought.times = times + 1;
+      sought.taken = min(total, c.topk), sought.want = want, sought.inside = inside, sought.known = 1;
       sought.low = low, sought.high = high;
     }
     tell(part, sought, low, high);
@@ -200,8 +190,7 @@ struct Selecting {
     return {begin, min(begin + share, all)};
   }
 
-  // Keep a mask of the keys from `low` on. Note how many this part takes for certain, those from `high` on, and tell all parts the pairs
-  // between.
+  // Keep a mask of the keys from `low` on. Tell all parts how many this one takes for certain, those from `high` on, and the pairs between.
   __device__ __forceinline__ void tell(const Part& part, Sought& sought, u64 low, u64 high) {
     constexpr u32 TURN = 8;  // loads ahead
     u32 above = 0;
@@ -233,11 +222,11 @@ struct Selecting {
     above = __reduce_add_sync(EVERY, above);
     if (lane_of() == 0) atomicAdd(&sought.above, above);
     meet_team();
-    u32 within = team().num;
-    if (within == 0) return;
-    if (thread == 0) team().base = atomicAdd(&told(part)[PAIRS], within);
-    meet_team();
-    for (u32 at = thread; at < within; at += threads) pairs(part)[team().base + at] = near()[at];
+    u32 within = team().num, slots = MOST / part.parts, more = within > slots ? within - slots : 0, base = 0;
+    if (more && thread == 0) team().base = MOST + atomicAdd(&told(part)[PAIRS], more);
+    if (more) meet_team(), base = team().base;
+    for (u32 at = thread; at < within; at += threads) publish(&pairs(part)[at < slots ? part.part * slots + at : base + at - slots], near()[at]);
+    if (thread == 0) publish(&words(part)[part.part], word_of(sought.above, within, base));
   }
 
   // The `want`-th largest of the first `num` of near(), all distinct, which lie from `low` on and below `high`. team().num is 0.
@@ -273,16 +262,52 @@ struct Selecting {
     return team().cut;
   }
 
+  // What all parts told: their pairs into near(), in any order. How many the parts before this one take for certain, over all threads.
+  __device__ __forceinline__ u32 gather(const Part& part) {
+    constexpr u32 TURN = 4;  // slots ahead, before it is known what they hold
+    u32 before = 0, slots = MOST / part.parts, all = part.parts * slots;
+    u64 ahead[TURN];
+#pragma unroll
+    for (u32 at = 0; at < TURN; at++) ahead[at] = thread + at * threads < all ? fresh(&pairs(part)[thread + at * threads]) : 0;
+    for (u32 at = thread; at < part.parts; at += threads) {
+      u64 word = await_word(&words(part)[at]);
+      u32 within = (word >> 32) & 0xffff, base = (word >> 48) & 0x7fff;
+      if (at < part.part) before += (u32)word;
+      team().within[at] = within;
+      for (u32 more = slots; more < within; more++) near()[atomicAdd(&team().num, 1u)] = await_word(&pairs(part)[base + more - slots]);
+    }
+    meet_team();
+    auto put = [&](u32 slot, u64 pair) {
+      if (slot % slots < team().within[slot / slots]) near()[atomicAdd(&team().num, 1u)] = pair ? pair : await_word(&pairs(part)[slot]);
+    };
+#pragma unroll
+    for (u32 at = 0; at < TURN; at++)
+      if (thread + at * threads < all) put(thread + at * threads, ahead[at]);
+    for (u32 slot = thread + TURN * threads; slot < all; slot += threads) put(slot, 0);
+    meet_team();
+    return before;
+  }
+
+  // Leave zeros where all parts have read.
+  __device__ __forceinline__ void clear(const Part& part) {
+    u32 slots = MOST / part.parts;
+    for (u32 at = thread; at < part.parts; at += threads) {
+      u32 within = team().within[at], base = within > slots ? (fresh(&words(part)[at]) >> 48) & 0x7fff : 0;
+      for (u32 pair = 0; pair < within; pair++) pairs(part)[pair < slots ? at * slots + pair : base + pair - slots] = 0;
+      words(part)[at] = 0;
+    }
+    for (u32 at = thread; at < TOLD / 4; at += threads) ((Four*)told(part))[at] = {0, 0, 0, 0};
+  }
+
   // Take what is this part's: the keys from the cut on, ascending, behind those that the parts before it take.
   __device__ __forceinline__ void take(const Part& part, const Sought& sought) {
-    u32 inside = sought.inside, before = 0, mine = 0;
-    u64 pair = thread < inside ? fresh(&pairs(part)[thread]) : 0;
-    for (u32 at = thread; at < part.part; at += threads) before += fresh(above(part, at));
+    u32 inside = sought.inside, mine = 0;
+    if (thread == 0) team().num = 0;
     meet_team();
+    u32 before = gather(part);
+    // What this part reads of others it has read by now, so the last one to come here may clear it.
+    if (thread == 0) team().last = atomicAdd(&told(part)[LEFT], 1u) + 1 == part.parts, team().num = 0;
     if (inside > 0) {
-      if (thread == 0) team().num = 0;
-      if (thread < inside) near()[thread] = pair;
-      for (u32 at = thread + threads; at < inside; at += threads) near()[at] = fresh(&pairs(part)[at]);
       u64 cut = nth_largest(sought.low, sought.high, sought.want, inside);
       for (u32 at = thread; at < inside; at += threads) {
         u64 pair = near()[at];
@@ -317,8 +342,8 @@ struct Selecting {
       }
       to += all;
     }
+    if (team().last) clear(part);
     if (part.part + 1 < part.parts) return;
-    for (u32 at = thread; at < BINS / 4; at += threads) ((Four*)told(part))[at] = {0, 0, 0, 0};  // all parts have read them
     if (thread == 0) c.taken[part.query] = sought.taken;
     for (u32 at = sought.taken + thread; at < c.topk; at += threads) leave_out(c, part.query, at);
   }

@@ -22,7 +22,7 @@ THREADS = 640  # four groups of four warps that multiply and select, and four wa
 BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
-BEFORE_ORDERS = 17804  # beside those, heads and weights
+BEFORE_ORDERS = 19856  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
@@ -31,7 +31,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "above", "pairs", "spilt")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
         ("spare", ctypes.c_uint * 7),
@@ -63,21 +63,27 @@ def worthwhile(query: IndexQuery, keys: IndexKeys) -> bool:
     return query.num_queries <= keys.num_requests
 
 
+def shared_words(num: int, programs: int) -> int:
+    """int32 words that thread blocks exchange what they find by: for each query bins and counts, pairs, and a word of each block."""
+    return num * (TOLD + 2 * (2 * MOST + programs))
+
+
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True, scratch: Scratch | None = None) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     device = query.q.device
-    told = None if scratch is None else scratch.zeros(query.num_queries * TOLD, device)
-    return select_step(query, keys, topk, with_scores, multiprocessors(device), told)
+    programs = multiprocessors(device)
+    shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, programs), device)
+    return select_step(query, keys, topk, with_scores, programs, shared)
 
 
 def select_step(
-    query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int, told: Tensor | None = None
+    query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int, shared: Tensor | None = None
 ) -> Selection:
     """``score_select`` on so many multiprocessors.
 
     Args:
         programs: thread blocks, of which each multiprocessor must have room for one.
-        told: int32, at least ``Q * TOLD`` zeros, which are zeros again when the launch ends; None makes some.
+        shared: int32, at least ``shared_words(Q, programs)`` zeros, which are zeros again when the launch ends; None makes some.
     """
     num, dim, device = query.num_queries, keys.head_dim, query.q.device
     indices = torch.empty(num, topk, dtype=torch.int32, device=device)
@@ -94,16 +100,17 @@ def select_step(
     tiles = num * (table.shape[1] + EXTRA)
     share = -(-tiles // programs)
     size, held = shared_memory(heads, dim, share)
-    told = torch.zeros(num * TOLD, dtype=torch.int32, device=device) if told is None else told
-    above = torch.empty(num, programs, dtype=torch.int32, device=device)
-    pairs = torch.empty(num, MOST, dtype=torch.int64, device=device)
+    shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
+    told = shared.data_ptr()
+    pairs = told + 4 * num * TOLD
+    words = pairs + 8 * num * 2 * MOST
     spills = share * TILE > min(held, MASKED)  # orders, and one bit for each
     spilt = torch.empty(tiles * (TILE + TILE // 32), dtype=torch.int32, device=device) if spills else None
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),
-        table=table.data_ptr(), indices=indices.data_ptr(), taken=taken.data_ptr(), beside=_address(beside), told=told.data_ptr(),
-        above=above.data_ptr(), pairs=pairs.data_ptr(), spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
+        table=table.data_ptr(), indices=indices.data_ptr(), taken=taken.data_ptr(), beside=_address(beside), told=told,
+        words=words, pairs=pairs, spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
         table_tiles=table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4),
         q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held, masked=MASKED,
     )  # fmt: skip
