@@ -13,7 +13,7 @@
 
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
-constexpr u32 FETCHERS = 4, TEAMS = 4, EXTRA = 12;           // teams at most; what a query more costs a block, in tiles
+constexpr u32 FETCHERS = 4, TEAMS = 2, EXTRA = 12;           // teams at most; what a query more costs a block, in tiles
 constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;

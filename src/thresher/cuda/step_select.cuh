@@ -63,7 +63,7 @@ struct Selecting {
       if (threadIdx.x == 0) work.sought[num].above = 0, work.sought[num].known = 0;
     if (threadIdx.x == 0) work.postponed = 0;
     meet_all();
-    u32 most = num > 2 ? TEAMS : max(num, 1u);
+    u32 most = num > 1 ? 2 : 1;
     auto seek_in = [&](const Part& part, Sought& sought) { seek(part, sought); };
     auto take_from = [&](const Part& part, const Sought& sought) { take(part, sought); };
     divide_into(most);
