@@ -22,7 +22,7 @@ THREADS = 640  # four groups of four warps that multiply and select, and four wa
 BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
-BEFORE_ORDERS = 17760  # beside those, heads and weights
+BEFORE_ORDERS = 17744  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
