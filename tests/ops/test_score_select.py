@@ -27,7 +27,7 @@ def world(num: int) -> tuple:
 def module(monkeypatch):
     """A stand-in for the kernels, on tensors that count as a GPU's for this operation; for the others they are a CPU's."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    made = SimpleNamespace(why=None, seen=[], asked=[], __name__="stand.in")
+    made = SimpleNamespace(why=None, seen=[], asked=[])
     made.unsupported = lambda *given: made.why
     made.worthwhile = lambda query, keys: made.asked.append((query, keys)) or query.num_queries > 4
     made.score_select = lambda *given: made.seen.append(given) or "from the kernels"

@@ -17,8 +17,8 @@ constexpr u32 FETCHERS = 4, TEAMS = 2, EXTRA = 12;           // teams at most; w
 constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
-// In struct Step: of bins, how often parts have arrived, how many keys have no score, how many pairs found no slot, how many parts have left.
-constexpr u32 ARRIVED = BINS, LOST = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, TOLD = BINS + 4;
+// Behind a query's bins: how many keys have no score, how often parts have arrived, how many pairs found no slot, how many parts have left.
+constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, TOLD = BINS + 4;
 constexpr u32 MAX_PARTS = 256;  // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
@@ -63,7 +63,7 @@ struct Workspace {  // begins at a multiple of 1024
   float weights[HEADS];
   float scales[STAGES][KEYS];
   u64 full[STAGES], empty[STAGES];
-  u32 bins[BINS];
+  u32 bins[BINS + 1];  // and how many keys have no score
   u32 first[MAX_QUERIES + 1];       // tiles before each query and those EXTRA
   unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
   u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS];
@@ -72,8 +72,8 @@ struct Workspace {  // begins at a multiple of 1024
     u32 bin, above, inside, num, base, last;
     unsigned short within[MAX_PARTS];  // how many pairs each part told
   } teams[TEAMS];
-  u32 postponed, lost;
-  u32 orders[1];  // of the block's keys: see rank_of
+  u32 postponed;
+  alignas(16) u32 orders[4];  // of the block's keys: see rank_of
 };
 
 // How many keys a query sees. Its owner is mostly of its own number: then one load need not wait for another.
@@ -103,9 +103,10 @@ __device__ __forceinline__ void tell_bins(u32* told, Work& work) {
     u32 bin = at + threadIdx.x, count = work.bins[bin];
     if (count) atomicAdd(&told[bin], count), work.bins[bin] = 0;
   }
+  if (threadIdx.x == 0 && work.bins[LOST]) atomicAdd(&told[LOST], work.bins[LOST]), work.bins[LOST] = 0;
 }
 
-// Orders of a part: the first in shared memory, those that it has no room for in device memory.
+// Orders of a part: the first in shared memory, those that it has no room for in device memory; of whole tiles.
 struct Orders {
   u32 *near, *far;
   u32 room;

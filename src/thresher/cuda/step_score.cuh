@@ -86,10 +86,7 @@ struct Scorer {
     u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? rank_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
     if (own < 2) {
       orders.put(from + key, order);
-      if (order)
-        atomicAdd(&work.bins[score_bin(order)], 1u);
-      else if (first + key < end)
-        atomicAdd(&work.lost, 1u);
+      if (first + key < end) atomicAdd(&work.bins[order ? score_bin(order) : LOST], 1u);
     }
   }
 
@@ -97,8 +94,7 @@ struct Scorer {
     Run run(c, work);
     if (!run.next(work)) return;
     put(fetch(run.query));
-    if (threadIdx.x == 0) work.lost = 0;
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) work.bins[bin] = 0;
+    for (u32 bin = threadIdx.x; bin <= BINS; bin += THREADS) work.bins[bin] = 0;
     meet_all();
     while (true) {
       Run next = run;
@@ -114,7 +110,6 @@ struct Scorer {
       meet_all();
       u32* told = c.told + (u64)run.query * TOLD;
       tell_bins(told, work);
-      if (threadIdx.x == 0 && work.lost) atomicAdd(&told[LOST], work.lost), work.lost = 0;
       if (!more) break;
       put(ahead);
       meet_all();

@@ -33,16 +33,19 @@ struct Selecting {
   Workspace<DIM, HEADS>& work;
   u32 teams = 1, number = 0, threads = THREADS, thread = threadIdx.x;  // this thread's team, its threads and which of those this is
 
-  __device__ __forceinline__ void divide_into(u32 num) {
-    teams = num, threads = THREADS / num, number = threadIdx.x / threads, thread = threadIdx.x % threads;
+  __device__ __forceinline__ void divide_into(u32 num) {  // 1 or 2
+    teams = num, threads = THREADS >> (num - 1), number = num == 2 ? threadIdx.x / (THREADS / 2) : 0, thread = threadIdx.x & (threads - 1);
   }
+  static_assert(TEAMS == 2);
   __device__ __forceinline__ auto& team() { return work.teams[number]; }
-  __device__ __forceinline__ u64* near() { return work.near + number * (MOST / teams); }
+  __device__ __forceinline__ u64* near() { return work.near + number * (MOST / 2); }
   __device__ __forceinline__ void meet_team() { meet(2 + number, threads); }
 
   __device__ __forceinline__ u32* told(const Part& part) const { return c.told + (u64)part.query * TOLD; }
   __device__ __forceinline__ u64* words(const Part& part) const { return c.words + part.query * gridDim.x; }
   __device__ __forceinline__ u64* pairs(const Part& part) const { return c.pairs + (u64)part.query * 2 * MOST; }
+  // Slots of each part, a power of two.
+  __device__ __forceinline__ static u32 slots_of(const Part& part) { return 1u << (31 - __clz(MOST / part.parts)); }
   __device__ __forceinline__ Part part_of(const Run& run) {
     u32 behind = work.first[run.query + 1], first = run.from / run.each;
     return {
@@ -64,23 +67,21 @@ struct Selecting {
     if (threadIdx.x == 0) work.postponed = 0;
     meet_all();
     u32 most = num > 1 ? 2 : 1;
-    auto seek_in = [&](const Part& part, Sought& sought) { seek(part, sought); };
-    auto take_from = [&](const Part& part, const Sought& sought) { take(part, sought); };
-    divide_into(most);
-    each_in_teams([](const Sought&) { return true; }, seek_in);
-    meet_all();
-    bool postponed = work.postponed;
-    if (postponed) {
-      divide_into(1);
-      each_in_teams([](const Sought& sought) { return !sought.known; }, seek_in);
-      meet_all();
-    }
-    divide_into(most);
-    each_in_teams([&](const Sought& sought) { return sought.inside <= MOST / most; }, take_from);
-    if (!postponed) return;
-    meet_all();
-    divide_into(1);
-    each_in_teams([&](const Sought& sought) { return sought.inside > MOST / most; }, take_from);
+    // Once in teams; then those that a team has no room for, by all threads.
+    auto passes = [&](const auto& wanted, const auto& use) {
+      for (u32 pass = 0; pass < 2; pass++) {
+        divide_into(pass == 0 ? most : 1);
+        each_in_teams([&](const Sought& sought) { return wanted(sought, pass); }, use);
+        meet_all();
+        if (!work.postponed) break;
+      }
+    };
+    passes(
+        [](const Sought& sought, u32 pass) { return pass == 0 || !sought.known; },
+        [&](const Part& part, Sought& sought) { seek(part, sought); });
+    passes(
+        [&](const Sought& sought, u32 pass) { return (sought.inside <= MOST / most) == (pass == 0); },
+        [&](const Part& part, const Sought& sought) { take(part, sought); });
   }
 
   // Of each thread's number: the sum of those of threads before it in the team, and of all.
@@ -181,48 +182,55 @@ struct Selecting {
     tell(part, sought, low, high);
   }
 
-  // The groups of 32 keys of a warp: they stand together.
+  // The groups of 32 keys of a warp: they stand together, and begin at a multiple of 4 groups.
   struct Groups {
     u32 begin, stop;
   };
   __device__ __forceinline__ Groups groups(const Part& part) const {
-    u32 all = part.num / 32, warps = threads / 32, share = (all + warps - 1) / warps, begin = min(thread / 32 * share, all);
+    u32 all = part.num / 32, warps = threads / 32, share = (all + 4 * warps - 1) / (4 * warps) * 4, begin = min(thread / 32 * share, all);
     return {begin, min(begin + share, all)};
   }
 
   // Keep a mask of the keys from `low` on. Tell all parts how many this one takes for certain, those from `high` on, and the pairs between.
   __device__ __forceinline__ void tell(const Part& part, Sought& sought, u64 low, u64 high) {
-    constexpr u32 TURN = 8;  // loads ahead
+    constexpr u32 TURN = 4;  // loads ahead, each of 4 keys a lane
     u32 above = 0;
     Groups own = groups(part);
     // Mostly an order tells by itself on which side of both a pair is.
     bool plain = (u32)low == 0 && ((u32)high == 0 || high == ~(u64)0);
     u32 least = low >> 32, most = high >> 32;
-    auto look_through = [&](const u32* orders, u32 from, u32 to) {
-      for (u32 group = from; group < to; group += TURN) {
-        u32 values[TURN];
+    for (u32 group = own.begin; group < own.stop; group += 4 * TURN) {
+      Four fours[TURN];
 #pragma unroll
-        for (u32 at = 0; at < TURN; at++) values[at] = group + at < to ? orders[(group + at) * 32 + lane_of()] : 0;
+      for (u32 at = 0; at < TURN; at++) {
+        u32 key = (group + 4 * at) * 32 + lane_of() * 4;
+        fours[at] = key < own.stop * 32 ? *(const Four*)(key < part.orders.room ? part.orders.near + key : part.orders.far + key) : Four{0, 0, 0, 0};
+      }
 #pragma unroll
-        for (u32 at = 0; at < TURN; at++) {
-          if (group + at >= to) break;
-          u32 key = (group + at) * 32 + lane_of();
-          u64 pair = part.pair_of(values[at], key);
-          bool reach = plain ? values[at] >= least : pair >= low, sure = plain ? values[at] >= most : pair >= high;
-          u32 mask = __ballot_sync(EVERY, reach);
-          if (lane_of() == 0) part.masks[group + at] = mask;
-          above += sure;
-          if (reach && !sure) near()[atomicAdd(&team().num, 1u)] = pair;
+      for (u32 at = 0; at < TURN; at++) {
+        if (group + 4 * at >= own.stop) break;
+        u32 key = (group + 4 * at) * 32 + lane_of() * 4, reach = 0, sure = 0;
+        auto look = [&](u32 order, u32 which) {
+          bool in = order >= least, over = order >= most;
+          if (!plain) in = part.pair_of(order, key + which) >= low, over = part.pair_of(order, key + which) >= high;
+          reach |= (u32)in << which, sure |= (u32)over << which;
+        };
+        look(fours[at].a, 0), look(fours[at].b, 1), look(fours[at].c, 2), look(fours[at].d, 3);
+        above += __popc(sure);
+        u32 mask = reach << lane_of() % 8 * 4;
+#pragma unroll
+        for (u32 step = 1; step < 8; step *= 2) mask |= __shfl_xor_sync(EVERY, mask, step);
+        if (lane_of() % 8 == 0 && key < own.stop * 32) part.masks[key / 32] = mask;
+        for (u32 left = reach & ~sure; left; left &= left - 1) {
+          u32 which = __ffs(left) - 1, order = which == 0 ? fours[at].a : which == 1 ? fours[at].b : which == 2 ? fours[at].c : fours[at].d;
+          near()[atomicAdd(&team().num, 1u)] = part.pair_of(order, key + which);
         }
       }
-    };
-    u32 middle = min(max(part.orders.room / 32, own.begin), own.stop);  // room is whole tiles
-    look_through(part.orders.near, own.begin, middle);
-    look_through(part.orders.far, middle, own.stop);
+    }
     above = __reduce_add_sync(EVERY, above);
     if (lane_of() == 0) atomicAdd(&sought.above, above);
     meet_team();
-    u32 within = team().num, slots = MOST / part.parts, more = within > slots ? within - slots : 0, base = 0;
+    u32 within = team().num, slots = slots_of(part), more = within > slots ? within - slots : 0, base = 0;
     if (more && thread == 0) team().base = MOST + atomicAdd(&told(part)[PAIRS], more);
     if (more) meet_team(), base = team().base;
     for (u32 at = thread; at < within; at += threads) publish(&pairs(part)[at < slots ? part.part * slots + at : base + at - slots], near()[at]);
@@ -265,7 +273,7 @@ struct Selecting {
   // What all parts told: their pairs into near(), in any order. How many the parts before this one take for certain, over all threads.
   __device__ __forceinline__ u32 gather(const Part& part) {
     constexpr u32 TURN = 4;  // slots ahead, before it is known what they hold
-    u32 before = 0, slots = MOST / part.parts, all = part.parts * slots;
+    u32 before = 0, slots = slots_of(part), shift = 31 - __clz(slots), all = part.parts << shift;
     u64 ahead[TURN];
 #pragma unroll
     for (u32 at = 0; at < TURN; at++) ahead[at] = thread + at * threads < all ? fresh(&pairs(part)[thread + at * threads]) : 0;
@@ -278,7 +286,7 @@ struct Selecting {
     }
     meet_team();
     auto put = [&](u32 slot, u64 pair) {
-      if (slot % slots < team().within[slot / slots]) near()[atomicAdd(&team().num, 1u)] = pair ? pair : await_word(&pairs(part)[slot]);
+      if ((slot & (slots - 1)) < team().within[slot >> shift]) near()[atomicAdd(&team().num, 1u)] = pair ? pair : await_word(&pairs(part)[slot]);
     };
 #pragma unroll
     for (u32 at = 0; at < TURN; at++)
@@ -290,7 +298,7 @@ struct Selecting {
 
   // Leave zeros where all parts have read.
   __device__ __forceinline__ void clear(const Part& part) {
-    u32 slots = MOST / part.parts;
+    u32 slots = slots_of(part);
     for (u32 at = thread; at < part.parts; at += threads) {
       u32 within = team().within[at], base = within > slots ? (fresh(&words(part)[at]) >> 48) & 0x7fff : 0;
       for (u32 pair = 0; pair < within; pair++) pairs(part)[pair < slots ? at * slots + pair : base + pair - slots] = 0;
@@ -305,8 +313,9 @@ struct Selecting {
     if (thread == 0) team().num = 0;
     meet_team();
     u32 before = gather(part);
-    // What this part reads of others it has read by now, so the last one to come here may clear it.
-    if (thread == 0) team().last = atomicAdd(&told(part)[LEFT], 1u) + 1 == part.parts, team().num = 0;
+    // What this part reads of others it has read by now, so the last one to come here may clear it. Nobody waits for the answer yet.
+    u32 left = thread == 0 ? atomicAdd(&told(part)[LEFT], 1u) : 0;
+    if (thread == 0) team().num = 0;
     if (inside > 0) {
       u64 cut = nth_largest(sought.low, sought.high, sought.want, inside);
       for (u32 at = thread; at < inside; at += threads) {
@@ -342,6 +351,8 @@ struct Selecting {
       }
       to += all;
     }
+    if (thread == 0) team().last = left + 1 == part.parts;
+    meet_team();
     if (team().last) clear(part);
     if (part.part + 1 < part.parts) return;
     if (thread == 0) c.taken[part.query] = sought.taken;

@@ -34,7 +34,7 @@ def score_select(
         impl: "auto", "triton", "cuda" or "reference". "triton" are the kernels that do both at once in prefill, "cuda" is the one for a
             step of decoding on Hopper; each raises where it cannot run. "reference" is the two steps' reference. "auto" is "triton" where
             that can run and ``score_select.triton.worthwhile`` says so, and else the two steps with "auto" each, which hold a matrix of
-            scores. Of steps of decoding, "auto" is "cuda" where ``score_select.cuda.worthwhile`` says so.
+            scores.
         scratch: for "cuda", which then has nothing to clear before it begins; None gives it memory of its own.
 
     Returns:
@@ -66,19 +66,16 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
     What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run
     the two steps as "triton".
     """
-    wanted = meaning()
 
     def why_not(module: ModuleType) -> str | None:
-        if wanted == "triton" and module.__name__.endswith(".cuda"):
-            return "another was asked for"
         why: str | None = module.unsupported(query, keys, topk)
         if why is None and not module.worthwhile(query, keys):
             why = "the two steps are taken for so many queries, heads and keys"
         return why
 
-    if wanted == "cuda":
+    if meaning() == "cuda":
         return choose("score_select", AUTO, query.q.device, lambda module: module.unsupported(query, keys, topk))
-    if wanted not in (AUTO, "triton"):
+    if meaning() not in (AUTO, "triton"):
         return None
     with using(AUTO):
         return choose("score_select", AUTO, query.q.device, why_not)

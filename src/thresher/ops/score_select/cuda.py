@@ -1,7 +1,8 @@
 """Score and select in one launch for a step of decoding, in CUDA C++ (``thresher/cuda/step.cu``): the set of the two steps, bit for bit.
 
 Tiles of all queries are shared out evenly among the multiprocessors, whatever their lengths; scores stay in shared memory. The host reads
-no value, so a step can be recorded in a CUDA graph and replayed with other lengths.
+no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It is for its name, not for "auto": an earlier form of it
+was compared with the two steps on a GPU, this one on a CPU's threads (tests/cuda/test_step.py, docs/lab-log.md).
 """
 
 from __future__ import annotations
@@ -56,11 +57,6 @@ def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
     fixed = 1024 + TILES + heads * (dim + 4) + BEFORE_ORDERS
     held = min(tiles, (launch.SHARED - fixed) // (4 * TILE)) * TILE
     return fixed + 4 * held, held
-
-
-def worthwhile(query: IndexQuery, keys: IndexKeys) -> bool:
-    """Whether this kernel is taken before the two steps and the kernels for prefill: for steps of one query a request (docs/lab-log.md)."""
-    return query.num_queries <= keys.num_requests
 
 
 def shared_words(num: int, programs: int) -> int:
