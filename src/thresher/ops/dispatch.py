@@ -12,8 +12,8 @@
 The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
 others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in
 another way; "flash_mla" over bf16 latents rounds its output to bf16. (Over the FP8 cache it does so too: that cache's own rounding is
-coarser.) "cuda" for ``score_select``, one launch for a step of decoding, promises no less, but its sets, as it is now, have been compared on
-a CPU's threads alone.
+coarser.) "cuda" for ``score_select``, one launch for a step of decoding, promises no less, but its sets, as it is now, have been compared
+on a CPU's threads alone.
 
 A named implementation runs or raises ``ThresherError`` with the reason it cannot; it never falls back.
 """

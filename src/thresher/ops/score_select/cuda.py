@@ -1,8 +1,8 @@
 """Score and select in one launch for a step of decoding, in CUDA C++ (``thresher/cuda/step.cu``): the set of the two steps, bit for bit.
 
 Tiles of all queries are shared out evenly among the multiprocessors, whatever their lengths; scores stay in shared memory. The host reads
-no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It is for its name, not for "auto": an earlier form of it
-was compared with the two steps on a GPU, this one on a CPU's threads (tests/cuda/test_step.py, docs/lab-log.md).
+no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It is for its name, not for "auto": an earlier form of
+it was compared with the two steps on a GPU, this one on a CPU's threads (tests/cuda/test_step.py, docs/lab-log.md).
 """
 
 from __future__ import annotations
