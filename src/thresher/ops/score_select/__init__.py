@@ -69,7 +69,7 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
 
     def why_not(module: ModuleType) -> str | None:
         why: str | None = module.unsupported(query, keys, topk)
-        if why is None and not module.worthwhile(query, keys):
+        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.room):
             why = "the two steps are taken for so many queries, heads and keys"
         return why
 
