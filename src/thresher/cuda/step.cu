@@ -1,8 +1,10 @@
 // A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py.
 //
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly, so many before each query for what it costs beside: a
-// thread block has a run of them and keeps their scores in its shared memory. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for one another.
-// 1. Four warps fetch tiles through the copy engine, of which one alone would be late; four groups of four warps take turns at multiplying them, and count scores in bins.
+// thread block has a run of them and keeps their scores in its shared memory. A query's tiles may lie in several blocks, its parts. All blocks
+// are at work at once, so they can wait for one another.
+// 1. Four warps fetch tiles through the copy engine, since one alone would be late; four groups of four warps take turns at multiplying them,
+//    and count scores in bins.
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
 //    all parts, and each finds the cut, a pair of which there is one. Scores are read once: what they are sought for is kept as a mask of keys.
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
@@ -19,7 +21,7 @@ constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale 
 constexpr u32 MAX_QUERIES = 1024;
 // Behind a query's bins: how many keys have no score, how often parts have arrived, how many pairs found no slot, how many parts have left.
 constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, TOLD = BINS + 4;
-constexpr u32 MAX_PARTS = 256;  // a multiprocessor has one at most
+constexpr u32 MAX_PARTS = 256;            // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
 
@@ -36,7 +38,7 @@ struct Step {
   u32* told;         // [queries, TOLD], zeros before and after: see there
   u64* words;        // [queries, blocks], zeros before and after: see word_of
   u64* pairs;        // [queries, 2 MOST], zeros before and after: as many slots for each part, and what finds none there
-  u32* spilt;        // null, or orders for all tiles that the table has room for and those EXTRA, and their mask, where shared memory has no room for a block's
+  u32* spilt;        // null, or orders of all tiles that the table has room for and those EXTRA, and their mask: see `held`, `masked`
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
   u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
@@ -44,7 +46,7 @@ struct Step {
 
 // What a block knows of a query, of which it has a part.
 struct Sought {
-  u32 taken, above;                      // how many are selected; how many this part takes for certain
+  u32 taken, above;                       // how many are selected; how many this part takes for certain
   u32 want : 12, inside : 12, known : 1;  // which largest of how many pairs the cut is
   u64 low, high;                          // the cut lies from `low` on and below `high`
 };
@@ -63,7 +65,7 @@ struct Workspace {  // begins at a multiple of 1024
   float weights[HEADS];
   float scales[STAGES][KEYS];
   u64 full[STAGES], empty[STAGES];
-  u32 bins[BINS + 1];  // and how many keys have no score
+  u32 bins[BINS + 1];               // and how many keys have no score
   u32 first[MAX_QUERIES + 1];       // tiles before each query and those EXTRA
   unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
   u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS];
@@ -86,7 +88,7 @@ __device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
   return (u32)(min(max(position, -1ll), held - 1) + 1);
 }
 
-// `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back: NaN as Hopper makes it.
+// `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
 __device__ __forceinline__ u32 rank_of(float score) {
   if (score != score) return 1;
   return __float_as_uint(score) == 0xff800000u ? 0 : order_of(score);
@@ -124,9 +126,8 @@ struct Orders {
 
 // A run of tiles: those of one query after another.
 struct Run {
-  u32 each, begin, stop;  // tiles of a block, and this block's
-  u32 query = 0, at, upto;  // at hand: tiles at .. upto - 1 of all
-  u32 from;                 // the first of the query's
+  u32 each, begin, stop;          // tiles of a block, and this block's
+  u32 query = 0, at, upto, from;  // at hand: tiles at .. upto - 1 of all; the first of the query's
 
   template <class Work>
   __device__ __forceinline__ Run(const Step& c, const Work& work) {
