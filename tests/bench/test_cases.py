@@ -37,6 +37,8 @@ def test_a_named_case_reads_back_and_has_the_models_sizes(name):
         ("layer-8x128k-h32", Case("layer", 8, 131072, 32)),
         ("decode-2x300-h4-d64-k32", Case("decode", 2, 300, 4, 64, 32)),
         ("mla-decode-2-h4-k32-n256", Case("mla-decode", 2, 256, 4, 128, 32)),
+        ("decode-8x128k-h64-q4", Case("decode", 32, 131072, 64, queries=4)),
+        ("layer-2xmixed-h4-k32-q2", Case("layer", 4, None, 4, 128, 32, 2)),
     ],
 )
 def test_what_a_name_means(name, case):
@@ -64,6 +66,11 @@ def test_what_a_name_means(name, case):
         ("prefill-2kx1k-h64", "must be named like"),
         ("prefill-2048x1k-h64", "last of its length tokens"),
         ("prefill-16xmixed-h64", "last of its length tokens"),
+        ("prefill-16x1k-h64-q2", "must be those of a decode or layer case"),
+        ("mla-decode-2-h64-q2", "only decode and layer cases take -q"),
+        ("decode-2x1k-h64-q1", "must be written decode-2x1k-h64"),
+        ("decode-2x1k-h64-q0", "must be at least 1"),
+        ("decode-2x3-h64-q4", "must be its last tokens"),
     ],
 )
 def test_names_that_are_none(name, words):
@@ -92,3 +99,5 @@ def test_mixed_lengths_are_log_spaced_in_a_seeded_order():
 def test_lengths_are_one_for_each_request():
     assert parse_case("prefill-16x300-h4").lengths(0) == [300]
     assert parse_case("decode-3x300-h4").lengths(0) == [300, 300, 300]
+    assert parse_case("decode-3x300-h4-q2").lengths(0) == [300, 300, 300]
+    assert len(parse_case("decode-5xmixed-h4-q4").lengths(0)) == 5

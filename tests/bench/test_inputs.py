@@ -14,11 +14,12 @@ from thresher.ops import dequantize_fp8, paged_index_score, quantize_fp8
 
 CPU = torch.device("cpu")
 DECODE, PREFILL = parse_case("decode-3x200-h4-d64-k16"), parse_case("prefill-5x200-h4-d64-k16")
+DRAFTS = parse_case("decode-2x200-h4-d64-k16-q3")
 DRAWN = ("normal", *CRUEL)
 
 
 @pytest.mark.parametrize("name", DRAWN)
-@pytest.mark.parametrize("case", [DECODE, PREFILL], ids=lambda case: case.kind)
+@pytest.mark.parametrize("case", [DECODE, PREFILL, DRAFTS], ids=lambda case: case.name)
 def test_shapes_and_valid_fp8(case, name):
     made = make_inputs(case, name, 0, CPU)
     assert made.query.q.shape == (case.rows, 4, 64)
@@ -34,6 +35,9 @@ def test_shapes_and_valid_fp8(case, name):
     if case.kind == "prefill":
         assert made.query.positions.tolist() == [195, 196, 197, 198, 199]
         assert made.query.requests.tolist() == [0] * 5
+    elif case is DRAFTS:
+        assert made.query.positions.tolist() == [197, 198, 199] * 2
+        assert made.query.requests.tolist() == [0] * 3 + [1] * 3
     else:
         assert made.query.positions.tolist() == [199] * 3
         assert made.query.requests.tolist() == [0, 1, 2]

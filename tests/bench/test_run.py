@@ -304,6 +304,11 @@ def test_useful_work_of_known_cases():
     assert flops == 2 * 64 * 128 * sum(range(131072 - 1023, 131073))
     assert moved > 132 * 131072 + 4 * 1024 * 130000
     assert useful_work(case, "select", HISA(), [131072])[0] < useful_work(case, "select", MISA(), [131072])[0] < flops
+
+    one, four = parse_case("decode-2x1k-h64"), parse_case("decode-2x1k-h64-q4")
+    (flops, moved), (more, as_much) = (useful_work(x, "index_score", None, [1024, 1024]) for x in (one, four))
+    assert more == flops * (4 - (1 + 2 + 3) / 1024), "drafts see a token fewer each"
+    assert as_much - moved == 6 * 64 * 132 + 4 * (2 * (1021 + 1022 + 1023)), "of keys nothing twice; queries and scores"
     flops, moved = useful_work(parse_case("mla-decode-32-h128"), "sparse_attend_mla_fp8", None, [32768] * 32)
     assert moved == 32 * (2048 * 656 + 128 * (576 * 2 + 512 * 4 + 4))
     assert floor_us(card, "sparse_attend_mla_fp8", 729e12, 0.0) == pytest.approx(1e6)

@@ -2,7 +2,8 @@
 
 Rows x length, then heads. Rows are queries of one request (prefill) or requests with one query each (decode, layer). 1k = 1024 tokens,
 1m = 2**20. ``mixed`` lengths are log-spaced from 1k to 128k, in a seeded order. Where a case is not of a published model's size, what
-differs follows: ``-d64`` (index head dim, else 128), ``-k32`` (tokens kept, else 2048), ``-n4k`` (context of mla-decode, else 32k).
+differs follows: ``-d64`` (index head dim, else 128), ``-k32`` (tokens kept, else 2048), ``-n4k`` (context of mla-decode, else 32k). With
+several queries a request, as where tokens are drafted, ``-q4`` says how many: ``decode-8x128k-h64-q4`` has 32 rows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MIXED = (1024, 128 * 1024)
 _NAME = re.compile(
     r"(?:(?P<kind>prefill|decode|layer)-(?P<rows>\d+)x(?P<length>\d+[km]?|mixed)|(?P<mla>mla-decode)-(?P<batch>\d+))"
     r"-h(?P<heads>\d+)(?:-d(?P<dim>\d+))?(?:-k(?P<topk>\d+))?(?:-n(?P<context>\d+[km]?))?"
+    r"(?:-q(?P<queries>\d+))?"
 )
 
 
@@ -37,6 +39,7 @@ class Case:
         heads: index heads; attention heads for mla-decode.
         head_dim: of the indexer.
         topk: tokens kept, or attended to.
+        queries: of the rows of a decode or layer case, those of each request, at its last tokens.
     """
 
     kind: str
@@ -45,25 +48,31 @@ class Case:
     heads: int
     head_dim: int = HEAD_DIM
     topk: int = TOPK
+    queries: int = 1
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, f"kind must be one of {', '.join(KINDS)}", repr(self.kind), "correct it")
-        sizes = {"rows": self.rows, "heads": self.heads, "head_dim": self.head_dim, "topk": self.topk}
+        sizes = {"rows": self.rows, "heads": self.heads, "head_dim": self.head_dim, "topk": self.topk, "queries": self.queries}
         for name, value in {**sizes, "length": 1 if self.length is None else self.length}.items():
             require(value >= 1, f"{name} must be at least 1", value, "correct the case's name")
         require(self.head_dim % 4 == 0, "head_dim must be a multiple of 4", self.head_dim, "correct the case's name")
         long_enough = self.kind != "prefill" or (self.length is not None and self.rows <= self.length)
         require(long_enough, "a prefill's rows must be the last of its length tokens", f"{self.rows} of {self.length}", "shorten it")
+        shared = self.queries == 1 or (self.kind in ("decode", "layer") and self.rows % self.queries == 0)
+        require(shared, "several queries a request must be those of a decode or layer case", self.kind, "leave -q away")
+        enough = self.queries <= (MIXED[0] if self.length is None else self.length) or self.kind == "prefill"
+        require(enough, "a request's queries must be its last tokens", f"{self.queries} of {self.length}", "ask for fewer")
 
     @property
     def name(self) -> str:
         """The one name of this case."""
         mla = self.kind == "mla-decode"
         size = "mixed" if self.length is None else size_text(self.length)
-        parts = [f"{self.kind}-{self.rows}" if mla else f"{self.kind}-{self.rows}x{size}", f"h{self.heads}"]
+        parts = [f"{self.kind}-{self.rows}" if mla else f"{self.kind}-{self.rows // self.queries}x{size}", f"h{self.heads}"]
         parts += [f"d{self.head_dim}"] if self.head_dim != HEAD_DIM else []
         parts += [f"k{self.topk}"] if self.topk != TOPK else []
         parts += [f"n{size}"] if mla and self.length != MLA_LENGTH else []
+        parts += [f"q{self.queries}"] if self.queries != 1 else []
         return "-".join(parts)
 
     @property
@@ -72,12 +81,13 @@ class Case:
         return self.heads if self.kind == "mla-decode" else 2 * self.heads
 
     def lengths(self, seed: int) -> list[int]:
-        """The context of each request: one for a prefill, one a row otherwise."""
+        """The context of each request: one for a prefill, one for every ``queries`` rows otherwise."""
+        num = 1 if self.kind == "prefill" else self.rows // self.queries
         if self.length is not None:
-            return [self.length] * (1 if self.kind == "prefill" else self.rows)
+            return [self.length] * num
         low, high = MIXED
-        spaced = [round(low * (high / low) ** (i / max(self.rows - 1, 1))) for i in range(self.rows)]
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).tolist()
+        spaced = [round(low * (high / low) ** (i / max(num - 1, 1))) for i in range(num)]
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed)).tolist()
         return [spaced[i] for i in order]
 
 
@@ -93,12 +103,14 @@ def parse_case(name: str) -> Case:
     part = found.groupdict()
     dim, topk = int(part["dim"] or HEAD_DIM), int(part["topk"] or TOPK)
     if part["mla"]:
+        require(part["queries"] is None, "only decode and layer cases take -q", repr(name), "leave it away")
         context = MLA_LENGTH if part["context"] is None else parse_size(part["context"])
         case = Case("mla-decode", int(part["batch"]), context, int(part["heads"]), dim, topk)
     else:
         require(part["context"] is None, "only mla-decode cases take -n", repr(name), "write the length after the x")
         length = None if part["length"] == "mixed" else parse_size(part["length"])
-        case = Case(part["kind"], int(part["rows"]), length, int(part["heads"]), dim, topk)
+        queries = int(part["queries"] or 1)
+        case = Case(part["kind"], int(part["rows"]) * queries, length, int(part["heads"]), dim, topk, queries)
     require(case.name == name, f"this case must be written {case.name}", repr(name), "one case has one name")
     return case
 

@@ -78,8 +78,9 @@ def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded
         positions = torch.arange(lengths[0] - case.rows, lengths[0], device=device)
         requests = torch.zeros(case.rows, dtype=torch.int64, device=device)
     else:
-        positions = torch.tensor(lengths, device=device) - 1
-        requests = torch.arange(case.rows, device=device)
+        back = torch.arange(case.queries, device=device).flip(0) + 1
+        positions = (torch.tensor(lengths, device=device)[:, None] - back).flatten()
+        requests = torch.arange(len(lengths), device=device).repeat_interleave(case.queries)
     return Inputs(IndexQuery(q, weights, positions, requests), cache.view(table.table, table.lengths))
 
 
@@ -166,7 +167,7 @@ class _Recorded:
             q, weights = q.flatten(0, 1), weights.flatten(0, 1)
         else:
             counts = []
-        requests, rows = len(lengths), case.rows if case.kind == "prefill" else 1
+        requests, rows = len(lengths), case.rows if case.kind == "prefill" else case.queries
         need = f"q [{requests}+, {rows}+, {case.heads}, {case.head_dim}], k [{requests}+, {max(lengths)}+, {case.head_dim}]"
         ok = q.dim() == 3 and self.k.dim() == 3 and weights.shape == q.shape[:2] and len(counts) == len(self.k)
         ok = ok and sum(counts) == len(q) and min(counts, default=-1) >= 0 and len(counts) >= requests and min(counts[:requests]) >= rows
