@@ -179,7 +179,8 @@ def absent(package: str) -> str | None:
         return None if os.path.isfile(named) else f"{VLLM_OPS} must name a file, and {named} is none"
     if installed(package):
         return None
-    return f"the package {package} is not installed" + (f", nor does {VLLM_OPS} name its object file" if package == "vllm" else "")
+    name = "cuda-bindings" if package == "cuda" else package  # as installers call it
+    return f"the package {name} is not installed" + (f", nor does {VLLM_OPS} name its object file" if package == "vllm" else "")
 
 
 def wrong_device(impl: str, device: torch.device) -> str | None:
