@@ -206,6 +206,15 @@ __device__ __forceinline__ void write_keys(const Each& each, u64 cut, u32 end, u
   }
 }
 
+// How many of `num` places, the first of them, `holds` is true for.
+template <class Holds>
+__device__ __forceinline__ u32 how_many(u32 num, const Holds& holds) {
+  u32 count = 0;
+  for (u32 step = 1u << (31 - __clz(num)); step > 0; step /= 2)
+    if (count + step <= num && holds(count + step - 1)) count += step;
+  return count;
+}
+
 // A row's lists, of which each warp takes one after the other.
 struct Listed {
   const u64* found;
@@ -222,9 +231,7 @@ struct Listed {
     }
   }
   __device__ __forceinline__ u64 pair(u32 at) const {
-    u32 list = 0;
-    for (u32 step = 1u << (31 - __clz(lists)); step > 0; step /= 2)
-      if (list + step < lists && begins[list + step] <= at) list += step;
+    u32 list = how_many(lists, [&](u32 which) { return begins[which] <= at; }) - 1;
     return pair_of(found[list * room + at - begins[list]]);
   }
 };
@@ -278,9 +285,7 @@ __device__ __forceinline__ void settle_row(const Lists& rows) {
       listed.each([&](u32, const u64* from) {
         u64 raw = *from;
         if (pair_of(raw) < cut) return;
-        u32 place = 0;  // how many keys are smaller
-        for (u32 step = 1u << (31 - __clz(length)); step > 0; step /= 2)
-          if (place + step <= length && keys[place + step - 1] < (u32)raw) place += step;
+        u32 place = how_many(length, [&](u32 at) { return keys[at] < (u32)raw; });
         rows.beside[row * topk + place] = __uint_as_float((u32)(raw >> 32));
       });
   }

@@ -16,7 +16,7 @@
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
 constexpr u32 FETCHERS = 4, TEAMS = 2, EXTRA = 12;           // teams at most; what a query more costs a block, in tiles
-constexpr u32 BINS = SCORE_BINS, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
+constexpr u32 BINS = 2048, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
 // Behind a query's bins: how many keys have no score, how often parts have arrived, how many pairs found no slot, how many parts have left.
@@ -94,6 +94,21 @@ __device__ __forceinline__ u32 rank_of(float score) {
   return __float_as_uint(score) == 0xff800000u ? 0 : order_of(score);
 }
 __device__ __forceinline__ float score_of(u32 rank) { return rank == 1 ? __uint_as_float(0x7fffffffu) : number_of(rank); }
+
+// Bins of orders, ascending: 32 for each power of two from 2**-16 to 2**16, of either sign. The outer ones hold what lies beyond.
+constexpr u32 HALF = BINS / 2, GRAIN = 18, SMALLEST = (127 - 16) * 32;  // bits of an order that a bin leaves open; the size where bins begin
+__device__ __forceinline__ u32 score_bin(u32 order) {
+  bool negative = order < 0x80000000u;
+  u32 size = (negative ? ~order : order) & 0x7fffffffu;
+  u32 place = min(max((int)(size >> GRAIN) - (int)SMALLEST, 0), (int)HALF - 1);
+  return negative ? HALF - 1 - place : HALF + place;
+}
+// The least order in a bin.
+__device__ __forceinline__ u32 first_order(u32 bin) {
+  if (bin > HALF) return 0x80000000u | (bin - HALF + SMALLEST) << GRAIN;
+  if (bin == HALF) return 0x80000000u;
+  return bin == 0 ? 1 : 0x80000000u - ((HALF - bin + SMALLEST) << GRAIN);
+}
 
 __device__ __forceinline__ void meet_all() { meet(1, THREADS); }
 

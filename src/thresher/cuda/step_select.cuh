@@ -1,13 +1,5 @@
 // A part of step.cu: the selection of a query by its parts, from scores and bins.
 
-// The least order in a bin.
-__device__ __forceinline__ u32 first_order(u32 bin) {
-  constexpr u32 HALF = BINS / 2, FROM = (127 - 16) * 32;
-  if (bin > HALF) return 0x80000000u | (bin - HALF + FROM) << 18;
-  if (bin == HALF) return 0x80000000u;
-  return bin == 0 ? 1 : 0x80000000u - ((HALF - bin + FROM) << 18);
-}
-
 // How far pairs from `low` on and below `high` are shifted, so that there are at most 1 << bits of them.
 __device__ __forceinline__ u32 shift_of(u64 low, u64 high, u32 bits) { return max(64 - __clzll(high - 1 - low) - (int)bits, 0); }
 
