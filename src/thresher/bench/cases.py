@@ -80,9 +80,14 @@ class Case:
         """Heads of the attention: those named for mla-decode; twice the index heads for a layer, as in V3.2 and GLM-5."""
         return self.heads if self.kind == "mla-decode" else 2 * self.heads
 
+    @property
+    def each(self) -> int:
+        """Queries of each request, at its last tokens: all of a prefill's, ``queries`` otherwise."""
+        return self.rows if self.kind == "prefill" else self.queries
+
     def lengths(self, seed: int) -> list[int]:
-        """The context of each request: one for a prefill, one for every ``queries`` rows otherwise."""
-        num = 1 if self.kind == "prefill" else self.rows // self.queries
+        """The context of each request."""
+        num = self.rows // self.each
         if self.length is not None:
             return [self.length] * num
         low, high = MIXED

@@ -90,8 +90,7 @@ def floor_us(ceilings: Ceilings | None, op: str, flops: float, moved: float) -> 
 
 def _contexts(case: Case, lengths: list[int]) -> list[int]:
     """Tokens that each row sees."""
-    queries = case.rows if case.kind == "prefill" else case.queries
-    return [length - queries + 1 + row for length in lengths for row in range(queries)]
+    return [length - case.each + 1 + row for length in lengths for row in range(case.each)]
 
 
 def _index_work(case: Case, selector: Selector | None, lengths: list[int]) -> tuple[float, float]:

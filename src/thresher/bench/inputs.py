@@ -74,13 +74,8 @@ def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded
     q_QHD, weights_QH = (x.to(device) for x in source.queries())
     q, q_scales = quantize_fp8(q_QHD)
     weights = weights_QH.float() * q_scales * (case.heads * case.head_dim) ** -0.5
-    if case.kind == "prefill":
-        positions = torch.arange(lengths[0] - case.rows, lengths[0], device=device)
-        requests = torch.zeros(case.rows, dtype=torch.int64, device=device)
-    else:
-        back = torch.arange(case.queries, device=device).flip(0) + 1
-        positions = (torch.tensor(lengths, device=device)[:, None] - back).flatten()
-        requests = torch.arange(len(lengths), device=device).repeat_interleave(case.queries)
+    positions = (torch.tensor(lengths, device=device)[:, None] + torch.arange(-case.each, 0, device=device)).flatten()
+    requests = torch.arange(len(lengths), device=device).repeat_interleave(case.each)
     return Inputs(IndexQuery(q, weights, positions, requests), cache.view(table.table, table.lengths))
 
 
@@ -167,7 +162,7 @@ class _Recorded:
             q, weights = q.flatten(0, 1), weights.flatten(0, 1)
         else:
             counts = []
-        requests, rows = len(lengths), case.rows if case.kind == "prefill" else case.queries
+        requests, rows = len(lengths), case.each
         need = f"q [{requests}+, {rows}+, {case.heads}, {case.head_dim}], k [{requests}+, {max(lengths)}+, {case.head_dim}]"
         ok = q.dim() == 3 and self.k.dim() == 3 and weights.shape == q.shape[:2] and len(counts) == len(self.k)
         ok = ok and sum(counts) == len(q) and min(counts, default=-1) >= 0 and len(counts) >= requests and min(counts[:requests]) >= rows
