@@ -1,4 +1,4 @@
-// The kernels as functions of a library for a CPU, whose threads take turns: see device.cuh beside this file.
+// The kernels as functions of a library for a CPU, whose threads take turns: see turns.h beside this file.
 #include <cstddef>
 
 #include <device.cuh>

@@ -33,5 +33,4 @@ def test_registers_suffice(source, tmp_path):
     assert done.returncode == 0, done.stderr
     spilt = [int(num) for num in re.findall(r"(\d+) bytes spill stores", done.stderr)]
     assert spilt
-    # At two rows of 1024 threads, of 32 registers, rows that shared memory does not hold are settled with less: few are.
     assert max(spilt) <= 64

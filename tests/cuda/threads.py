@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a CPU, compiled by the C++ compiler at hand: see device.cuh."""
+"""The CUDA C++ kernels on a CPU, compiled by the C++ compiler at hand: see turns.h."""
 
 from __future__ import annotations
 
