@@ -118,7 +118,10 @@ def test_paths_are_seen(tmp_path):
     assert not any(is_there(name, page) for name in names)
 
 
-HOMES = ("ops", "cache", "selectors", "selectors.compiled", "distributed", "models.decoder", "models.indexer", "eval.probe", "eval.recall")
+HOMES = (
+    "ops", "ops.sparse_attend.compiled", "cache", "selectors", "selectors.compiled", "distributed", "models.decoder", "models.indexer",
+    "eval.probe", "eval.recall",
+)  # fmt: skip
 SIGNATURE = re.compile(r"(?<![\w.])(\.?\w+)\(((?:[^()]|\([^()]*\))*)\)")
 FACTORY = "<factory>"
 

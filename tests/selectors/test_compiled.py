@@ -11,8 +11,9 @@ import torch
 from thresher.cache import LatentCache, LayerState
 from thresher.errors import ThresherError
 from thresher.ops import sparse_attend_mla_fp8
+from thresher.ops.sparse_attend.compiled import attend_mla_fp8
 from thresher.selectors import Dense, LayerPlan
-from thresher.selectors.compiled import InGraph, attend_mla_fp8
+from thresher.selectors.compiled import InGraph
 from thresher.selectors.shared import Shared
 
 from .worlds import SMALL, make_world
@@ -50,7 +51,7 @@ def test_the_operator_keeps_the_rules_of_operators(world):
     layer = InGraph(SMALL["dsa"])
     query, keys = world
     query = replace(query, q=query.q.float())  # opcheck compares inputs by arithmetic, which FP8 has none of
-    torch.library.opcheck(torch.ops.thresher.select.default, (*tensors(query, keys), layer.topk, layer.number))
+    torch.library.opcheck(torch.ops.thresher.select.default, (layer.number, layer.topk, *tensors(query, keys)))
     q, cache = torch.randn(3, 2, 576).bfloat16(), LatentCache(4, 3)
     slots = torch.tensor([[0, 5, -1], [7, -1, -1], [-1, -1, -1]], dtype=torch.int32)
     torch.library.opcheck(torch.ops.thresher.attend_mla_fp8.default, (q, cache.data, slots, 0.05))
@@ -106,4 +107,4 @@ def test_user_errors(world):
     del layer
     gc.collect()
     with pytest.raises(ThresherError, match="must live as long"):
-        torch.ops.thresher.select(*tensors(*world), topk, number)
+        torch.ops.thresher.select(number, topk, *tensors(*world))

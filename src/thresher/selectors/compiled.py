@@ -1,4 +1,4 @@
-"""Selection and attention as operators of PyTorch, for models under ``torch.compile(fullgraph=True)``.
+"""Selection as an operator of PyTorch, for models under ``torch.compile(fullgraph=True)``.
 
 ```python
 layer = InGraph(DSA(topk=2048), LayerState(0))
@@ -9,7 +9,7 @@ def step(q, weights, positions, requests, pages, page_table, lengths):
 ```
 
 The compiler sees one operator with tensors in and out, ``torch.ops.thresher.select``, and knows its shapes; what happens inside is what
-happens without it: the same implementations, checks and CUDA graphs.
+happens without it: the same implementations, checks and CUDA graphs. ``ops.sparse_attend.compiled`` has the attention that follows.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from thresher.cache.latents import LATENT_DIM
 from thresher.checks import check_kind
 from thresher.errors import require
-from thresher.ops.sparse_attend import sparse_attend_mla_fp8
 from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery
 
 if TYPE_CHECKING:
     from thresher.cache.state import LayerState
 
+# An InGraph's number and topk, and the fields of IndexQuery and of IndexKeys.
+SCHEMA = (
+    "(int number, int topk, Tensor q, Tensor weights, Tensor positions, Tensor requests, Tensor pages, Tensor page_table, Tensor lengths)"
+    " -> (Tensor, Tensor)"
+)
 _numbers = count()
 _held: WeakValueDictionary[int, InGraph] = WeakValueDictionary()
 
@@ -65,59 +68,21 @@ class InGraph:
         Raises:
             ThresherError: what the selector raises.
         """
-        picked = _select(q, weights, positions, requests, pages, page_table, lengths, self.topk, self.number)
-        return picked[0], picked[1]
+        indices, kept = _select(self.number, self.topk, q, weights, positions, requests, pages, page_table, lengths)
+        return indices, kept
 
 
-@torch.library.custom_op("thresher::select", mutates_args=())
-def _select(
-    q: Tensor,
-    weights: Tensor,
-    positions: Tensor,
-    requests: Tensor,
-    pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    topk: int,
-    number: int,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("thresher::select", mutates_args=(), schema=SCHEMA)
+def _select(number: int, topk: int, *given: Tensor) -> tuple[Tensor, Tensor]:
     layer = _held.get(number)
     require(layer is not None, "the InGraph of a compiled function must live as long as that", "one that is gone", "keep it with the model")
     assert layer is not None
-    query, keys = IndexQuery(q, weights, positions, requests), IndexKeys(pages, page_table, lengths)
-    picked = layer.selector.select_indices(query, keys, layer.state)
+    picked = layer.selector.select_indices(IndexQuery(*given[:4]), IndexKeys(*given[4:]), layer.state)
     # A compiler may write to what an operator returned, and a state may hold it.
     held = layer.state is not None and any(picked is kept for kept in layer.state.selections.values())
     return (picked.indices.clone(), picked.lengths.clone()) if held else (picked.indices, picked.lengths)
 
 
 @_select.register_fake
-def _(
-    q: Tensor,
-    weights: Tensor,
-    positions: Tensor,
-    requests: Tensor,
-    pages: Tensor,
-    page_table: Tensor,
-    lengths: Tensor,
-    topk: int,
-    number: int,
-) -> tuple[Tensor, Tensor]:
-    return positions.new_empty((q.shape[0], topk), dtype=torch.int32), positions.new_empty(q.shape[0], dtype=torch.int64)
-
-
-def attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``ops.sparse_attend_mla_fp8`` as one operator: out fp32 ``[Q, N, 512]`` and lse fp32 ``[Q, N]``."""
-    out, lse = _attend(q, cache_data, slots, scale)
-    return out, lse
-
-
-@torch.library.custom_op("thresher::attend_mla_fp8", mutates_args=())
-def _attend(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    part = sparse_attend_mla_fp8(q, cache_data, slots, scale)
-    return part.out, part.lse
-
-
-@_attend.register_fake
-def _(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty((*q.shape[:2], LATENT_DIM), dtype=torch.float32), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _(number: int, topk: int, q: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty((q.shape[0], topk), dtype=torch.int32), q.new_empty(q.shape[0], dtype=torch.int64)

@@ -24,7 +24,7 @@ class DSA(ScoredSelector):
         require_int("topk", self.topk, 1)
 
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
-        return scan_topk(query, keys, self.topk, with_scores, None if state is None else state.scratch)
+        return scan_topk(query, keys, self.topk, with_scores, state)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D L``."""

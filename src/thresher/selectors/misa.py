@@ -37,8 +37,7 @@ class MISA(ScoredSelector):
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         """Uses the state's block means. Raises ``ThresherError`` when ``active_heads`` are more than its heads."""
         means = up_to_date_means(keys, self.block_size, state)
-        scratch = None if state is None else state.scratch
-        return routed_topk(query, keys, means, self.block_size, self.active_heads, self.topk, with_scores, scratch)
+        return routed_topk(query, keys, means, self.block_size, self.active_heads, self.topk, with_scores, state)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 h D L + 2 H D ceil(L / B)``."""

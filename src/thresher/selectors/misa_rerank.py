@@ -58,7 +58,7 @@ class MISARerank(ScoredSelector):
         count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
-            proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count, with_scores=False).indices
+            proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count, False, state).indices
             scores = gathered_index_score(rows, keys, proposed)
             return select_topk(scores, self.topk, positions=proposed, with_scores=with_scores)
 

@@ -13,17 +13,16 @@ from thresher.selectors.rows import first_heads, in_chunks, scan_columns
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 if TYPE_CHECKING:
-    from thresher.cache.scratch import Scratch
     from thresher.cache.state import LayerState
 
 Means = PackedMeans | IndexKeys
 
 
-def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True, scratch: Scratch | None = None) -> Selection:
+def scan_topk(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True, state: LayerState | None = None) -> Selection:
     """The ``topk`` visible keys of largest score over all heads of ``query``."""
 
     def select_rows(rows: IndexQuery, _: slice) -> Selection:
-        return score_select(rows, keys, topk, with_scores=with_scores, scratch=scratch)
+        return _score_select(rows, keys, topk, with_scores, state)
 
     return in_chunks(query, scan_columns(query, keys, topk), select_rows)
 
@@ -36,16 +35,19 @@ def routed_topk(
     active_heads: int,
     topk: int,
     with_scores: bool = True,
-    scratch: Scratch | None = None,
+    state: LayerState | None = None,
 ) -> Selection:
     """``scan_topk`` over each query's ``active_heads`` heads of largest mass over the block means (MISA, arXiv 2605.07363)."""
     require_active_heads(active_heads, query.num_heads)
 
     def select_rows(rows: IndexQuery, _: slice) -> Selection:
-        routed = routed_query(rows, means, keys, block_size, active_heads)
-        return score_select(routed, keys, topk, with_scores=with_scores, scratch=scratch)
+        return _score_select(routed_query(rows, means, keys, block_size, active_heads), keys, topk, with_scores, state)
 
     return in_chunks(query, routed_columns(query, keys, means, block_size, active_heads, topk), select_rows)
+
+
+def _score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, state: LayerState | None) -> Selection:
+    return score_select(query, keys, topk, with_scores=with_scores, scratch=None if state is None else state.scratch)
 
 
 def routed_columns(query: IndexQuery, keys: IndexKeys, means: Means, block_size: int, active_heads: int, topk: int) -> int:

@@ -220,6 +220,7 @@ def scratch_rows(programs: int, room_tokens: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; an H100's or H200's for tensors that are on none, in tests."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
