@@ -58,9 +58,9 @@ class MISARerank(ScoredSelector):
         count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
-            proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count, False, state).indices
-            scores = gathered_index_score(rows, keys, proposed)
-            return select_topk(scores, self.topk, positions=proposed, with_scores=with_scores)
+            proposed = routed_topk(rows, keys, means, self.block_size, self.active_heads, count, with_scores=False, state=state)
+            scores = gathered_index_score(rows, keys, proposed.indices)
+            return select_topk(scores, self.topk, positions=proposed.indices, with_scores=with_scores)
 
         return in_chunks(query, max(routed_columns(query, keys, means, self.block_size, self.active_heads, count), count), select_rows)
 
