@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -23,19 +24,28 @@ def world(num: int) -> tuple:
     return IndexQuery(q, torch.randn(num, 3, generator=gen), torch.arange(num) * 9, zeros), pack_keys([(k, scales)])
 
 
+def stand_in(name, most, answer):
+    """Kernels that are worthwhile for more than ``most`` queries."""
+    made = SimpleNamespace(__name__=f"kernels.{name}", why=None, seen=[], asked=[])
+    made.unsupported = lambda *given: made.why
+    made.worthwhile = lambda *given: made.asked.append(given) or given[1] > most
+    made.score_select = lambda *given: made.seen.append(given) or answer
+    return made
+
+
 @pytest.fixture
 def module(monkeypatch):
-    """A stand-in for the kernels, on tensors that count as a GPU's for this operation; for the others they are a CPU's."""
+    """A stand-in for the kernels, on tensors that count as a GPU's for this operation; for the others they are a CPU's. ``module.step`` is
+    one for a step of decoding."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    made = SimpleNamespace(why=None, seen=[], asked=[])
-    made.unsupported = lambda *given: made.why
-    made.worthwhile = lambda *given: made.asked.append(given) or given[1] > 4
-    made.score_select = lambda *given: made.seen.append(given) or "from the kernels"
+    made = stand_in("triton", 4, "from the kernels")
+    made.step = stand_in("cuda", 6, "in one launch")
+    modules = {"triton": made, "cuda": made.step}
     candidates, reason, load = dispatch._candidates, dispatch.reason, dispatch._module
     ours = "score_select"
     monkeypatch.setattr(dispatch, "_candidates", lambda op, device: dispatch.TABLE[op] if op == ours else candidates(op, device))
     monkeypatch.setattr(dispatch, "reason", lambda op, impl, device: None if op == ours else reason(op, impl, device))
-    monkeypatch.setattr(dispatch, "_module", lambda op, impl: made if op == ours else load(op, impl))
+    monkeypatch.setattr(dispatch, "_module", lambda op, impl: modules[impl] if op == ours else load(op, impl))
     return made
 
 
@@ -46,10 +56,14 @@ def two_steps(query, keys, topk):
 def test_auto_takes_the_kernels_where_they_can_run_and_are_faster(module):
     query, keys = world(5)
     assert ops.score_select(query, keys, 7) == "from the kernels"
-    assert module.asked == [(3, 5, ROOM)]
+    assert module.asked == module.step.asked == [(3, 5, 1, ROOM)]
     assert ops.score_select(query, keys, 7, with_scores=False) == "from the kernels"
     assert [given[2:] for given in module.seen] == [(7, True, None), (7, False, None)]
     assert all(given[0] is query and given[1] is keys for given in module.seen)
+    query, keys = world(7)
+    assert ops.score_select(query, keys, 7) == "in one launch"
+    module.step.why = "the moon is full"
+    assert ops.score_select(query, keys, 7) == "from the kernels"
 
 
 def test_auto_takes_the_two_steps_elsewhere(module):
@@ -81,14 +95,24 @@ def test_inside_using(module):
         assert torch.equal(ops.score_select(query, keys, 7).indices, two_steps(query, keys, 7).indices)
     assert module.seen == []
     with dispatch.using("triton"):
-        assert ops.score_select(query, keys, 7) == "from the kernels"
+        assert ops.score_select(*world(7), 7) == "from the kernels"
         module.why = "the moon is full"
         with pytest.raises(ThresherError, match='impl="triton" of paged_index_score'):
             ops.score_select(query, keys, 7)
     module.why, query = None, world(4)[0]
     with dispatch.using("cuda"):
-        assert ops.score_select(query, keys, 7) == "from the kernels"
-        module.why = "the moon is full"
+        assert ops.score_select(query, keys, 7) == "in one launch"
+        module.step.why = "the moon is full"
         with pytest.raises(ThresherError, match='impl="cuda" of score_select'):
             ops.score_select(query, keys, 7)
     assert dispatch.meaning() == "auto"
+
+
+def test_worthwhile_for_a_step_of_decoding():
+    kernel = importlib.import_module("thresher.ops.score_select.cuda")
+    assert kernel.worthwhile(64, 1, 1, 16384)
+    assert not kernel.worthwhile(64, 1, 1, 4096)
+    assert kernel.worthwhile(64, 128, 128, 32768)
+    assert not kernel.worthwhile(64, 128, 128, 16384)
+    assert kernel.worthwhile(64, 32, 8, 131072)
+    assert not kernel.worthwhile(64, 1024, 1, 2**20), "a prefill"

@@ -273,13 +273,13 @@ def test_units_keep_the_multiprocessors_busy():
 
 
 def test_few_queries_and_short_rows_are_left_to_the_two_steps():
-    assert kernels.worthwhile(8, 64, 20000)
-    assert kernels.worthwhile(32, 64, 70000)
-    assert not kernels.worthwhile(8, 63, 2**20)
-    assert not kernels.worthwhile(8, 4096, 16384)
-    assert not kernels.worthwhile(32, 4096, 20000)
-    assert kernels.worthwhile(64, 64, 70000)
-    assert not kernels.worthwhile(64, 4096, 2**15)
+    assert kernels.worthwhile(8, 64, 1, 20000)
+    assert kernels.worthwhile(32, 64, 1, 70000)
+    assert not kernels.worthwhile(8, 63, 1, 2**20)
+    assert not kernels.worthwhile(8, 4096, 1, 16384)
+    assert not kernels.worthwhile(32, 4096, 1, 20000)
+    assert kernels.worthwhile(64, 64, 1, 70000)
+    assert not kernels.worthwhile(64, 4096, 1, 2**15)
 
 
 @pytest.mark.parametrize("with_scores", [True, False])

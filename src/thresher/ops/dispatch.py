@@ -5,15 +5,14 @@
 - on a CUDA device of compute capability 8.9 or newer "triton", and before it, for attention over the FP8 latent cache, "flash_mla";
 - on an older one, on a CPU, and where a kernel cannot take the arguments, "reference". Never a kernel for tensors on a CPU, whether Triton
   interprets there or not: only a name asks for that;
-- for ``score_select``, of kernels for compute capability 9.0 alone, "triton" only for as many queries, heads and keys as
-  ``worthwhile`` there says, and else the two steps that "reference" stands for. Those then are "auto" themselves: kernels, where these can
-  run.
+- for ``score_select``, of kernels for compute capability 9.0 alone, "cuda" (a step of decoding) and "triton" (prefill) only for as many
+  queries, requests, heads and keys as ``worthwhile`` there says, and else the two steps that "reference" stands for. Those then are "auto"
+  themselves: kernels, where these can run.
 
 The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
 others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in
 another way; "flash_mla" over bf16 latents rounds its output to bf16. (Over the FP8 cache it does so too: that cache's own rounding is
-coarser.) "cuda" for ``score_select``, one launch for a step of decoding, promises no less, but its sets, as it is now, have been compared
-on a CPU's threads alone.
+coarser.)
 
 A named implementation runs or raises ``ThresherError`` with the reason it cannot; it never falls back.
 """
@@ -48,7 +47,7 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "select_topk_slots": ("triton", "reference"),
         "select_topk_in_blocks": ("triton", "reference"),
         "select_blocks": ("triton", "reference"),
-        "score_select": ("triton", "reference"),
+        "score_select": ("cuda", "triton", "reference"),
         "pool_keys": ("triton", "reference"),
         "pool_pages": ("triton", "reference"),
         "pool_blocks": ("triton", "reference"),
@@ -72,7 +71,6 @@ NAMED: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "index_score": ("deep_gemm",),
         "paged_index_score": ("deep_gemm",),
         "select_topk": ("flashinfer", "vllm"),
-        "score_select": ("cuda",),
         "sparse_attend_mla": ("flash_mla",),
     }
 )

@@ -32,8 +32,8 @@ def score_select(
         topk: how many to keep, at least 1.
         with_scores: whether scores are returned beside.
         impl: "auto", "triton", "cuda" or "reference". "triton" are the kernels that do both at once in prefill, "cuda" is the one for a
-            step of decoding on Hopper; each raises where it cannot run. "reference" is the two steps' reference. "auto" is "triton" where
-            that can run and ``score_select.triton.worthwhile`` says so, and else the two steps with "auto" each, which hold a matrix of
+            step of decoding on Hopper; each raises where it cannot run. "reference" is the two steps' reference. "auto" is "cuda" or
+            "triton" where that can run and its ``worthwhile`` says so, and else the two steps with "auto" each, which hold a matrix of
             scores.
         scratch: for "cuda", which then has nothing to clear before it begins; None gives it memory of its own.
 
@@ -66,16 +66,19 @@ def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Sel
     What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run
     the two steps as "triton".
     """
+    meant = meaning()
 
     def why_not(module: ModuleType) -> str | None:
+        if meant == "triton" and module.__name__.endswith(".cuda"):
+            return "triton was asked for"
         why: str | None = module.unsupported(query, keys, topk)
-        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.room):
-            why = "the two steps are taken for so many queries, heads and keys"
+        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.num_requests, keys.room):
+            why = "others are taken for so many queries, requests, heads and keys"
         return why
 
-    if meaning() == "cuda":
+    if meant == "cuda":
         return choose("score_select", AUTO, query.q.device, lambda module: module.unsupported(query, keys, topk))
-    if meaning() not in (AUTO, "triton"):
+    if meant not in (AUTO, "triton"):
         return None
     with using(AUTO):
         return choose("score_select", AUTO, query.q.device, why_not)

@@ -1,8 +1,7 @@
 """Score and select in one launch for a step of decoding, in CUDA C++ (``thresher/cuda/step.cu``): the set of the two steps, bit for bit.
 
 Tiles of all queries are shared out evenly among the multiprocessors, whatever their lengths; scores stay in shared memory. The host reads
-no value, so a step can be recorded in a CUDA graph and replayed with other lengths. It is for its name, not for "auto": an earlier form of
-it was compared with the two steps on a GPU, this one on a CPU's threads (tests/cuda/test_step.py, docs/lab-log.md).
+no value, so a step can be recorded in a CUDA graph and replayed with other lengths.
 """
 
 from __future__ import annotations
@@ -49,6 +48,13 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     if query.num_queries > MAX_QUERIES:
         return f"needs at most {MAX_QUERIES} queries, not {query.num_queries}"
     return None if keys.pages.data_ptr() % 16 == 0 else "needs pages at a multiple of 16 bytes"
+
+
+def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int) -> bool:
+    """Whether this kernel is taken before others: on an H200 it is the faster one from 16k keys on for one query, from 32k on for 128,
+    and for drafts of up to four tokens, each of which reads the keys again (docs/lab-log.md). 8k keys, between two that were measured, is
+    a guess."""
+    return num_queries <= 4 * num_requests and room_tokens >= max(8192, 256 * num_queries)
 
 
 def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
