@@ -6,15 +6,10 @@ from hypothesis import strategies as st
 from thresher.cache import BlockMeans, IndexKeyCache, LayerState, PageTable, load_keys
 from thresher.cache.fp8 import quantize_fp8
 from thresher.errors import ThresherError
-from thresher.types import Selection
+from thresher.ops import grow_means, pool_keys
+from thresher.types import IndexKeys, Selection
 
 DIM = 8
-
-
-def pool(values, scales, block_size):
-    """Mean of each full block, as the injected operation must give it; only the calls around it are tested here."""
-    wide = (values.float() * scales[:, None]).unflatten(0, (-1, block_size))
-    return quantize_fp8(wide.mean(dim=1))
 
 
 class Paged:
@@ -44,7 +39,7 @@ STEPS = st.lists(st.tuples(st.booleans(), st.integers(0, 1), st.integers(0, 13),
 def test_grown_and_cut_means_have_the_bits_of_fresh_ones(steps, block_size, seed):
     made = torch.Generator().manual_seed(seed)
     paged, state = Paged(), LayerState(3)
-    means = state.block_means(block_size, pool)
+    means = state.block_means(block_size, grow_means)
     for grow, request, number, look in steps:
         if grow:
             paged.append(request, torch.randn(number, DIM, generator=made))
@@ -54,61 +49,48 @@ def test_grown_and_cut_means_have_the_bits_of_fresh_ones(steps, block_size, seed
             state.rollback(request, length)
         if look:
             means.update(paged.keys())
-    means.update(paged.keys())
+    got = means.update(paged.keys())
+    assert got.lengths.tolist() == [len(held) // block_size for held in paged.held]
     for request in range(2):
-        full = len(paged.held[request]) // block_size
-        want = pool(*quantize_fp8(paged.held[request][: full * block_size]), block_size)
-        got = means.of(request)
-        assert got[0].shape == (full, DIM)
-        assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
-        assert torch.equal(got[1], want[1])
+        want = pool_keys(*quantize_fp8(paged.held[request]), block_size)
+        values, scales = load_keys(got, request)
+        assert torch.equal(values.view(torch.uint8), want[0].view(torch.uint8))
+        assert torch.equal(scales, want[1])
 
 
 def test_only_new_blocks_are_pooled():
     seen = []
 
-    def counting(values, scales, block_size):
-        seen.append(len(scales))
-        return pool(values, scales, block_size)
+    def counting(keys, means, pooled, tickets, block_size):
+        seen.append((pooled.tolist(), keys.lengths.tolist()))
+        grow_means(keys, means, pooled, tickets, block_size)
 
     paged, means = Paged(), BlockMeans(4, counting)
-    for count in (9, 2, 1, 0):
+    for count in (9, 2):
         paged.append(0, torch.randn(count, DIM))
         means.update(paged.keys())
-    assert seen == [8, 4]
+    means.rollback(0, 6)
+    paged.rollback(0, 6)
+    means.update(paged.keys())
+    assert seen == [([0, 0], [9, 0]), ([9, 0], [11, 0]), ([6, 0], [6, 0])]
 
 
-def test_packed_means_are_kept_until_a_mean_comes_or_goes():
-    paged, means = Paged(), BlockMeans(2, pool)
+def test_room_grows_with_the_table_and_what_is_held_stays():
+    paged, means = Paged(), BlockMeans(2, grow_means)
     paged.append(0, torch.randn(5, DIM))
-    means.update(paged.keys())
-    packed = means.packed(2)
-    assert packed.lengths.tolist() == [2, 0]
-    paged.append(0, torch.randn(0, DIM))
-    means.update(paged.keys())
-    means.rollback(0, 5)
-    assert means.packed(2) is packed
-    assert means.packed(1).lengths.tolist() == [2]
+    few = means.update(IndexKeys(paged.cache.pages, paged.table.table[:1, :2].contiguous(), paged.table.lengths[:1]))
+    assert (few.num_requests, few.lengths.tolist()) == (1, [2])
+    held = load_keys(few, 0)[0].clone()
     paged.append(1, torch.randn(140, DIM))
-    means.update(paged.keys())
-    grown = means.packed(2)
+    grown = means.update(paged.keys())
     assert grown.lengths.tolist() == [2, 70]
-    means.rollback(1, 9)
-    for now, counts in ((grown, (2, 70)), (means.packed(2), (2, 4))):
-        assert now.lengths.tolist() == list(counts)
-        for request, count in enumerate(counts):
-            values, scales = load_keys(now, request)
-            want = pool(*quantize_fp8(paged.held[request][: 2 * count]), 2)
-            assert torch.equal(values.view(torch.uint8), want[0].view(torch.uint8))
-            assert torch.equal(scales, want[1])
-    with pytest.raises(ThresherError, match="must come before"):
-        means.packed(3)
-    with pytest.raises(ThresherError, match="num_requests"):
-        means.packed(0)
+    assert torch.equal(load_keys(grown, 0)[0].view(torch.uint8), held.view(torch.uint8))
+    assert means.update(paged.keys()).pages is grown.pages
+    assert means.update(IndexKeys(paged.cache.pages, paged.table.table[:1], paged.table.lengths[:1])).lengths.tolist() == [2]
 
 
 def test_a_cut_without_rollback_is_noticed():
-    paged, means = Paged(), BlockMeans(4, pool)
+    paged, means = Paged(), BlockMeans(4, grow_means)
     paged.append(1, torch.randn(8, DIM))
     means.update(paged.keys())
     paged.rollback(1, 3)
@@ -116,21 +98,20 @@ def test_a_cut_without_rollback_is_noticed():
         means.update(paged.keys())
 
 
-def test_of_before_update_and_bad_sizes():
-    with pytest.raises(ThresherError, match="must come before"):
-        BlockMeans(4, pool).of(0)
+def test_bad_sizes():
     with pytest.raises(ThresherError, match="block_size must be at least 1"):
-        LayerState(0).block_means(0, pool)
+        LayerState(0).block_means(0, grow_means)
     with pytest.raises(ThresherError, match="length must be at least 0"):
-        BlockMeans(4, pool).rollback(0, -1)
+        BlockMeans(4, grow_means).rollback(0, -1)
+    BlockMeans(4, grow_means).rollback(5, 0)  # nothing is held yet
 
 
 def test_state_keeps_means_by_block_size_and_drops_the_steps_selections():
     shared = {}
     first, second = LayerState(0, shared), LayerState(1, shared)
-    assert first.block_means(4, pool) is first.block_means(4, pool)
-    assert first.block_means(4, pool) is not first.block_means(8, pool)
-    assert first.block_means(4, pool) is not second.block_means(4, pool)
+    assert first.block_means(4, grow_means) is first.block_means(4, grow_means)
+    assert first.block_means(4, grow_means) is not first.block_means(8, grow_means)
+    assert first.block_means(4, grow_means) is not second.block_means(4, grow_means)
     first.selections[0] = Selection(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int64))
     assert second.selections is first.selections
     second.rollback(0, 0)

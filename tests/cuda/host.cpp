@@ -18,22 +18,23 @@ namespace walk {
     return host::run([=] { call(*arguments); }, grid, threads, shared, order);                                   \
   }
 
-#define STEP_KERNEL(dim, heads)                                                                                         \
-  extern "C" int run_step_##dim##_##heads(u32 grid, u32 threads, u32 shared, u32 order, const step::Step* arguments) { \
-    return host::run([=] { step::step<dim, heads>(*arguments); }, grid, threads, shared, order, true);                 \
+#define STEP_STAGE(dim, heads, stage)                                                                                              \
+  extern "C" int run_step_##dim##_##heads##_##stage(u32 grid, u32 threads, u32 shared, u32 order, const step::Step* arguments) { \
+    return host::run([=] { step::step<dim, heads, (step::Stage)stage>(*arguments); }, grid, threads, shared, order, true);        \
   }
+#define STEP_KERNELS(dim, heads) STEP_STAGE(dim, heads, 0) STEP_STAGE(dim, heads, 1) STEP_STAGE(dim, heads, 2)
 
-STEP_KERNEL(64, 16)
-STEP_KERNEL(64, 32)
-STEP_KERNEL(64, 64)
-STEP_KERNEL(128, 16)
-STEP_KERNEL(128, 32)
-STEP_KERNEL(128, 64)
+STEP_KERNELS(64, 16)
+STEP_KERNELS(64, 32)
+STEP_KERNELS(64, 64)
+STEP_KERNELS(128, 16)
+STEP_KERNELS(128, 32)
+STEP_KERNELS(128, 64)
 KERNEL(settle_1, settle::Lists, settle::settle_row)
 KERNEL(settle_2, settle::Lists, settle::settle_row)
 KERNEL(settle_3, settle::Lists, settle::settle_row)
-KERNEL(pool_64, walk::Pool, walk::pool_block<64>)
-KERNEL(pool_128, walk::Pool, walk::pool_block<128>)
+KERNEL(pool_64, walk::Pool, walk::pool_blocks<64>)
+KERNEL(pool_128, walk::Pool, walk::pool_blocks<128>)
 KERNEL(own_64, walk::Own, walk::own_block<64>)
 KERNEL(own_128, walk::Own, walk::own_block<128>)
 

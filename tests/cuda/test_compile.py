@@ -13,22 +13,25 @@ from thresher.cuda import launch
 from thresher.ops.dispatch import installed
 
 FOLDER = Path(launch.__file__).parent
-SOURCES = sorted(path.stem for path in FOLDER.glob("*.cu"))
+KERNELS = ((128, 64, 0), (64, 16, 1), (128, 32, 2))
+STEPS = [("step", (f"STEP_DIM={dim}", f"STEP_HEADS={heads}", f"STEP_STAGE={stage}")) for dim, heads, stage in KERNELS]
+SOURCES = [(path.stem, ()) for path in sorted(FOLDER.glob("*.cu")) if path.stem != "step"] + STEPS
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.mark.skipif(not installed("cuda.bindings"), reason="needs cuda-bindings")
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_runtime_compiler_takes_them(source):
-    assert launch.compile_source(source, "sm_90a").startswith(b"\x7fELF")
+@pytest.mark.parametrize(("source", "defines"), SOURCES)
+def test_the_runtime_compiler_takes_them(source, defines):
+    assert launch.compile_source(source, "sm_90a", defines).startswith(b"\x7fELF")
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", SOURCES)
-def test_registers_suffice(source, tmp_path):
+@pytest.mark.parametrize(("source", "defines"), SOURCES)
+def test_registers_suffice(source, defines, tmp_path):
     """Next to nothing is kept in local memory for want of registers, at as many rows a multiprocessor as each kernel is launched for."""
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
-    command = [NVCC, "-std=c++17", *target, f"-I{FOLDER}", "-cubin", "-o", tmp_path / "out", FOLDER / f"{source}.cu"]
+    macros = [f"-D{define}" for define in defines]
+    command = [NVCC, "-std=c++17", *target, *macros, f"-I{FOLDER}", "-cubin", "-o", tmp_path / "out", FOLDER / f"{source}.cu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spilt = [int(num) for num in re.findall(r"(\d+) bytes spill stores", done.stderr)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from thresher.ops import select_topk
+from thresher.ops import select_blocks, select_topk, select_topk_in_blocks
+from thresher.ops.hisa_select import cuda as hisa
 from thresher.ops.score_select import cuda as step
-from thresher.types import IndexKeys, IndexQuery
+from thresher.types import IndexKeys, IndexQuery, Selection
 
 from ..triton.gluon_on_numpy import heads_in_order
 from .threads import in_order, library, needs_compiler
@@ -19,63 +21,96 @@ pytestmark = needs_compiler
 PAGES = 100
 
 
-class World:
-    """Requests in shuffled pages with holes, queries of them and of none. Dots are whole numbers, so their order of addition does not
-    show; that of heads does."""
+class Paged:
+    """Requests in shuffled pages, with holes."""
 
-    def __init__(self, heads: int, dim: int, lengths: list[int], num: int, seed: int, spread: int = 3) -> None:
-        rng = np.random.default_rng(seed)
+    def __init__(self, rng: np.random.Generator, lengths: list[int], dim: int, spread: int) -> None:
         width = max(-(-length // 64) for length in lengths) + 1
-        table = np.full((len(lengths), width), -1, np.int32)
+        self.table = np.full((len(lengths), width), -1, np.int32)
         order = rng.permutation(PAGES).astype(np.int32)
         at = 0
         for request, length in enumerate(lengths):
             tiles = -(-length // 64)
-            table[request, :tiles] = order[at : at + tiles]
+            self.table[request, :tiles] = order[at : at + tiles]
             at += tiles
             if tiles > 4:
-                table[request, [1, tiles - 2]] = -1, PAGES
+                self.table[request, [1, tiles - 2]] = -1, PAGES
+        self.k = rng.integers(-2, 3, (PAGES, 64, dim))
+        self.scales = np.exp2(rng.integers(-spread, spread + 1, (PAGES, 64))).astype(np.float32)
+        pages = np.zeros((PAGES, 64 * (dim + 4)), np.uint8)
+        pages[:, : 64 * dim] = torch.from_numpy(self.k).float().to(torch.float8_e4m3fn).view(torch.uint8).reshape(PAGES, -1).numpy()
+        pages[:, 64 * dim :] = self.scales.view(np.uint8)
+        self.keys = IndexKeys(torch.from_numpy(pages).view(PAGES, 64, 1, dim + 4), torch.from_numpy(self.table), torch.tensor(lengths))
+
+    def scores(self, q: np.ndarray, weights: np.ndarray, owners: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """-inf where there is no page, or from a row's end on."""
+        num, heads = weights.shape
+        padded = max(8, 1 << (heads - 1).bit_length())
+        dots = np.einsum("pkd,qhd->pkqh", self.k.astype(np.float32), q.astype(np.float32))
+        dots, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (dots, weights))
+        made = heads_in_order(dots, weights) * self.scales[..., None] + np.float32(0)
+        scores = np.full((num, self.table.shape[1] * 64), -np.inf, np.float32)
+        for row, owner in enumerate(owners):
+            for tile, page in enumerate(self.table[owner]) if 0 <= owner < len(self.table) else ():
+                if 0 <= page < PAGES:
+                    scores[row, tile * 64 : tile * 64 + 64] = made[page, :, row]
+        scores[np.arange(scores.shape[1]) >= ends[:, None]] = -np.inf
+        return scores
+
+
+class World:
+    """Queries of such requests, and of none. Dots are whole numbers, so their order of addition does not show; that of heads does."""
+
+    def __init__(self, heads: int, dim: int, lengths: list[int], num: int, seed: int, spread: int = 3, block: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        held = Paged(rng, lengths, dim, spread)
         owners = rng.integers(0, len(lengths), num)
         owners[:3] = (0, len(lengths), -1)[:num]
-        held = np.int64(lengths)[owners.clip(0, len(lengths) - 1)]
-        positions = np.where(rng.random(num) < 0.5, held - 1, (held * rng.random(num)).astype(np.int64) - 1)
+        reach = np.int64(lengths)[owners.clip(0, len(lengths) - 1)]
+        positions = np.where(rng.random(num) < 0.5, reach - 1, (reach * rng.random(num)).astype(np.int64) - 1)
         positions[0] = 10**12
-        ends = np.where((owners >= 0) & (owners < len(lengths)), np.minimum(positions + 1, held), 0)
-        k, q = rng.integers(-2, 3, (PAGES, 64, dim)), rng.integers(-2, 3, (num, heads, dim))
+        ends = np.where((owners >= 0) & (owners < len(lengths)), np.minimum(positions + 1, reach), 0)
+        q = rng.integers(-2, 3, (num, heads, dim))
         q[3::4] = 0  # plateaus
         weights = rng.standard_normal((num, heads)).astype(np.float32)
         weights[1::5] = -np.abs(weights[1::5])  # sums of -0.0
         weights[2::7, 0] = np.nan
-        scales = np.exp2(rng.integers(-spread, spread + 1, (PAGES, 64))).astype(np.float32)
-        pages = np.zeros((PAGES, 64 * (dim + 4)), np.uint8)
-        pages[:, : 64 * dim] = torch.from_numpy(k).float().to(torch.float8_e4m3fn).view(torch.uint8).reshape(PAGES, -1).numpy()
-        pages[:, 64 * dim :] = scales.view(np.uint8)
         wide = torch.zeros(num, heads, dim + 32)  # rows that are not contiguous
         wide[..., 16:-16] = torch.from_numpy(q)
         fp8 = wide.to(torch.float8_e4m3fn)[..., 16:-16]
         self.query = IndexQuery(fp8, torch.from_numpy(weights), *(torch.from_numpy(x) for x in (positions, owners)))
-        self.keys = IndexKeys(torch.from_numpy(pages).view(PAGES, 64, 1, dim + 4), torch.from_numpy(table), torch.tensor(lengths))
-        padded = max(8, 1 << (heads - 1).bit_length())
-        dots = np.einsum("pkd,qhd->pkqh", k.astype(np.float32), q.astype(np.float32))
-        dots, weights = (np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - heads)]) for x in (dots, weights))
-        made = heads_in_order(dots, weights) * scales[..., None] + np.float32(0)
-        self.scores = np.full((num, width * 64), -np.inf, np.float32)
-        for row, owner in enumerate(owners):
-            for tile, page in enumerate(table[owner]) if 0 <= owner < len(lengths) else ():
-                if 0 <= page < PAGES:
-                    self.scores[row, tile * 64 : tile * 64 + 64] = made[page, :, row]
-        self.scores[np.arange(width * 64) >= ends[:, None]] = -np.inf
+        self.keys, self.ends, self.scores = held.keys, ends, held.scores(q, weights, owners, ends)
+        if block:
+            self.block, of_blocks = block, Paged(rng, [length // block for length in lengths], dim, spread)
+            self.means, self.block_scores = of_blocks.keys, of_blocks.scores(q, weights, owners, ends // block)
 
     def check(self, topk: int, with_scores: bool, programs: int) -> None:
         shared = torch.zeros(step.shared_words(len(self.scores), programs), dtype=torch.int32)
         got = step.select_step(self.query, self.keys, topk, with_scores, programs, shared)
         assert not shared.any(), "what the next launch begins with"
-        want = select_topk(torch.from_numpy(self.scores), topk, impl="reference")
-        assert torch.equal(got.lengths, want.lengths)
-        assert torch.equal(got.indices, want.indices)
-        if with_scores:
-            assert torch.equal(got.scores.isnan(), want.scores.isnan())
-            assert torch.equal(got.scores.nan_to_num(7.5), want.scores.nan_to_num(7.5) + 0.0)
+        agree(got, select_topk(torch.from_numpy(self.scores), topk, impl="reference"), with_scores)
+
+    def check_in_blocks(self, num_blocks: int, topk: int, with_scores: bool, programs: int) -> None:
+        shared = torch.zeros(step.shared_words(len(self.scores), programs), dtype=torch.int32)
+        given = self.query, self.keys, self.means, num_blocks, self.block, topk
+        got = hisa.select_step(*given, with_scores, programs, shared)
+        assert not shared.any(), "what the next launch begins with"
+        # The reference asks for requests that are there; those of none see nothing, like one at -1.
+        none = torch.from_numpy(self.ends == 0)
+        query = replace(self.query, positions=self.query.positions.masked_fill(none, -1), requests=self.query.requests.masked_fill(none, 0))
+        blocks = select_blocks(torch.from_numpy(self.block_scores), num_blocks, query, self.keys, self.block, impl="reference")
+        tokens = (blocks.long()[:, :, None] * self.block + torch.arange(self.block)).flatten(1)
+        scores = torch.nn.functional.pad(torch.from_numpy(self.scores), (0, self.block), value=-np.inf)
+        in_blocks = scores.gather(1, tokens.clamp(0, scores.shape[1] - 1)).masked_fill(tokens < 0, -np.inf)
+        agree(got, select_topk_in_blocks(in_blocks, topk, blocks, self.block, impl="reference"), with_scores)
+
+
+def agree(got: Selection, want: Selection, with_scores: bool) -> None:
+    assert torch.equal(got.lengths, want.lengths)
+    assert torch.equal(got.indices, want.indices)
+    if with_scores:
+        assert torch.equal(got.scores.isnan(), want.scores.isnan())
+        assert torch.equal(got.scores.nan_to_num(7.5), want.scores.nan_to_num(7.5) + 0.0)
 
 
 @pytest.fixture(params=[0, 1, 8, 9])
@@ -119,6 +154,18 @@ def test_orders_that_shared_memory_has_no_room_for(order, monkeypatch):
 
 def test_more_queries_than_blocks(order):
     World(8, 64, [300, 1, 130], 70, 5).check(32, False, 3)
+
+
+@pytest.mark.parametrize(("heads", "dim", "block", "programs"), [(5, 64, 64, 1), (16, 128, 64, 5), (32, 64, 128, 4), (40, 128, 192, 7)])
+@pytest.mark.parametrize(("num_blocks", "topk"), [(2, 50), (5, 128), (9, 300), (40, 700)])
+def test_the_set_of_the_four_operations(heads, dim, block, programs, num_blocks, topk, order):
+    """Blocks that are chosen by their means, then tokens in them; some requests have few blocks, or one that is not full."""
+    World(heads, dim, [2500, 0, 500, 64, 100], 9, heads + order, block=block).check_in_blocks(num_blocks, topk, topk != 128, programs)
+
+
+def test_many_blocks(order):
+    """More than a tile of means."""
+    World(8, 64, [64 * 90, 300], 3, 5, block=64).check_in_blocks(20, 400, True, 4)
 
 
 def test_shared_memory_is_laid_out_as_the_kernel_has_it():

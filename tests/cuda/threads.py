@@ -36,8 +36,9 @@ def library() -> ctypes.CDLL:
 def in_order(order: int):
     """What takes the place of ``launch.launch``; ``order`` 0: threads in order, 1: backwards, else shuffled by it."""
 
-    def run(source, name, arguments, grid, threads, shared, device, together=False) -> None:
-        failed = getattr(library(), f"run_{name}")(grid, threads, shared, order, ctypes.byref(arguments))
+    def run(source, name, arguments, grid, threads, shared, device, together=False, defines=()) -> None:
+        kernel = "_".join([source if name == "kernel" else name, *(define.split("=")[1] for define in defines)])
+        failed = getattr(library(), f"run_{kernel}")(grid, threads, shared, order, ctypes.byref(arguments))
         assert not failed, FAILURES[failed]
 
     return run

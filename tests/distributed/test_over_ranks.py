@@ -136,7 +136,7 @@ def test_every_rank_has_a_state_of_its_own():
     over = IDSA(MISA(2, 4, 12), 3)
     shards = [type(s)(s.keys, LayerState(0), s.attend) for s in layer.shards(over.placement)]
     assert sets_of(run(over, layer.query, shards)[1]) == sets_of(over.select(layer.query, layer.keys))
-    lengths = [[s.state.block_means(4, None).of(r)[1].shape[0] for r in (0, 1)] for s in shards]
+    lengths = [s.state.block_means(4, None).update(s.keys).lengths.tolist() for s in shards]
     assert lengths == [[22 // 4, 30 // 4], [21 // 4, 30 // 4], [21 // 4, 30 // 4]]
     state = LayerState(2)
     over.select(layer.query, layer.keys, state)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thresher import ops
-from thresher.cache import IndexKeyCache, pack_keys
+from thresher.cache import IndexKeyCache, LayerState, pack_keys
 from thresher.ops.dispatch import using
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.selectors.base import Selector
@@ -170,6 +170,30 @@ def test_selectors_without_a_state(selector: Selector):
             return [picked.indices, picked.lengths, picked.scores]
 
     check(world, step, step)
+
+
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize("selector", [HISA(64, 6, 128), *WITH_MEANS], ids=lambda selector: f"{type(selector).__name__}-{selector.topk}")
+def test_selectors_with_a_state(selector: Selector, impl: str):
+    """Means are brought up to date in the graph, after cuts too: as in a state made for the lengths at hand."""
+    if impl == "auto" and INTERPRET:
+        pytest.skip('for tensors on a CPU "auto" is no kernel')
+    world, state = World(), LayerState(0)
+
+    def select_with(held: LayerState) -> list[Tensor]:
+        with using(impl):
+            picked = selector.select(world.query, world.keys, held)
+            return [picked.indices, picked.lengths, picked.scores]
+
+    recorded, problems = Recorded(lambda: select_with(state)), []
+    for seed, lengths in enumerate(STEPS):
+        for request, length in enumerate(lengths):
+            state.rollback(request, length)
+        world.move_to(lengths, seed + 10)
+        want = [x.clone() for x in select_with(LayerState(0))]
+        for turn in range(2):
+            problems += differ_all(f"lengths {lengths}, replay {turn}", recorded.replay(), want)
+    fail_on(problems)
 
 
 def test_a_launch_waits_for_copies_and_for_other_streams():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,10 +90,13 @@ def test_means_from_and_to_pages(block, page_size):
                 problems += differ_all(f"request {request}, {form}", *pairs)
             untouched = bool((values[full:] == 0xFF).all()) and bool(scales[full:].isnan().all())
             problems.append(None if untouched else f"request {request}, {form}: wrote blocks that are not complete")
-    starts, ends = [length // block // 3 for length in lengths], [length // block for length in lengths]
-    for request, got in enumerate(pooling.pool_pages(keys, starts, ends, block)):
-        want = pool_keys(*cpu(*data[request]), block, impl="reference")
-        problems += differ_all(f"request {request}, a run of blocks", cpu(*got), (part[starts[request] :] for part in want))
+    grown, whole = (pooling.pool_blocks(keys, block) for _ in range(2))
+    grown.pages.zero_(), grown.lengths.zero_()
+    pooled, tickets = torch.zeros_like(grown.lengths), torch.zeros(len(lengths), dtype=torch.int32, device=DEVICE)
+    for share in (3, 2, 2, 1):
+        pooling.grow_means(replace(keys, lengths=keys.lengths // share), grown, pooled, tickets, block)
+    problems += [differ("means that grew", grown.pages, whole.pages), differ("their number", grown.lengths, whole.lengths)]
+    problems += [differ("tokens looked at", pooled, keys.lengths), "tickets left" if tickets.any() else None]
     requests, positions = torch.tensor([0, 2, 0, 1, 0, 7, -1]), torch.tensor([0, lengths[2] - 1, lengths[0] // 2, 5, 2**40, 3, 3])
     got = pooling.paged_partial_means(keys, requests.to(DEVICE), positions.to(DEVICE), block)
     for i, (request, position) in enumerate(zip(requests.tolist(), positions.tolist(), strict=True)):

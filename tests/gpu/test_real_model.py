@@ -24,9 +24,10 @@ from thresher.models.checkpoint import load_indexers, load_record
 from thresher.models.decoder import Decoder
 from thresher.models.smollm2 import load_model, load_tokenizer
 from thresher.ops import dispatch
+from thresher.ops.hisa_select.reference import choose_blocks
 from thresher.ops.route_heads import head_mass, route_heads
 from thresher.selectors import DSA, HISA
-from thresher.selectors.scan import mean_keys, up_to_date_means
+from thresher.selectors.scan import block_means
 from thresher.types import Selection
 
 pytestmark = [
@@ -104,8 +105,8 @@ def first_stage(selector, query, keys):
     if isinstance(selector, DSA):
         return torch.empty(query.num_queries, 0, device=query.q.device)
     if isinstance(selector, HISA):
-        return selector.choose_blocks(query, keys, mean_keys(keys, selector.block_size, None))
-    means = up_to_date_means(keys, selector.block_size, None)
+        return choose_blocks(query, keys, block_means(keys, selector.block_size, None), selector.num_blocks, selector.block_size)
+    means = block_means(keys, selector.block_size, None)
     return route_heads(head_mass(query, means, keys, selector.block_size), selector.active_heads)
 
 

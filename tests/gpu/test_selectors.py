@@ -12,9 +12,10 @@ from thresher.bench.check import BITS, score_bound, selections_agree
 from thresher.bench.inputs import CRUEL, make_inputs
 from thresher.ops import head_mass, route_heads
 from thresher.ops.dispatch import using
+from thresher.ops.hisa_select.reference import choose_blocks
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.selectors.base import Selector
-from thresher.selectors.scan import mean_keys, up_to_date_means
+from thresher.selectors.scan import block_means
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .compare import fail_on
@@ -34,8 +35,8 @@ def first_stage(selector: Selector, query: IndexQuery, keys: IndexKeys) -> torch
     if isinstance(selector, DSA):
         return None
     if isinstance(selector, HISA):
-        return selector.choose_blocks(query, keys, mean_keys(keys, selector.block_size, None))
-    means = up_to_date_means(keys, selector.block_size, None)
+        return choose_blocks(query, keys, block_means(keys, selector.block_size, None), selector.num_blocks, selector.block_size)
+    means = block_means(keys, selector.block_size, None)
     return route_heads(head_mass(query, means, keys, selector.block_size), selector.active_heads)
 
 

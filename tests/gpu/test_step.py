@@ -7,6 +7,9 @@ import importlib
 import pytest
 import torch
 
+from thresher.ops import pool_blocks
+from thresher.ops.hisa_select import cuda as hisa
+from thresher.ops.hisa_select.reference import hisa_select_reference
 from thresher.ops.score_select import cuda as step
 from thresher.types import Selection
 
@@ -52,6 +55,30 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, with_scores):
     want = two_steps(query, keys, topk)
     for _ in range(REPEATS):
         fail_on(problems(step.score_select(query, keys, topk, with_scores), want))
+
+
+@pytest.mark.parametrize(
+    ("kind", "lengths", "num", "heads", "dim", "block", "num_blocks", "topk"),
+    [
+        ("normal", [131072], 1, 64, 128, 128, 64, 2048),
+        ("normal", [1000, 70, 40000, 131072, 64, 1], 6, 64, 128, 128, 64, 2048),
+        ("sorted", [9000, 33000, 300], 9, 32, 128, 64, 40, 512),
+        ("normal", [20000] * 40, 140, 16, 64, 192, 11, 512),
+        ("plateaus", [30000], 2, 64, 128, 128, 16, 2048),
+        ("descending", [30000], 4, 64, 128, 128, 64, 2048),
+        ("nan", [30000, 5000], 8, 40, 128, 128, 20, 2048),
+        ("signs", [8000, 100], 5, 12, 128, 64, 5, 100),
+    ],
+)
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_it_is_the_four_operations(kind, lengths, num, heads, dim, block, num_blocks, topk, with_scores):
+    query, keys = world(kind, lengths, num, heads, dim)
+    means = pool_blocks(keys, block)
+    given = query, keys, means, num_blocks, block, topk
+    assert hisa.unsupported(query, keys, means, block, topk) is None
+    want = hisa_select_reference(*given, True, "triton")
+    for _ in range(REPEATS):
+        fail_on(problems(hisa.hisa_select(*given, with_scores), want))
 
 
 def test_a_graph_is_right_at_other_lengths():

@@ -16,6 +16,14 @@ def longs(*numbers):
     return torch.tensor(numbers, dtype=torch.int64)
 
 
+def room_for_means(keys):
+    """Zeros, as for no full block yet."""
+    means = ops.pool_blocks(keys, BLOCK)
+    means.pages.zero_()
+    means.lengths.zero_()
+    return means
+
+
 def good():
     """function -> its arguments but impl; made anew, since some functions write."""
     generator = torch.Generator().manual_seed(0)
@@ -61,8 +69,18 @@ def good():
         },
         "score_select": {"query": query, "keys": keys, "topk": 2, "with_scores": False, "scratch": Scratch()},
         "pool_keys": {"values": k, "scales": k_scales, "block_size": BLOCK},
-        "pool_pages": {"keys": keys, "starts": [1], "ends": [3], "block_size": BLOCK},
         "pool_blocks": {"keys": keys, "block_size": BLOCK},
+        "grow_means": {
+            "keys": keys,
+            "means": room_for_means(keys),
+            "pooled": longs(3),
+            "tickets": torch.zeros(1, dtype=torch.int32),
+            "block_size": BLOCK,
+        },
+        "hisa_select": {
+            "query": query, "keys": keys, "means": ops.pool_blocks(keys, BLOCK), "num_blocks": 3, "block_size": BLOCK, "topk": 2,
+            "with_scores": False, "scratch": Scratch(),
+        },
         "partial_means": {"values": k, "scales": k_scales, "block_size": BLOCK, "positions": longs(-1, 69)},
         "head_mass": {"query": query, "means": [ops.pool_keys(k, k_scales, BLOCK)], "keys": keys, "block_size": BLOCK},
         "route_heads": {"mass": randn(2, HEADS).abs(), "active_heads": 2},
@@ -140,11 +158,14 @@ def empty():
         ("score_select", (nothing, nobody, 4), minus[:0]),
         ("score_select", (two, bare, 4), minus),
         ("score_select", (blind, held, 4), minus),
+        ("hisa_select", (nothing, held, ops.pool_blocks(held, 4), 2, 4, 4), minus[:0]),
+        ("hisa_select", (nothing, nobody, ops.pool_blocks(nobody, 4), 2, 4, 4), minus[:0]),
+        ("hisa_select", (two, bare, ops.pool_blocks(bare, 4), 2, 4, 4), minus),
+        ("hisa_select", (blind, held, ops.pool_blocks(held, 4), 2, 4, 4), minus),
         ("pool_keys", (no_keys, torch.ones(0), 4), torch.zeros(0, DIM)),
         ("pool_keys", (k, torch.ones(5), 8), torch.zeros(0, DIM)),
-        ("pool_pages", (held, [0], [0], 4), torch.zeros(0, DIM)),
-        ("pool_pages", (bare, [0], [0], 4), torch.zeros(0, DIM)),
         ("pool_blocks", (bare, 4), torch.zeros(1, 64, 1, DIM + 4, dtype=torch.uint8)),
+        ("grow_means", (bare, ops.pool_blocks(bare, 4), longs(0), minus[0, :1] + 1, 4), None),
         ("partial_means", (k, torch.ones(5), 4, longs()), torch.zeros(0, DIM)),
         ("partial_means", (no_keys, torch.ones(0), 4, longs(-1, -1)), torch.zeros(2, DIM)),
         ("head_mass", (nothing, [(no_keys, torch.ones(0))], held, 8), torch.zeros(0, HEADS)),

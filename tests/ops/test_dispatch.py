@@ -50,8 +50,9 @@ def calls():
         "select_blocks": (torch.randn(2, 5), 3, query, keys, 16),
         "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
-        "pool_pages": (keys, [1], [4], 16),
         "pool_blocks": (keys, 16),
+        "grow_means": (keys, ops.pool_blocks(keys, 16), torch.tensor([20]), torch.zeros(1, dtype=torch.int32), 16),
+        "hisa_select": (query, keys, ops.pool_blocks(keys, 16), 3, 16, 4),
         "partial_means": (k, k_scales, 16, torch.tensor([3, 69])),
         "head_mass": (query, means, keys, 16),
         "route_heads": (torch.rand(2, 6), 2),
@@ -68,6 +69,7 @@ def calls():
 
 
 CALLS = calls()
+TRITON = [name for name in CALLS if name != "hisa_select"]  # which has no such kernel
 
 
 def bits(result):
@@ -105,7 +107,7 @@ def test_the_table_has_every_operation_that_takes_impl():
         assert importlib.util.find_spec(f"thresher.ops.{dispatch.FOLDERS.get(operation, operation)}") is not None
 
 
-@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("operation", TRITON)
 def test_auto_takes_no_kernel_for_tensors_on_a_cpu(operation, kernel, monkeypatch):
     """Interpreting or not; a name may."""
     function, given = CALLS[operation]
@@ -139,7 +141,7 @@ GPU = torch.device("cuda")
 VENDORS = ("deep_gemm", "flash_mla", "flashinfer", "vllm")
 
 
-@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("operation", TRITON)
 def test_what_auto_takes_on_a_gpu(operation, card):
     """The documented table. No vendor but FlashMLA, and that for the FP8 cache alone."""
     card((9, 0), "triton", *VENDORS)
@@ -166,6 +168,7 @@ def test_what_has_to_be_named(card):
         "paged_index_score": {"deep_gemm"},
         "select_topk": {"flashinfer", "vllm"},
         "score_select": {"cuda"},
+        "hisa_select": {"cuda"},
         "sparse_attend_mla": {"flash_mla"},
         "sparse_attend_mla_fp8": {"flash_mla"},
     }
@@ -235,18 +238,18 @@ def able(*_, **__):
     return None
 
 
-@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("operation", TRITON)
 def test_a_named_kernel_gets_the_public_arguments(operation, kernel, monkeypatch):
     function, given = CALLS[operation]
     seen = kernel(operation, unsupported=able)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert function(*given, impl="triton") == (None if operation.startswith("store_") else "from the kernel")
+    assert function(*given, impl="triton") == (None if operation.startswith(("store_", "grow_")) else "from the kernel")
     (positional, _) = seen[0]
     for mine, theirs in zip(given, positional, strict=False):
         assert mine is theirs
 
 
-@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("operation", TRITON)
 def test_a_named_kernel_that_cannot_run_says_why_and_nothing_runs(operation, kernel, monkeypatch):
     function, given = CALLS[operation]
 
@@ -357,7 +360,8 @@ def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
     monkeypatch.setattr(sys.modules["thresher.ops.index_score"], "can_read", lambda device: False)
     for name in ("arguments", "pool_keys", "select", "route_heads", "merge"):
         monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "checks_values", lambda device: False)
-    for operation, (function, given) in CALLS.items():
+    for operation in TRITON:
+        function, given = CALLS[operation]
         seen = kernel(operation, unsupported=able)
         with monkeypatch.context() as patch:
             for reader in ("tolist", "item", "__bool__", "__int__"):
@@ -390,10 +394,10 @@ def test_the_reference_of_head_mass_stays_a_reference_inside_using():
 
 def on_meta(operation, given):
     """The arguments with one tensor on the meta device, which stands in for a second one."""
-    if operation in ("paged_index_score", "score_select"):
+    if operation in ("paged_index_score", "score_select", "hisa_select"):
         query = given[0]
         return IndexQuery(query.q.to("meta"), query.weights, query.positions, query.requests), *given[1:]
-    if operation in ("pool_pages", "pool_blocks"):
+    if operation == "pool_blocks":
         return IndexKeys(given[0].pages.to("meta"), given[0].page_table, given[0].lengths), *given[1:]
     if operation in ("head_mass", "routed_query"):
         return given[0], [tuple(x.to("meta") for x in given[1][0])], *given[2:]

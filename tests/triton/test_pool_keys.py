@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -158,18 +160,6 @@ def test_partial_means_from_pages(block, page_size):
         assert same((got[0][i : i + 1], got[1][i : i + 1]), want), (request, position)
 
 
-@pytest.mark.parametrize(("block", "page_size"), [(4, 8), (7, 5)])
-def test_runs_of_blocks_of_every_request(block, page_size):
-    data = [keys(n, 64, seed=n) for n in (21, 0, 40)]
-    paged = pack_keys(data, page_size)
-    full = [len(scales) // block for _, scales in data]
-    for starts, ends in (([0, 0, 0], full), ([1, 0, 3], full), ([1, 0, 2], [2, 0, 4]), (full, full)):
-        got = kernels.pool_pages(paged, starts, ends, block)
-        for pair, request, start, end in zip(got, data, starts, ends, strict=True):
-            want = pool_keys(*request, block)
-            assert same(pair, (want[0][start:end], want[1][start:end]))
-
-
 @pytest.mark.parametrize(("block", "page_size"), [(4, 8), (7, 5), (4, 64)])
 def test_all_blocks_in_pages(block, page_size):
     paged = pack_keys([keys(n, 64, seed=n) for n in (300, 0, 3, 41)], page_size)
@@ -177,6 +167,36 @@ def test_all_blocks_in_pages(block, page_size):
     assert torch.equal(got.pages, want.pages)
     assert torch.equal(got.page_table, want.page_table)
     assert torch.equal(got.lengths, want.lengths)
+
+
+@pytest.mark.parametrize(("block", "page_size"), [(4, 8), (7, 5), (16, 64)])
+def test_means_that_grow_are_those_made_at_once(block, page_size, monkeypatch):
+    """More blocks than programs, cuts, lengths past the table's room and below zero."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 9)
+    paged = pack_keys([keys(n, 64, seed=n) for n in (300, 0, 3, 41)], page_size)
+    whole = kernels.pool_blocks(paged, block)
+    means = replace(whole, pages=torch.zeros_like(whole.pages), lengths=torch.zeros_like(whole.lengths))
+    pooled, tickets = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    for lengths in ([7, 0, -4, 41], [120, 0, 3, 41], [121, 0, 3, 41], [300, 0, 3, 41]):
+        held = replace(paged, lengths=torch.tensor(lengths))
+        kernels.grow_means(held, means, pooled, tickets, block)
+        counted = held.lengths.clamp(0, held.room)
+        assert torch.equal(pooled, counted)
+        assert torch.equal(means.lengths, counted // block)
+        assert not tickets.any()
+    assert torch.equal(means.pages, whole.pages)
+    # cut: what is past the cut is pooled again, and nothing else
+    means.pages.fill_(0xAB)
+    pooled[0] = 2 * block + 1
+    kernels.grow_means(paged, means, pooled, tickets, block)
+    values, made = (planes(x.pages)[0].view(torch.uint8).flatten(0, 1) for x in (means, whole))
+    assert (values[:2] == 0xAB).all()
+    assert torch.equal(values[2 : 300 // block], made[2 : 300 // block])
+    assert (values[300 // block :] == 0xAB).all()
+    # a length past what the table has room for
+    pooled.zero_()
+    kernels.grow_means(replace(paged, lengths=torch.full((4,), 10**9)), means, pooled, tickets, block)
+    assert pooled.tolist() == [paged.room] * 4
 
 
 def test_what_is_not_supported_is_said():

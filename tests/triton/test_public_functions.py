@@ -37,8 +37,8 @@ GIVEN = {
     "select_topk": (torch.randn(2, 40), 4),
     "select_topk_slots": (torch.randn(2, 40), 30, torch.tensor([[5, -1, 0], [2, 9, -1]], dtype=torch.int32), torch.tensor([1, 0]), 16),
     "pool_keys": (K, K_SCALES, 16),
-    "pool_pages": (KEYS, [2], [9], 16),
     "pool_blocks": (KEYS, 16),
+    "grow_means": (KEYS, ops.pool_blocks(KEYS, 16), torch.tensor([40]), torch.zeros(1, dtype=torch.int32), 16),
     "partial_means": (K, K_SCALES, 16, torch.tensor([3, 149])),
     "head_mass": (QUERY, [ops.pool_keys(K, K_SCALES, 16)], KEYS, 16),
     "route_heads": (torch.rand(2, 6), 2),
@@ -61,16 +61,17 @@ def tensors(result):
 
 
 def outcome(operation, impl):
-    """What a call returns; a function that writes to its first argument has that for a result."""
+    """What a call returns; a function that writes to its first argument, or to the means that are its second, has that for a result."""
     given = copy.deepcopy(GIVEN[operation])
     result = getattr(ops, operation)(*given, impl=impl)
     if result is None:
-        assert given[0].any(), "something was stored"
-    return given[0] if result is None else result
+        result = given[1].pages if operation == "grow_means" else given[0]
+        assert result.any(), "something was stored"
+    return result
 
 
 def test_every_operation_is_here():
-    assert set(GIVEN) == set(dispatch.TABLE) - {"score_select"}
+    assert set(GIVEN) == set(dispatch.TABLE) - {"score_select", "hisa_select"}
     with pytest.raises(ThresherError, match=r'impl="triton" of score_select .* cannot be interpreted'):
         ops.score_select(QUERY, KEYS, 4, impl="triton")
 

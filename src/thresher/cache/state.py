@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from thresher.cache.block_means import BlockMeans, Pool, PoolPages
+from thresher.cache.block_means import BlockMeans, Grow
 from thresher.cache.scratch import Scratch
 from thresher.types import Selection
 
@@ -24,14 +24,14 @@ class LayerState:
     scratch: Scratch = field(default_factory=Scratch)
     _means: dict[int, BlockMeans] = field(default_factory=dict, init=False, repr=False)
 
-    def block_means(self, block_size: int, pool: Pool, pool_pages: PoolPages | None = None) -> BlockMeans:
-        """The cached means of blocks of ``block_size`` tokens, made on first use with ``pool`` and ``pool_pages`` and kept.
+    def block_means(self, block_size: int, grow: Grow) -> BlockMeans:
+        """The cached means of blocks of ``block_size`` tokens, made on first use with ``grow`` and kept.
 
         Raises:
             ThresherError: ``block_size`` is under 1.
         """
         if block_size not in self._means:
-            self._means[block_size] = BlockMeans(block_size, pool, pool_pages)
+            self._means[block_size] = BlockMeans(block_size, grow)
         return self._means[block_size]
 
     def rollback(self, request: int, length: int) -> None:

@@ -19,7 +19,15 @@ _FOLDER = Path(__file__).parent
 
 
 def launch(
-    source: str, name: str, arguments: ctypes.Structure, grid: int, threads: int, shared: int, device: torch.device, together: bool = False
+    source: str,
+    name: str,
+    arguments: ctypes.Structure,
+    grid: int,
+    threads: int,
+    shared: int,
+    device: torch.device,
+    together: bool = False,
+    defines: tuple[str, ...] = (),
 ) -> None:
     """Launch kernel ``name`` of ``source``.cu, whose one parameter is a structure, on the device's current stream.
 
@@ -29,6 +37,7 @@ def launch(
         grid: thread blocks.
         shared: bytes of shared memory for each.
         together: whether all thread blocks must be at work at once, as they wait for one another.
+        defines: what the source is compiled with, "STEP_DIM=128" say, where that makes one of many kernels.
 
     Raises:
         ThresherError: it does not compile, or CUDA refuses the launch.
@@ -37,7 +46,7 @@ def launch(
 
     pointer = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     stream = torch.cuda.current_stream(device).cuda_stream
-    function = _function(source, name, device)
+    function = _function(source, name, device, defines)
     with torch.cuda.device(device):
         sizes = (grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer))
         _check(driver.cuLaunchCooperativeKernel(function, *sizes) if together else driver.cuLaunchKernel(function, *sizes, 0))
@@ -65,8 +74,8 @@ def tile_map(pages: int, num_pages: int, page_bytes: int, dim: int) -> ctypes.Ar
     return (ctypes.c_ubyte * 128).from_buffer_copy(ctypes.string_at(at, 128))
 
 
-def compile_source(source: str, arch: str) -> bytes:
-    """Machine code of ``source``.cu for an architecture, "sm_90a" say. Needs no GPU.
+def compile_source(source: str, arch: str, defines: tuple[str, ...] = ()) -> bytes:
+    """Machine code of ``source``.cu for an architecture, "sm_90a" say, with macros defined. Needs no GPU.
 
     Raises:
         ThresherError: it does not compile.
@@ -78,6 +87,7 @@ def compile_source(source: str, arch: str) -> bytes:
     program = _check(nvrtc.nvrtcCreateProgram((_FOLDER / f"{source}.cu").read_bytes(), f"{source}.cu".encode(), len(texts), texts, names))
     try:
         options = [f"--gpu-architecture={arch}".encode(), b"--std=c++17", b"-default-device"]
+        options += [f"--define-macro={define}".encode() for define in defines]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
@@ -91,11 +101,11 @@ def compile_source(source: str, arch: str) -> bytes:
 
 
 @cache
-def _function(source: str, name: str, device: torch.device) -> Any:
+def _function(source: str, name: str, device: torch.device, defines: tuple[str, ...]) -> Any:
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    code = compile_source(source, f"sm_{major}{minor}a")
+    code = compile_source(source, f"sm_{major}{minor}a", defines)
     with torch.cuda.device(device):
         function = _check(driver.cuModuleGetFunction(_check(driver.cuModuleLoadData(code)), name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

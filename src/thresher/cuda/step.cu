@@ -1,4 +1,5 @@
-// A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py.
+// A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py. HISA
+// takes two launches: of block means, whose keys are blocks, and of the tokens in the blocks chosen (ops/hisa_select/cuda.py).
 //
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly, so many before each query for what it costs beside: a
 // thread block has a run of them and keeps their scores in its shared memory. A query's tiles may lie in several blocks, its parts. All blocks
@@ -24,6 +25,10 @@ constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3
 constexpr u32 MAX_PARTS = 256;            // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
+constexpr u32 FORCED = 0xfffffffe;        // the rank of a block that is chosen whatever its score, above every number's
+
+// What is selected: tokens; blocks of them by their means, the first and a query's own always; tokens of the blocks chosen.
+enum Stage { TOKENS, BLOCKS, IN_BLOCKS };
 
 struct Step {
   TileMap tiles;               // of the pages' keys
@@ -32,16 +37,21 @@ struct Step {
   const float* weights;        // rows w_row apart
   const long long *owners, *positions, *lengths;
   const int* table;  // rows table_row apart
-  int* indices;      // [queries, topk]
+  int* indices;      // [queries, width]
   long long* taken;  // [queries]
-  float* beside;     // null, or [queries, topk]
+  float* beside;     // null, or [queries, width]
   u32* told;         // [queries, TOLD], zeros before and after: see there
   u64* words;        // [queries, blocks], zeros before and after: see word_of
   u64* pairs;        // [queries, 2 MOST], zeros before and after: as many slots for each part, and what finds none there
   u32* spilt;        // null, or orders of all tiles that the table has room for and those EXTRA, and their mask: see `held`, `masked`
+  const int* blocks;        // IN_BLOCKS: [queries, most_blocks], ascending
+  const long long* chosen;  // and how many each query has, its own the last of them
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
   u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
+  u32 width;         // of a row of indices
+  u32 row_tiles;     // of a query at most; table_tiles are those of a request's tokens
+  u32 block_size, most_blocks;
 };
 
 // What a block knows of a query, of which it has a part.
@@ -78,14 +88,23 @@ struct Workspace {  // begins at a multiple of 1024
   alignas(16) u32 orders[4];  // of the block's keys: see rank_of
 };
 
-// How many keys a query sees. Its owner is mostly of its own number: then one load need not wait for another.
-__device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
+// How many tokens a query sees. Its owner is mostly of its own number: then one load need not wait for another.
+__device__ __forceinline__ u32 tokens_of(const Step& c, u32 query) {
   u32 likely = min(query, c.num_requests - 1);
   long long owner = c.owners[query], position = c.positions[query], length = c.num_requests > 0 ? c.lengths[likely] : 0;
   if (owner < 0 || owner >= c.num_requests) return 0;
   if (owner != likely) length = c.lengths[owner];
   long long held = min(max(length, 0ll), (long long)c.table_tiles * KEYS);
   return (u32)(min(max(position, -1ll), held - 1) + 1);
+}
+// How many keys are scored for it. Of BLOCKS those before its own, which needs no score.
+template <Stage STAGE>
+__device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
+  long long chosen = STAGE == IN_BLOCKS ? c.chosen[query] : 0;
+  u32 tokens = tokens_of(c, query);
+  if (STAGE == TOKENS || tokens == 0) return tokens;
+  if (STAGE == BLOCKS) return min((tokens - 1) / c.block_size, c.row_tiles * KEYS);
+  return chosen > 0 ? ((u32)chosen - 1) * c.block_size + (tokens - 1) % c.block_size + 1 : 0;
 }
 
 // `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
@@ -158,7 +177,7 @@ struct Run {
   }
   template <class Work>
   __device__ __forceinline__ u32* masks(const Step& c, Work& work) const {
-    u64 all = (u64)c.num_queries * (c.table_tiles + EXTRA) * KEYS;
+    u64 all = (u64)c.num_queries * (c.row_tiles + EXTRA) * KEYS;
     return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : c.spilt + all + (u64)at * (KEYS / 32);
   }
   template <class Work>
@@ -174,11 +193,11 @@ struct Run {
 #include <step_score.cuh>
 #include <step_select.cuh>
 
-template <u32 DIM, u32 HEADS>
+template <u32 DIM, u32 HEADS, Stage STAGE>
 __device__ __forceinline__ void step(const Step& c) {
   Workspace<DIM, HEADS>& work = *(Workspace<DIM, HEADS>*)aligned_memory<1024>();
   for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) {
-    u32 end = end_of(c, query);
+    u32 end = end_of<STAGE>(c, query);
     work.first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, work.last[query] = (end + KEYS - 1) % KEYS;
   }
   if (threadIdx.x == 0) {
@@ -198,25 +217,20 @@ __device__ __forceinline__ void step(const Step& c) {
   }
   __syncthreads();
   if (warp_of() >= GROUPS * WARPS) {
-    fetch_tiles<DIM, HEADS>(c, work, warp_of() - GROUPS * WARPS);
+    fetch_tiles<DIM, HEADS, STAGE>(c, work, warp_of() - GROUPS * WARPS);
     return;
   }
-  Scorer<DIM, HEADS>{c, work}.run();
-  Selecting<DIM, HEADS>{c, work}.run();
+  Scorer<DIM, HEADS, STAGE>{c, work}.run();
+  Selecting<DIM, HEADS, STAGE>{c, work}.run();
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
-    if (threadIdx.x == 0) c.taken[query] = 0;
-    for (u32 at = threadIdx.x; at < c.topk; at += THREADS) leave_out(c, query, at);
+    u32 own = STAGE == BLOCKS && tokens_of(c, query) > 0;  // the first block is the query's own
+    if (threadIdx.x == 0) c.taken[query] = own;
+    for (u32 at = threadIdx.x; at < c.width; at += THREADS) leave_out(c, query, at);
+    if (own && threadIdx.x == 0) c.indices[(u64)query * c.width] = 0;
   }
 }
 
-#define STEP(dim, heads)                                                                                      \
-  extern "C" __global__ void __launch_bounds__(640, 1) step_##dim##_##heads(const __grid_constant__ Step c) { \
-    step<dim, heads>(c);                                                                                      \
-  }
-STEP(128, 16)
-STEP(128, 32)
-STEP(128, 64)
-STEP(64, 16)
-STEP(64, 32)
-STEP(64, 64)
+#ifdef STEP_DIM  // of the one kernel that is asked for
+extern "C" __global__ void __launch_bounds__(640, 1) kernel(const __grid_constant__ Step c) { step<STEP_DIM, STEP_HEADS, (Stage)STEP_STAGE>(c); }
+#endif

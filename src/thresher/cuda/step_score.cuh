@@ -1,12 +1,19 @@
 // A part of step.cu: every key of a block's run of tiles is scored, and scores are counted in bins.
 
-template <u32 DIM, u32 HEADS>
+template <u32 DIM, u32 HEADS, Stage STAGE>
 __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>& work, u32 fetcher) {
   u32 turn = 0;
   Run run(c, work);
   while (run.next(work)) {
-    const int* table = c.table + c.owners[run.query] * c.table_row - run.from;
-    auto look_up = [&](u32 tile) { return tile + lane_of() < run.upto ? table[(long long)tile + lane_of()] : 0; };
+    const int* table = c.table + c.owners[run.query] * c.table_row;
+    const int* blocks = c.blocks + (u64)run.query * c.most_blocks;
+    u32 each = c.block_size / KEYS;  // tiles of a block
+    auto look_up = [&](u32 tile) {
+      u32 at = tile + lane_of() - run.from;
+      if (tile + lane_of() >= run.upto) return 0;
+      if (STAGE == IN_BLOCKS) at = (u32)blocks[at / each] * each + at % each;
+      return STAGE == IN_BLOCKS && at >= c.table_tiles ? -1 : table[at];
+    };
     int pages = 0, ahead = look_up(run.at);
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
       if ((tile - run.at) % 32 == 0) pages = ahead, ahead = look_up(tile + 32);
@@ -30,7 +37,7 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>
   }
 }
 
-template <u32 DIM, u32 HEADS>
+template <u32 DIM, u32 HEADS, Stage STAGE>
 struct Scorer {
   const Step& c;
   Workspace<DIM, HEADS>& work;
@@ -84,6 +91,7 @@ struct Scorer {
     float low = total(dots, 0), high = total(dots, 1);
     // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative.
     u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? rank_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
+    if (STAGE == BLOCKS && first + key == 0) order = FORCED;
     if (own < 2) {
       orders.put(from + key, order);
       if (first + key < end) atomicAdd(&work.bins[order ? score_bin(order) : LOST], 1u);

@@ -4,8 +4,8 @@
 __device__ __forceinline__ u32 shift_of(u64 low, u64 high, u32 bits) { return max(64 - __clzll(high - 1 - low) - (int)bits, 0); }
 
 __device__ __forceinline__ void leave_out(const Step& c, u32 query, u32 at) {
-  c.indices[(u64)query * c.topk + at] = -1;
-  if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
+  c.indices[(u64)query * c.width + at] = -1;
+  if (c.beside) c.beside[(u64)query * c.width + at] = __uint_as_float(0xff800000u);
 }
 
 // What a part publishes: how many keys it takes for certain, how many pairs it tells, and where those begin that find no slot.
@@ -19,7 +19,7 @@ struct Part {
   __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
 };
 
-template <u32 DIM, u32 HEADS>
+template <u32 DIM, u32 HEADS, Stage STAGE>
 struct Selecting {
   const Step& c;
   Workspace<DIM, HEADS>& work;
@@ -328,8 +328,10 @@ struct Selecting {
     u32 from = number * (threads / 32) + lane_of();
     u32 to = __reduce_add_sync(EVERY, lane_of() < threads / 32 ? work.befores[from] + (from < warp_of() ? work.warps[from] : 0) : 0);
     auto put = [&](u32 place, u32 at) {
-      c.indices[(u64)part.query * c.topk + place] = part.first + at;
-      if (c.beside) c.beside[(u64)part.query * c.topk + place] = score_of(part.orders[at]);
+      u32 key = part.first + at;
+      if (STAGE == IN_BLOCKS) key = (u32)c.blocks[(u64)part.query * c.most_blocks + key / c.block_size] * c.block_size + key % c.block_size;
+      c.indices[(u64)part.query * c.width + place] = key;
+      if (c.beside) c.beside[(u64)part.query * c.width + place] = score_of(part.orders[at]);
     };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) {
       u32 mask = mask_of(group), upto = sum_upto(__popc(mask)), place = to + upto - __popc(mask), all = __shfl_sync(EVERY, upto, 31);
@@ -347,7 +349,10 @@ struct Selecting {
     meet_team();
     if (team().last) clear(part);
     if (part.part + 1 < part.parts) return;
-    if (thread == 0) c.taken[part.query] = sought.taken;
-    for (u32 at = sought.taken + thread; at < c.topk; at += threads) leave_out(c, part.query, at);
+    u32 taken = sought.taken;
+    if (STAGE == BLOCKS && thread == 0) c.indices[(u64)part.query * c.width + taken] = part.end;  // the query's own, behind all it chose from
+    if (STAGE == BLOCKS) taken++;
+    if (thread == 0) c.taken[part.query] = taken;
+    for (u32 at = taken + thread; at < c.width; at += threads) leave_out(c, part.query, at);
   }
 };

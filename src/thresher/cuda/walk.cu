@@ -24,8 +24,11 @@ __device__ __forceinline__ int page_of(const Rows& rows, u64 request, u64 column
 struct Pool {
   Rows keys;
   Rows means;  // with page_size 0: rows one after the other, table_width of them a request
-  const long long *olds, *news;  // [requests]: lengths before and after
-  u32 block_size, programs;      // thread blocks for a request
+  long long* olds;        // [requests]: lengths before
+  const long long* news;  // and after
+  long long* counts;      // with tickets: told how many blocks are full, as `olds` is told the new lengths
+  u32* tickets;           // null, or zeros before and after
+  u32 block_size, programs;  // thread blocks for a request
 };
 
 struct Own {
@@ -148,14 +151,10 @@ __device__ __forceinline__ void store_mean(float mean, unsigned char* values, fl
   if (threadIdx.x == 0) *scale = __uint_as_float(exponent << 23);
 }
 
-// A thread block takes one block of a request's keys that became full.
 template <u32 DIM>
-__device__ __forceinline__ void pool_block(const Pool& pool) {
+__device__ __forceinline__ void pool_block(const Pool& pool, u64 request, u64 block) {
   Workspace<DIM>& work = *(Workspace<DIM>*)shared_memory;
   const Rows& means = pool.means;
-  u64 request = blockIdx.x / pool.programs;
-  u64 block = (u64)max(pool.olds[request], 0ll) / pool.block_size + blockIdx.x % pool.programs;
-  if (pool.news[request] < 0 || block >= (u64)pool.news[request] / pool.block_size) return;
   u64 value = 0, scale = 0;
   bool there;
   if (means.page_size == 0) {
@@ -170,6 +169,23 @@ __device__ __forceinline__ void pool_block(const Pool& pool) {
   if (!there) return;
   float sum = walk(pool.keys, request, (u32)block * pool.block_size, pool.block_size, work, [](u32, const float*, u32) {});
   store_mean(sum / (float)pool.block_size, (unsigned char*)means.values + value, (float*)means.scales + scale, work);
+}
+
+// A thread block takes every so-many-th block of a request's keys that became full: so there need be no more than a few, however many became.
+template <u32 DIM>
+__device__ __forceinline__ void pool_blocks(const Pool& pool) {
+  u64 request = blockIdx.x / pool.programs;
+  long long room = pool.keys.page_size ? (long long)pool.keys.table_width * pool.keys.page_size : pool.news[request];
+  u64 held = (u64)max(min(pool.news[request], room), 0ll), full = held / pool.block_size;
+  for (u64 block = (u64)max(pool.olds[request], 0ll) / pool.block_size + blockIdx.x % pool.programs; block < full; block += pool.programs) {
+    pool_block<DIM>(pool, request, block);
+    await_copies<0>();  // those past the block's end, which the next walk would meet
+    __syncthreads();
+  }
+  if (!pool.tickets) return;
+  __syncthreads();  // all have read the old length
+  if (threadIdx.x == 0 && atomicAdd(&pool.tickets[request], 1u) + 1 == pool.programs)
+    pool.olds[request] = (long long)held, pool.counts[request] = (long long)full, pool.tickets[request] = 0;
 }
 
 struct Sight {
@@ -230,7 +246,7 @@ __device__ __forceinline__ void own_block(const Own& own) {
   walk(own.keys, seen.request, (u32)(seen.last - offset), offset + run, work, use);
 }
 
-extern "C" __global__ void __launch_bounds__(128) pool_128(const Pool pool) { pool_block<128>(pool); }
-extern "C" __global__ void __launch_bounds__(64) pool_64(const Pool pool) { pool_block<64>(pool); }
+extern "C" __global__ void __launch_bounds__(128) pool_128(const Pool pool) { pool_blocks<128>(pool); }
+extern "C" __global__ void __launch_bounds__(64) pool_64(const Pool pool) { pool_blocks<64>(pool); }
 extern "C" __global__ void __launch_bounds__(128) own_128(const Own own) { own_block<128>(own); }
 extern "C" __global__ void __launch_bounds__(64) own_64(const Own own) { own_block<64>(own); }

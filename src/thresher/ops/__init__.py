@@ -4,9 +4,10 @@ Each folder holds the specification and the public function (``__init__.py``) an
 """
 
 from thresher.ops.hadamard import hadamard
+from thresher.ops.hisa_select import hisa_select
 from thresher.ops.index_score import block_index_score, gathered_index_score, index_score, paged_index_score
 from thresher.ops.merge import merge
-from thresher.ops.pool_keys import partial_means, pool_blocks, pool_keys, pool_pages
+from thresher.ops.pool_keys import grow_means, partial_means, pool_blocks, pool_keys
 from thresher.ops.quantize import dequantize_fp8, quantize_fp8, quantize_queries, store_index_keys, store_latents
 from thresher.ops.rope import apply_rope
 from thresher.ops.route_heads import head_mass, route_heads, routed_query
@@ -19,15 +20,16 @@ __all__ = [
     "block_index_score",
     "dequantize_fp8",
     "gathered_index_score",
+    "grow_means",
     "hadamard",
     "head_mass",
+    "hisa_select",
     "index_score",
     "merge",
     "paged_index_score",
     "partial_means",
     "pool_blocks",
     "pool_keys",
-    "pool_pages",
     "quantize_fp8",
     "quantize_queries",
     "route_heads",

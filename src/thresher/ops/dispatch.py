@@ -7,7 +7,7 @@
   interprets there or not: only a name asks for that;
 - for ``score_select``, of kernels for compute capability 9.0 alone, "cuda" (a step of decoding) and "triton" (prefill) only for as many
   queries, requests, heads and keys as ``worthwhile`` there says, and else the two steps that "reference" stands for. Those then are "auto"
-  themselves: kernels, where these can run.
+  themselves: kernels, where these can run. So it is for ``hisa_select``, with four steps.
 
 The implementations in ``NAMED`` are for a name alone, since "auto" promises what they do not: "deep_gemm" scores with other roundings, and
 others in its ragged form than in its paged one, where here a pair has one score; "flashinfer" and "vllm" order NaN or break ties in
@@ -48,9 +48,10 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "select_topk_in_blocks": ("triton", "reference"),
         "select_blocks": ("triton", "reference"),
         "score_select": ("cuda", "triton", "reference"),
+        "hisa_select": ("cuda", "reference"),
         "pool_keys": ("triton", "reference"),
-        "pool_pages": ("triton", "reference"),
         "pool_blocks": ("triton", "reference"),
+        "grow_means": ("triton", "reference"),
         "partial_means": ("triton", "reference"),
         "head_mass": ("triton", "reference"),
         "route_heads": ("triton", "reference"),
@@ -103,8 +104,8 @@ FOLDERS: Mapping[str, str] = MappingProxyType(
         "select_topk_slots": "select",
         "select_topk_in_blocks": "select",
         "select_blocks": "select",
-        "pool_pages": "pool_keys",
         "pool_blocks": "pool_keys",
+        "grow_means": "pool_keys",
         "partial_means": "pool_keys",
         "head_mass": "route_heads",
         "routed_query": "route_heads",

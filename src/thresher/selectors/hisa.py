@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from thresher.errors import require
-from thresher.ops.index_score import block_index_score, paged_index_score
-from thresher.ops.select import select_blocks, select_topk_in_blocks
+from thresher.ops.hisa_select import hisa_select
 from thresher.selectors.base import require_int
 from thresher.selectors.rows import in_chunks
-from thresher.selectors.scan import mean_keys
+from thresher.selectors.scan import block_means
 from thresher.selectors.scored import ScoredSelector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -53,27 +50,14 @@ class HISA(ScoredSelector):
 
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         """Uses the state's block means."""
-        means = mean_keys(keys, self.block_size, state)
+        means = block_means(keys, self.block_size, state)
+        scratch = None if state is None else state.scratch
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
-            blocks = self.choose_blocks(rows, keys, means)
-            scores = block_index_score(rows, keys, blocks, self.block_size)
-            return select_topk_in_blocks(scores, self.topk, blocks, self.block_size, with_scores=with_scores)
+            sizes = self.num_blocks, self.block_size, self.topk
+            return hisa_select(rows, keys, means, *sizes, with_scores=with_scores, scratch=scratch)
 
         return in_chunks(query, max(self.num_blocks * self.block_size, means.room), select_rows)
-
-    def choose_blocks(self, query: IndexQuery, keys: IndexKeys, means: IndexKeys) -> Tensor:
-        """int32 ``[Q, m]``, ``m <= num_blocks``: the blocks to look into, ascending, -1 padded at the end.
-
-        Args:
-            query: Q queries.
-            keys: the keys of their requests.
-            means: the means of every request's full blocks, as keys whose positions are block numbers.
-        """
-        # A query sees the mean of its own block too, once that is full; it is not looked at.
-        of_blocks = replace(query, positions=query.positions // self.block_size)
-        score_QM = paged_index_score(of_blocks, means, filled=False, width=means.room)
-        return select_blocks(score_QM, self.num_blocks, query, keys, self.block_size)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D (ceil(L / B) + min(L, m B))``."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from thresher.selectors.base import require_int
-from thresher.selectors.scan import routed_topk, up_to_date_means
+from thresher.selectors.scan import block_means, routed_topk
 from thresher.selectors.scored import ScoredSelector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -36,7 +36,7 @@ class MISA(ScoredSelector):
 
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         """Uses the state's block means. Raises ``ThresherError`` when ``active_heads`` are more than its heads."""
-        means = up_to_date_means(keys, self.block_size, state)
+        means = block_means(keys, self.block_size, state)
         return routed_topk(query, keys, means, self.block_size, self.active_heads, self.topk, with_scores, state)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:

@@ -11,7 +11,7 @@ from thresher.ops.select import select_topk
 from thresher.selectors.base import require_int
 from thresher.selectors.misa import MISA
 from thresher.selectors.rows import in_chunks
-from thresher.selectors.scan import most_tokens, routed_columns, routed_topk, up_to_date_means
+from thresher.selectors.scan import block_means, most_tokens, routed_columns, routed_topk
 from thresher.selectors.scored import ScoredSelector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -54,7 +54,7 @@ class MISARerank(ScoredSelector):
 
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         """See ``MISA._select``."""
-        means = up_to_date_means(keys, self.block_size, state)
+        means = block_means(keys, self.block_size, state)
         count = max(1, min(self.candidates, most_tokens(keys, means, self.block_size)))
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:

@@ -11,16 +11,20 @@ means = quantize_fp8(total / B)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from thresher.checks import E4M3, FP32, INT64, check_count, check_kind, check_list, check_tensor
+from thresher.checks import E4M3, FP32, INT32, INT64, check_count, check_kind, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_values
 from thresher.ops.dispatch import checks_values, choose, device_of
-from thresher.ops.pool_keys.reference import partial_means_reference, pool_blocks_reference, pool_pages_reference, pool_reference
+from thresher.ops.pool_keys.reference import (
+    MEANS_PAGE,
+    grow_means_reference,
+    partial_means_reference,
+    pool_blocks_reference,
+    pool_reference,
+)
 from thresher.types import IndexKeys
 
 
@@ -47,45 +51,6 @@ def pool_keys(values: Tensor, scales: Tensor, block_size: int, impl: str = "auto
     return pool_reference(values, scales, block_size) if kernel is None else kernel(values, scales, block_size)
 
 
-def pool_pages(
-    keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], block_size: int, impl: str = "auto"
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """``pool_keys`` of a run of blocks of every request, read where the cache has them.
-
-    Args:
-        keys: the paged index keys.
-        starts: per request, the first block.
-        ends: per request, one past the last block, at least its start; at most the full blocks it holds. (That is checked where values are,
-            see ``ops.dispatch.checks_values``; means of blocks that are not full hold anything otherwise.)
-        block_size: tokens a block, at least 1.
-        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
-
-    Returns:
-        per request, e4m3 ``[ends[r] - starts[r], D]`` and fp32 ``[ends[r] - starts[r]]``, with the bits of ``pool_keys``.
-
-    Raises:
-        ThresherError: keys that are none or strided, bounds that do not fit, or an impl that cannot run.
-
-    Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
-    """
-    device = _check_pages(keys, block_size)
-    for name, value in (("starts", starts), ("ends", ends)):
-        check_list(name, value, "block numbers", "pass one per request")
-        require(len(value) == keys.num_requests, f"{name} must hold one per request, {keys.num_requests}", len(value), "pass one each")
-    for request, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        check_count(f"starts[{request}]", start, 0)
-        check_count(f"ends[{request}]", end, start, do="pass one past the last block")
-    if keys.num_requests and checks_values(device):
-        full = [length // block_size for length in keys.lengths.tolist()]
-        wrong = next((r for r, end in enumerate(ends) if end > full[r]), 0)
-        require(ends[wrong] <= full[wrong], f"ends[{wrong}] must be at most its full blocks, {full[wrong]}", ends[wrong], "append first")
-    kernel = choose("pool_pages", impl, device, lambda module: module.unsupported(keys.head_dim))
-    if kernel is None:
-        return pool_pages_reference(keys, starts, ends, block_size)
-    means: tuple[tuple[Tensor, Tensor], ...] = kernel(keys, starts, ends, block_size)
-    return means
-
-
 def pool_blocks(keys: IndexKeys, block_size: int, impl: str = "auto") -> IndexKeys:
     """``pool_keys`` of all full blocks of every request, packed anew; no length is read on the host, so a CUDA graph can hold it.
 
@@ -107,6 +72,48 @@ def pool_blocks(keys: IndexKeys, block_size: int, impl: str = "auto") -> IndexKe
     kernel = choose("pool_blocks", impl, device, lambda module: module.unsupported(keys.head_dim))
     means: IndexKeys = pool_blocks_reference(keys, block_size) if kernel is None else kernel(keys, block_size)
     return means
+
+
+def grow_means(keys: IndexKeys, means: IndexKeys, pooled: Tensor, tickets: Tensor, block_size: int, impl: str = "auto") -> None:
+    """Pool the blocks that became full since the last call into a cache of means; no length is read on the host by a kernel.
+
+    Block b of request r is written when ``pooled[r] // B <= b < keys.lengths[r] // B``. A cut is told by a smaller ``pooled[r]``: what lies
+    past it is pooled again once it is full again. A mean depends on its block's keys alone, so it has the bits of ``pool_blocks``.
+
+    Args:
+        keys: the paged index keys; a length counts as within 0..the page table's room.
+        means: where to, as ``pool_blocks`` returns them; ``lengths`` becomes the number of full blocks.
+        pooled: int64 ``[B]``, contiguous, tokens looked at before; becomes the lengths.
+        tickets: int32 ``[B]``, contiguous, zeros before and after, for a kernel.
+        block_size: tokens a block, at least 1.
+        impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+
+    Raises:
+        ThresherError: as for ``pool_blocks``, means, pooled or tickets of other sizes, types or devices, a request with fewer full blocks
+            than means (where values are checked), or an impl that cannot run.
+
+    Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
+    """
+    device = _check_pages(keys, block_size)
+    check_kind("means", means, IndexKeys, "pass what pool_blocks returns")
+    got = f"{means.num_requests} requests, head_dim {means.head_dim}, pages of {means.page_size}"
+    fits = (means.num_requests, means.head_dim, means.page_size) == (keys.num_requests, keys.head_dim, MEANS_PAGE)
+    must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}, in pages of {MEANS_PAGE}"
+    require(fits and means.pages.is_contiguous() and means.lengths.is_contiguous(), must, got, "pass what pool_blocks returns")
+    check_tensor("pooled", pooled, INT64, (keys.num_requests,), "pass one per request")
+    check_tensor("tickets", tickets, INT32, (keys.num_requests,), "pass a zero per request")
+    require(pooled.is_contiguous() and tickets.is_contiguous(), "pooled and tickets must be contiguous", "strides", "allocate them whole")
+    device_of(keys=keys.pages, means=means.pages, pooled=pooled, tickets=tickets)
+    if checks_values(device):
+        full = (keys.lengths // block_size).tolist()
+        for request, done in enumerate(means.lengths.tolist()):
+            must = f"request {request} must hold the {done} blocks already pooled"
+            require(full[request] >= done, must, f"{full[request]} full ones", f"call rollback({request}, length) when the cache is cut")
+    kernel = choose("grow_means", impl, device, lambda module: module.unsupported(keys.head_dim))
+    if kernel is None:
+        grow_means_reference(keys, means, pooled, block_size)
+    else:
+        kernel(keys, means, pooled, tickets, block_size)
 
 
 def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -26,14 +24,6 @@ def pool_reference(values: Tensor, scales: Tensor, block_size: int) -> tuple[Ten
     return quantize_fp8(_over(total, torch.full((num_blocks,), block_size, device=values.device)))
 
 
-def pool_pages_reference(
-    keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], block_size: int
-) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Each request's keys copied out of their pages, then pooled."""
-    bounds = enumerate(zip(starts, ends, strict=True))
-    return tuple(pool_reference(*load_keys(keys, r, start * block_size, end * block_size), block_size) for r, (start, end) in bounds)
-
-
 @torch.no_grad()
 def pool_blocks_reference(keys: IndexKeys, block_size: int) -> IndexKeys:
     """One request after the other into ``room_for_means``."""
@@ -43,6 +33,20 @@ def pool_blocks_reference(keys: IndexKeys, block_size: int) -> IndexKeys:
         slots = torch.arange(first, first + num, device=means.pages.device)
         store_keys(means.pages, slots, *pool_reference(*load_keys(keys, request), block_size))
     return means
+
+
+@torch.no_grad()
+def grow_means_reference(keys: IndexKeys, means: IndexKeys, pooled: Tensor, block_size: int) -> None:
+    """One request after the other."""
+    lengths = keys.lengths.clamp(0, keys.room)
+    for request, (old, length) in enumerate(zip(pooled.tolist(), lengths.tolist(), strict=True)):
+        first, full = max(old, 0) // block_size, min(length // block_size, means.room)
+        if first < full:
+            blocks = torch.arange(first, full, device=means.pages.device)
+            slots = means.page_table[request, blocks // MEANS_PAGE] * MEANS_PAGE + blocks % MEANS_PAGE
+            store_keys(means.pages, slots, *pool_reference(*load_keys(keys, request, first * block_size, full * block_size), block_size))
+    pooled.copy_(lengths)
+    means.lengths.copy_(lengths // block_size)
 
 
 def room_for_means(keys: IndexKeys, block_size: int) -> IndexKeys:

@@ -6,8 +6,6 @@ The walk is a chain of dependent fp32 additions, D of them side by side, a threa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -16,10 +14,11 @@ from torch import Tensor
 from thresher.cache.device import INTERPRET, Rows, as_mask, flat_rows, keys_under_way, mean_of, on_device, ordered_sum, paged_rows, warps_of
 from thresher.errors import require
 from thresher.ops.pool_keys.reference import room_for_means
-from thresher.ops.pool_keys.walks import can_walk, pool
+from thresher.ops.pool_keys.walks import Kept, can_walk, pool
 from thresher.types import IndexKeys
 
 MAX_DIM = 1024
+PROGRAMS = 264  # that bring means up to date, mostly with nothing to do: two for each multiprocessor
 
 
 @triton.jit
@@ -32,6 +31,8 @@ def _pool_kernel(
     out_values_ptr,
     out_scales_ptr,
     out_table_ptr,
+    counts_ptr,
+    tickets_ptr,
     table_width,
     num_pages,
     out_width,
@@ -50,12 +51,14 @@ def _pool_kernel(
     UNROLL: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Block ``old // B + program`` of a request, if the new length completes it."""
+    """Every so-many-th block of a request that the new length completes, from ``old // B`` on; the last program tells the new length."""
     request = tl.program_id(1)
     old = tl.maximum(tl.load(old_ptr + request), 0)
     block = old // BLOCK_SIZE + tl.program_id(0)
-    new = tl.load(new_ptr + request)
-    if block < new // BLOCK_SIZE:
+    new = tl.maximum(tl.load(new_ptr + request), 0)
+    if PAGE_SIZE != 0:
+        new = tl.minimum(new, table_width.to(tl.int64) * PAGE_SIZE)
+    while block < new // BLOCK_SIZE:
         if OUT_PAGE_SIZE == 0:  # flat: row after row, out_width of them a request
             value_at, scale_at = (request.to(tl.int64) * out_width + block) * DIM, request.to(tl.int64) * out_width + block
             ok = block < out_width
@@ -75,6 +78,12 @@ def _pool_kernel(
         ok = as_mask(ok)
         tl.store(out_values_ptr + value_at + d, codes, mask=ok & (d < DIM))
         tl.store(out_scales_ptr + scale_at + tl.arange(0, 1), scales, mask=ok)
+        block += tl.num_programs(0)
+    if tickets_ptr is not None:
+        last = tl.atomic_add(tickets_ptr + request, 1) == tl.num_programs(0) - 1
+        tl.store(old_ptr + request, new, mask=last)
+        tl.store(counts_ptr + request, new // BLOCK_SIZE, mask=last)
+        tl.store(tickets_ptr + request, 0, mask=last)
 
 
 @triton.jit
@@ -135,22 +144,19 @@ def pool_keys(values: Tensor, scales: Tensor, block_size: int) -> tuple[Tensor, 
     return out
 
 
-def pool_pages(keys: IndexKeys, starts: Sequence[int], ends: Sequence[int], block_size: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Means of a run of blocks of every request, in one launch: see ``thresher.ops.pool_keys.pool_pages``."""
-    device, most = keys.pages.device, max(ends, default=0)
-    values = torch.empty(len(ends), most, keys.head_dim, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.empty(len(ends), most, dtype=torch.float32, device=device)
-    old = (torch.tensor(starts) * block_size).to(device, non_blocking=True) if any(starts) else torch.zeros_like(keys.lengths)
-    appended = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
-    pool_paged_keys(keys, old, block_size, appended * block_size, (values, scales))
-    return tuple((values[r, start:end], scales[r, start:end]) for r, (start, end) in enumerate(zip(starts, ends, strict=True)))
-
-
 def pool_blocks(keys: IndexKeys, block_size: int) -> IndexKeys:
     """Means of all full blocks of every request, in one launch: see ``thresher.ops.pool_keys.pool_blocks``."""
     means = room_for_means(keys, block_size)
     pool_paged_keys(keys, torch.zeros_like(keys.lengths), block_size, keys.room, means)
     return means
+
+
+def grow_means(keys: IndexKeys, means: IndexKeys, pooled: Tensor, tickets: Tensor, block_size: int) -> None:
+    """Bring a cache of means up to date, in one launch: see ``thresher.ops.pool_keys.grow_means``."""
+    width = means.page_table.shape[1]
+    programs = max(1, min(PROGRAMS // max(len(pooled), 1), keys.room // block_size))
+    kept = Kept(means.lengths, tickets)
+    _pool(paged_rows(keys), pooled, keys.lengths, block_size, programs, paged_rows(means), width, keys.head_dim, kept)
 
 
 def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +188,8 @@ def pool_paged_keys(
         contiguous = means[0].is_contiguous() and means[1].is_contiguous()
         require(contiguous, "means must be contiguous", f"strides {means[0].stride()} and {means[1].stride()}", "allocate them whole")
         out, width = flat_rows(*means, keys.lengths), means[0].shape[1]
-    _pool(paged_rows(keys), old_lengths, keys.lengths, block_size, -(-max_appended // block_size), out, width, keys.head_dim)
+    programs = -(-max_appended // block_size)
+    _pool(paged_rows(keys), old_lengths.contiguous(), keys.lengths, block_size, programs, out, width, keys.head_dim)
 
 
 def paged_partial_means(keys: IndexKeys, requests: Tensor, positions: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -197,22 +204,27 @@ def paged_partial_means(keys: IndexKeys, requests: Tensor, positions: Tensor, bl
     return _partial(paged_rows(keys), keys.lengths, requests, positions, block_size, keys.head_dim)
 
 
-def _pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int, out: Rows, out_width: int, dim: int) -> None:
-    if not max_blocks or not len(old) or not out_width:
+def _pool(
+    rows: Rows, old: Tensor, new: Tensor, block_size: int, programs: int, out: Rows, out_width: int, dim: int, kept: Kept | None = None
+) -> None:
+    if not programs or not len(old) or not out_width:
         return
+    new = new.contiguous()
     if can_walk(rows, block_size, dim):
-        pool(rows, old, new, block_size, max_blocks, out, out_width, dim)
+        pool(rows, old, new, block_size, programs, out, out_width, dim, kept)
         return
     with on_device(rows.values):
-        _pool_kernel[(max_blocks, len(old))](
+        _pool_kernel[(programs, len(old))](
             rows.values,
             rows.scales,
             rows.table,
-            old.contiguous(),
-            new.contiguous(),
+            old,
+            new,
             out.values.view(torch.uint8),
             out.scales,
             out.table,
+            None if kept is None else kept.counts,
+            None if kept is None else kept.tickets,
             rows.table_width,
             rows.num_pages,
             out_width,

@@ -7,6 +7,7 @@ are copied to shared memory first, by all threads, and a key takes 27 (docs/lab-
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class _Rows(ctypes.Structure):
 
 class _Pool(ctypes.Structure):
     _fields_ = [
-        ("keys", _Rows), ("means", _Rows), ("olds", ctypes.c_void_p), ("news", ctypes.c_void_p),
+        ("keys", _Rows), ("means", _Rows), *((name, ctypes.c_void_p) for name in ("olds", "news", "counts", "tickets")),
         ("block_size", ctypes.c_uint), ("programs", ctypes.c_uint),
     ]  # fmt: skip
 
@@ -33,6 +34,18 @@ class _Own(ctypes.Structure):
         ("keys", _Rows), *((name, ctypes.c_void_p) for name in ("positions", "requests", "lengths", "sums")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_requests", "block_size")),
     ]  # fmt: skip
+
+
+class Kept(NamedTuple):
+    """What a cache of means keeps of each request beside the tokens it pooled, for kernels to bring up to date.
+
+    Attributes:
+        counts: int64 ``[B]``, full blocks.
+        tickets: int32 ``[B]``, zeros before and after.
+    """
+
+    counts: Tensor
+    tickets: Tensor
 
 
 def can_walk(rows: Rows, block_size: int, dim: int) -> bool:
@@ -46,19 +59,23 @@ def fits(rows: Rows, block_size: int, dim: int) -> bool:
     return dim in (64, 128) and size >= 16 and size & (size - 1) == 0 and block_size % 16 == 0 and rows.values.data_ptr() % 16 == 0
 
 
-def pool(rows: Rows, old: Tensor, new: Tensor, block_size: int, max_blocks: int, out: Rows, out_width: int, dim: int) -> None:
-    """Write the means of the blocks ``old[r] // B <= b < new[r] // B`` of every request r, at most ``max_blocks`` of each.
+def pool(
+    rows: Rows, old: Tensor, new: Tensor, block_size: int, programs: int, out: Rows, out_width: int, dim: int, kept: Kept | None = None
+) -> None:
+    """Write the means of the blocks ``old[r] // B <= b < new[r] // B`` of every request r.
 
     Args:
-        old, new: int64 ``[B]``, tokens.
+        old, new: int64 ``[B]``, tokens, contiguous.
+        programs: thread blocks for a request, which take turns at its blocks.
         out: pages with block numbers as positions, or rows one after the other, ``out_width`` a request.
+        kept: what is told the new lengths; ``old`` is then told too.
     """
-    old, new = old.contiguous(), new.contiguous()
     arguments = _Pool(
         keys=_rows(rows), means=_rows(out._replace(table_width=out_width)), olds=old.data_ptr(), news=new.data_ptr(),
-        block_size=block_size, programs=max_blocks,
+        counts=None if kept is None else kept.counts.data_ptr(), tickets=None if kept is None else kept.tickets.data_ptr(),
+        block_size=block_size, programs=programs,
     )  # fmt: skip
-    _launch(f"pool_{dim}", arguments, max_blocks * len(old), rows, block_size, dim)
+    _launch(f"pool_{dim}", arguments, programs * len(old), rows, block_size, dim)
 
 
 def own_sums(rows: Rows, positions: Tensor, requests: Tensor, lengths: Tensor, block_size: int, sums: Tensor) -> None:

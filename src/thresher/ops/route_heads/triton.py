@@ -18,7 +18,6 @@ import torch
 import triton
 from torch import Tensor
 
-from thresher.cache.block_means import PackedMeans
 from thresher.cache.device import INTERPRET, Rows, flat_rows, keys_under_way, on_device, paged_rows, unit_rows, warps_of
 from thresher.errors import require
 from thresher.ops.pool_keys.walks import can_walk, own_sums
@@ -104,9 +103,11 @@ def _mean_rows(means: Means, device: torch.device) -> tuple[Rows, Tensor, int]:
     """Where the means lie, how many there are of each request (int64 ``[B]``), and a bound on that."""
     if isinstance(means, IndexKeys):
         return paged_rows(means), means.lengths.contiguous(), means.room
-    packed = means if isinstance(means, PackedMeans) else PackedMeans(means)
-    values, scales, starts, counts = packed.rows(device)
-    return flat_rows(values, scales, starts), counts, packed.most
+    counts = [len(scales) for _, scales in means]
+    starts, held = torch.tensor([[sum(counts[:request]) for request in range(len(counts))], counts], dtype=torch.int64).to(device)
+    # torch has no float8 concatenation on every device.
+    values = torch.cat([values.view(torch.uint8) for values, _ in means]).view(torch.float8_e4m3fn)
+    return flat_rows(values, torch.cat([scales for _, scales in means]), starts), held, max(counts, default=0)
 
 
 def _route(query: IndexQuery, means: Means, keys: IndexKeys, block_size: int, active: int, out: Routed) -> None:
