@@ -72,7 +72,7 @@ def test_only_new_blocks_are_pooled():
     means.rollback(0, 6)
     paged.rollback(0, 6)
     means.update(paged.keys())
-    assert seen == [([0, 0], [9, 0]), ([9, 0], [11, 0]), ([6, 0], [6, 0])]
+    assert seen == [([0, 0], [9, 0]), ([9, 0], [11, 0]), ([6, 0], [6, 0])], "9 and 11 tokens are two blocks; a cut is heard of"
 
 
 def test_room_grows_with_the_table_and_what_is_held_stays():

@@ -96,7 +96,7 @@ def test_means_from_and_to_pages(block, page_size):
     for share in (3, 2, 2, 1):
         pooling.grow_means(replace(keys, lengths=keys.lengths // share), grown, pooled, tickets, block)
     problems += [differ("means that grew", grown.pages, whole.pages), differ("their number", grown.lengths, whole.lengths)]
-    problems += [differ("tokens looked at", pooled, keys.lengths), "tickets left" if tickets.any() else None]
+    problems += [differ("blocks looked at", pooled // block, keys.lengths // block), "tickets left" if tickets.any() else None]
     requests, positions = torch.tensor([0, 2, 0, 1, 0, 7, -1]), torch.tensor([0, lengths[2] - 1, lengths[0] // 2, 5, 2**40, 3, 3])
     got = pooling.paged_partial_means(keys, requests.to(DEVICE), positions.to(DEVICE), block)
     for i, (request, position) in enumerate(zip(requests.tolist(), positions.tolist(), strict=True)):

@@ -24,9 +24,9 @@ __device__ __forceinline__ int page_of(const Rows& rows, u64 request, u64 column
 struct Pool {
   Rows keys;
   Rows means;  // with page_size 0: rows one after the other, table_width of them a request
-  long long* olds;        // [requests]: lengths before
+  long long* olds;        // [requests]: lengths before, or so many blocks' tokens of them
   const long long* news;  // and after
-  long long* counts;      // with tickets: told how many blocks are full, as `olds` is told the new lengths
+  long long* counts;      // with tickets: told how many blocks are full where that changed, as `olds` is told the new lengths
   u32* tickets;           // null, or zeros before and after
   u32 block_size, programs;  // thread blocks for a request
 };
@@ -177,7 +177,9 @@ __device__ __forceinline__ void pool_blocks(const Pool& pool) {
   u64 request = blockIdx.x / pool.programs;
   long long room = pool.keys.page_size ? (long long)pool.keys.table_width * pool.keys.page_size : pool.news[request];
   u64 held = (u64)max(min(pool.news[request], room), 0ll), full = held / pool.block_size;
-  for (u64 block = (u64)max(pool.olds[request], 0ll) / pool.block_size + blockIdx.x % pool.programs; block < full; block += pool.programs) {
+  u64 done = (u64)max(pool.olds[request], 0ll) / pool.block_size;
+  if (done == full) return;
+  for (u64 block = done + blockIdx.x % pool.programs; block < full; block += pool.programs) {
     pool_block<DIM>(pool, request, block);
     await_copies<0>();  // those past the block's end, which the next walk would meet
     __syncthreads();

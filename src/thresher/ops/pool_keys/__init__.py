@@ -83,7 +83,7 @@ def grow_means(keys: IndexKeys, means: IndexKeys, pooled: Tensor, tickets: Tenso
     Args:
         keys: the paged index keys; a length counts as within 0..the page table's room.
         means: where to, as ``pool_blocks`` returns them; ``lengths`` becomes the number of full blocks.
-        pooled: int64 ``[B]``, contiguous, tokens looked at before; becomes the lengths.
+        pooled: int64 ``[B]``, contiguous, tokens looked at before; becomes the length where the number of full blocks is another.
         tickets: int32 ``[B]``, contiguous, zeros before and after, for a kernel.
         block_size: tokens a block, at least 1.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.

@@ -45,7 +45,7 @@ def grow_means_reference(keys: IndexKeys, means: IndexKeys, pooled: Tensor, bloc
             blocks = torch.arange(first, full, device=means.pages.device)
             slots = means.page_table[request, blocks // MEANS_PAGE] * MEANS_PAGE + blocks % MEANS_PAGE
             store_keys(means.pages, slots, *pool_reference(*load_keys(keys, request, first * block_size, full * block_size), block_size))
-    pooled.copy_(lengths)
+    pooled.copy_(torch.where(pooled // block_size == lengths // block_size, pooled, lengths))
     means.lengths.copy_(lengths // block_size)
 
 

@@ -51,10 +51,11 @@ def _pool_kernel(
     UNROLL: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """Every so-many-th block of a request that the new length completes, from ``old // B`` on; the last program tells the new length."""
+    """Every so-many-th block of a request that the new length completes, from ``old // B`` on; the last program tells the new length, where
+    the number of full blocks changed."""
     request = tl.program_id(1)
-    old = tl.maximum(tl.load(old_ptr + request), 0)
-    block = old // BLOCK_SIZE + tl.program_id(0)
+    old = tl.maximum(tl.load(old_ptr + request), 0) // BLOCK_SIZE
+    block = old + tl.program_id(0)
     new = tl.maximum(tl.load(new_ptr + request), 0)
     if PAGE_SIZE != 0:
         new = tl.minimum(new, table_width.to(tl.int64) * PAGE_SIZE)
@@ -79,7 +80,7 @@ def _pool_kernel(
         tl.store(out_values_ptr + value_at + d, codes, mask=ok & (d < DIM))
         tl.store(out_scales_ptr + scale_at + tl.arange(0, 1), scales, mask=ok)
         block += tl.num_programs(0)
-    if tickets_ptr is not None:
+    if tickets_ptr is not None and old != new // BLOCK_SIZE:
         last = tl.atomic_add(tickets_ptr + request, 1) == tl.num_programs(0) - 1
         tl.store(old_ptr + request, new, mask=last)
         tl.store(counts_ptr + request, new // BLOCK_SIZE, mask=last)
