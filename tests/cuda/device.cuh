@@ -109,6 +109,7 @@ inline void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
 }
 inline void fence_for_copies() {}
 inline void fence_for_async() {}
+inline void fence_for_async_global() {}
 inline void meet(u32 number, u32 threads) { host::meet(host::current->block->named[number], threads); }
 template <u32 ALIGNMENT>
 void* aligned_memory() {
@@ -203,7 +204,7 @@ inline float fmaf(float a, float b, float c) { return std::fma(a, b, c); }
 inline float mul(float a, float b) { return a * b; }
 inline float add_two(float a, float b) { return a + b; }
 
-inline void arrive_for_all(u32* at) { ++*at, host::moved = true; }
+inline void arrive_for_all(u32* at, u32 times = 1) { *at += times, host::moved = true; }
 inline void await_all(const u32* at, u32 times) {
   while (*at < times) host::yield();
 }

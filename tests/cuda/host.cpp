@@ -18,11 +18,13 @@ namespace walk {
     return host::run([=] { call(*arguments); }, grid, threads, shared, order);                                   \
   }
 
-#define STEP_STAGE(dim, heads, stage)                                                                                              \
-  extern "C" int run_step_##dim##_##heads##_##stage(u32 grid, u32 threads, u32 shared, u32 order, const step::Step* arguments) { \
-    return host::run([=] { step::step<dim, heads, (step::Stage)stage>(*arguments); }, grid, threads, shared, order, true);        \
+#define STEP_KERNEL(name, Arguments, kernel, dim, heads)                                                                      \
+  extern "C" int run_##name##_##dim##_##heads(u32 grid, u32 threads, u32 shared, u32 order, const Arguments* arguments) {    \
+    return host::run([=] { kernel<dim, heads>(*arguments); }, grid, threads, shared, order, true);                            \
   }
-#define STEP_KERNELS(dim, heads) STEP_STAGE(dim, heads, 0) STEP_STAGE(dim, heads, 1) STEP_STAGE(dim, heads, 2)
+#define STEP_KERNELS(dim, heads)                                       \
+  STEP_KERNEL(select_tokens, step::Step, step::step, dim, heads)       \
+  STEP_KERNEL(select_in_blocks, step::Hisa, step::hisa, dim, heads)
 
 STEP_KERNELS(64, 16)
 STEP_KERNELS(64, 32)
@@ -41,7 +43,13 @@ KERNEL(own_128, walk::Own, walk::own_block<128>)
 extern "C" u32 bytes_before_mask() { return offsetof(settle::Workspace, mask); }
 extern "C" u32 least_words() { return (sizeof(settle::Workspace) - offsetof(settle::Workspace, mask)) / 4; }
 
+template <bool HISA>
+using Largest = step::Workspace<128, 64, HISA>;
 extern "C" u32 extra_tiles() { return step::EXTRA; }
-using Largest = step::Workspace<128, 64>;
-extern "C" u32 bytes_of_tiles() { return offsetof(Largest, query); }
-extern "C" u32 bytes_before_orders() { return offsetof(Largest, orders) - offsetof(Largest, query) - 64 * (128 + 4); }
+extern "C" u32 bytes_of_tiles() { return offsetof(Largest<false>, query); }
+extern "C" u32 bytes_before_orders(bool in_blocks) {
+  size_t query = offsetof(Largest<false>, query) + 64 * (128 + 4);
+  return (in_blocks ? offsetof(Largest<true>, orders) : offsetof(Largest<false>, orders)) - query;
+}
+extern "C" u32 bytes_of_step() { return sizeof(step::Step); }
+extern "C" u32 bytes_of_hisa() { return sizeof(step::Hisa); }

@@ -13,8 +13,7 @@ from thresher.cuda import launch
 from thresher.ops.dispatch import installed
 
 FOLDER = Path(launch.__file__).parent
-KERNELS = ((128, 64, 0), (64, 16, 1), (128, 32, 2))
-STEPS = [("step", (f"STEP_DIM={dim}", f"STEP_HEADS={heads}", f"STEP_STAGE={stage}")) for dim, heads, stage in KERNELS]
+STEPS = [("step", (f"STEP_DIM={dim}", f"STEP_HEADS={heads}")) for dim, heads in ((128, 64), (64, 16), (128, 32))]
 SOURCES = [(path.stem, ()) for path in sorted(FOLDER.glob("*.cu")) if path.stem != "step"] + STEPS
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from thresher.cache.block_means import Growing
+from thresher.cache.device import paged_rows
 from thresher.ops import select_blocks, select_topk, select_topk_in_blocks
 from thresher.ops.hisa_select import cuda as hisa
+from thresher.ops.pool_keys import walks
 from thresher.ops.score_select import cuda as step
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -91,7 +94,7 @@ class World:
         agree(got, select_topk(torch.from_numpy(self.scores), topk, impl="reference"), with_scores)
 
     def check_in_blocks(self, num_blocks: int, topk: int, with_scores: bool, programs: int) -> None:
-        shared = torch.zeros(step.shared_words(len(self.scores), programs), dtype=torch.int32)
+        shared = torch.zeros(hisa.shared_words(len(self.scores), programs), dtype=torch.int32)
         given = self.query, self.keys, self.means, num_blocks, self.block, topk
         got = hisa.select_step(*given, with_scores, programs, shared)
         assert not shared.any(), "what the next launch begins with"
@@ -168,10 +171,36 @@ def test_many_blocks(order):
     World(8, 64, [64 * 90, 300], 3, 5, block=64).check_in_blocks(20, 400, True, 4)
 
 
+GROWING = [(64, 64, [2500, 0, 640, 65], 7), (128, 320, [3000], 3), (64, 64, [130] * 9, 4)]
+
+
+@pytest.mark.parametrize(("dim", "block", "lengths", "programs"), GROWING)
+def test_means_grow_in_the_same_launch(dim, block, lengths, programs, order):
+    """What became full is pooled, with the bits of the kernel that does only that, also of requests whose pages have holes."""
+    world = World(8, dim, lengths, 9, order, block=block)
+    keys, means, shared = world.keys, world.means, torch.zeros(hisa.shared_words(9, programs), dtype=torch.int32)
+    whole, empty = replace(means, pages=torch.zeros_like(means.pages)), replace(means, pages=torch.zeros_like(means.pages))
+    zero, none = torch.zeros_like(keys.lengths), torch.zeros(len(lengths), dtype=torch.int32)
+    walks.pool(paged_rows(keys), zero, keys.lengths, block, 5, paged_rows(whole), means.page_table.shape[1], dim)
+    sizes = 4, block, 100, True, programs, shared
+    empty.lengths[:] = 0
+    for length in (keys.lengths // 2, keys.lengths, keys.lengths):  # all, some, none
+        held = replace(keys, lengths=length)
+        got = hisa.select_step(world.query, held, Growing(empty, zero, none), *sizes)
+        assert not shared.any(), "what the next launch begins with"
+        assert torch.equal(zero // block, length // block)
+        assert torch.equal(empty.lengths, length // block)
+        agree(got, hisa.select_step(world.query, held, whole, *sizes), True)
+    assert torch.equal(empty.pages, whole.pages)
+
+
 def test_shared_memory_is_laid_out_as_the_kernel_has_it():
     assert library().bytes_of_tiles() == step.TILES
     assert library().extra_tiles() == step.EXTRA
-    assert library().bytes_before_orders() == step.BEFORE_ORDERS
+    assert library().bytes_before_orders(False) == step.BEFORE_ORDERS
+    assert library().bytes_before_orders(True) == hisa.BEFORE_ORDERS
+    assert library().bytes_of_step() == ctypes.sizeof(step.Step)
+    assert library().bytes_of_hisa() == ctypes.sizeof(hisa.Hisa)
     assert step.shared_memory(64, 128, 497)[1] == 497 * 64, "32 requests of 128k on 132 multiprocessors"
     size, held = step.shared_memory(64, 128, 993)
     assert size <= step.launch.SHARED < size + 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,19 @@ from thresher.types import IndexKeys
 
 Grow = Callable[[IndexKeys, IndexKeys, Tensor, Tensor, int], None]
 PAGE = 64  # blocks
+
+
+class Growing(NamedTuple):
+    """Means that have yet to be brought up to date.
+
+    Attributes:
+        means: keys whose positions are block numbers; ``lengths`` are how many full blocks there were.
+        pooled, tickets: as ``thresher.ops.grow_means`` takes them.
+    """
+
+    means: IndexKeys
+    pooled: Tensor
+    tickets: Tensor
 
 
 class BlockMeans:
@@ -44,12 +58,21 @@ class BlockMeans:
             ThresherError: what ``grow`` raises, as where a request was cut without ``rollback``; or memory has to be made while a CUDA
                 graph is recorded.
         """
-        num = keys.num_requests
+        growing = self.growing(keys)
+        self._grow(keys, *growing, self.block_size)
+        return growing.means
+
+    def growing(self, keys: IndexKeys) -> Growing:
+        """The means as they are, with room for those that ``keys`` have more of: for an operation that brings them up to date itself.
+
+        Raises:
+            ThresherError: memory has to be made while a CUDA graph is recorded.
+        """
         self._make_room(keys)
         assert self._means is not None
+        num = keys.num_requests
         means = IndexKeys(self._means.pages, self._means.page_table[:num], self._means.lengths[:num])
-        self._grow(keys, means, self._pooled[:num], self._tickets[:num], self.block_size)
-        return means
+        return Growing(means, self._pooled[:num], self._tickets[:num])
 
     def rollback(self, request: int, length: int) -> None:
         """Forget the means of blocks that reach past the first ``length`` tokens of ``request``; 0 when its row is given to another.

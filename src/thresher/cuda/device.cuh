@@ -81,6 +81,8 @@ __device__ __forceinline__ void await(u64* at, u32 parity) {
 
 // What this thread wrote to shared memory comes before what the copy engine and the matrix unit do there.
 __device__ __forceinline__ void fence_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for global memory, also for what other blocks wrote there and this thread waited for.
+__device__ __forceinline__ void fence_for_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // The copy engine: a tile of 64 keys of a page, swizzled, and bytes as they are; either at a multiple of 16 bytes.
 struct alignas(64) TileMap {
@@ -101,8 +103,8 @@ __device__ __forceinline__ void fetch_bytes(void* to, const void* from, u32 byte
 }
 
 // What all blocks at work see: how often some have arrived at a place, and memory that others wrote before they did.
-__device__ __forceinline__ void arrive_for_all(u32* at) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
+__device__ __forceinline__ void arrive_for_all(u32* at, u32 times = 1) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(times) : "memory");
 }
 __device__ __forceinline__ void await_all(const u32* at, u32 times) {
   u32 seen;

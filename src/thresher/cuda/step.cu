@@ -1,5 +1,5 @@
-// A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py. HISA
-// takes two launches: of block means, whose keys are blocks, and of the tokens in the blocks chosen (ops/hisa_select/cuda.py).
+// A step of decoding: every key of each query is scored and the topk best are selected, in one launch. See ops/score_select/cuda.py. For HISA
+// that is done twice in a launch: of block means, whose keys are blocks, and of the tokens in the blocks chosen (step_hisa.cuh).
 //
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly, so many before each query for what it costs beside: a
 // thread block has a run of them and keeps their scores in its shared memory. A query's tiles may lie in several blocks, its parts. All blocks
@@ -21,7 +21,8 @@ constexpr u32 BINS = 2048, MOST = 2048, FEW = 64;      // of scores; pairs that 
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
 // Behind a query's bins: how many keys have no score, how often parts have arrived, how many pairs found no slot, how many parts have left.
-constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, TOLD = BINS + 4;
+// DONE, for HISA: how many tiles of means have their part of the blocks chosen written.
+constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, DONE = BINS + 4, TOLD = BINS + 8;
 constexpr u32 MAX_PARTS = 256;            // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
@@ -44,14 +45,15 @@ struct Step {
   u64* words;        // [queries, blocks], zeros before and after: see word_of
   u64* pairs;        // [queries, 2 MOST], zeros before and after: as many slots for each part, and what finds none there
   u32* spilt;        // null, or orders of all tiles that the table has room for and those EXTRA, and their mask: see `held`, `masked`
-  const int* blocks;        // IN_BLOCKS: [queries, most_blocks], ascending
-  const long long* chosen;  // and how many each query has, its own the last of them
+  const int* blocks;  // IN_BLOCKS: [queries, most_blocks - 1], those chosen beside a query's own, ascending, -1 padded
+  u32* done;          // BLOCKS, IN_BLOCKS: `told` of IN_BLOCKS, for DONE
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
   u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
   u32 width;         // of a row of indices
   u32 row_tiles;     // of a query at most; table_tiles are those of a request's tokens
-  u32 block_size, most_blocks;
+  u32 block_size, most_blocks;  // tokens of a block; blocks of a query, its own among them
+  u32 mean_tiles;               // IN_BLOCKS: row_tiles of BLOCKS
 };
 
 // What a block knows of a query, of which it has a part.
@@ -61,7 +63,7 @@ struct Sought {
   u64 low, high;                          // the cut lies from `low` on and below `high`
 };
 
-template <u32 DIM, u32 HEADS>
+template <u32 DIM, u32 HEADS, bool HISA>
 struct Workspace {  // begins at a multiple of 1024
   union {
     unsigned char tiles[STAGES][KEYS * DIM];
@@ -85,6 +87,10 @@ struct Workspace {  // begins at a multiple of 1024
     unsigned short within[MAX_PARTS];  // how many pairs each part told
   } teams[TEAMS];
   u32 postponed;
+  // HISA: first and last of IN_BLOCKS, while those above are of BLOCKS, and each query's own block.
+  static constexpr u32 OTHERS = HISA ? MAX_QUERIES : 0;
+  u32 first_in[OTHERS + 1], own[OTHERS + 1];
+  unsigned char last_in[OTHERS + 4];
   alignas(16) u32 orders[4];  // of the block's keys: see rank_of
 };
 
@@ -97,14 +103,19 @@ __device__ __forceinline__ u32 tokens_of(const Step& c, u32 query) {
   long long held = min(max(length, 0ll), (long long)c.table_tiles * KEYS);
   return (u32)(min(max(position, -1ll), held - 1) + 1);
 }
-// How many keys are scored for it. Of BLOCKS those before its own, which needs no score.
-template <Stage STAGE>
-__device__ __forceinline__ u32 end_of(const Step& c, u32 query) {
-  long long chosen = STAGE == IN_BLOCKS ? c.chosen[query] : 0;
-  u32 tokens = tokens_of(c, query);
-  if (STAGE == TOKENS || tokens == 0) return tokens;
-  if (STAGE == BLOCKS) return min((tokens - 1) / c.block_size, c.row_tiles * KEYS);
-  return chosen > 0 ? ((u32)chosen - 1) * c.block_size + (tokens - 1) % c.block_size + 1 : 0;
+// Tells how many tiles a query has whose keys end there, and EXTRA, where `first` will say how many there are before the next.
+__device__ __forceinline__ void put_end(u32* first, unsigned char* last, u32 query, u32 end) {
+  first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, last[query] = (end + KEYS - 1) % KEYS;
+}
+__device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
+  u32 carried = 0;
+  for (u32 base = 0; base < num; base += 32) {
+    u32 query = base + lane_of(), tiles = query < num ? first[query + 1] : 0;
+    tiles = sum_upto(tiles);
+    if (query < num) first[query + 1] = carried + tiles;
+    carried += __shfl_sync(EVERY, tiles, 31);
+  }
+  if (lane_of() == 0) first[0] = 0;
 }
 
 // `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
@@ -180,6 +191,10 @@ struct Run {
     u64 all = (u64)c.num_queries * (c.row_tiles + EXTRA) * KEYS;
     return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : c.spilt + all + (u64)at * (KEYS / 32);
   }
+  template <class Work>  // how many keys the query has
+  __device__ __forceinline__ u32 end(const Work& work) const {
+    return (work.first[query + 1] - from - 1) * KEYS + work.last[query] + 1;
+  }
   template <class Work>
   __device__ __forceinline__ bool next(const Work& work) {
     at = upto;
@@ -190,47 +205,72 @@ struct Run {
   }
 };
 
+// The blocks that a query's keys are in, IN_BLOCKS: those chosen, ascending, and its own.
+struct Chosen {
+  const int* blocks = nullptr;
+  const u32* done = nullptr;
+  u32 block_size = 1, count = 0, own = 0, mean_tiles = 0;
+
+  template <class Work>
+  __device__ __forceinline__ Chosen(const Step& c, const Work& work, Stage stage, u32 query, u32 end) {
+    if (stage != IN_BLOCKS) return;
+    blocks = c.blocks + (u64)query * (c.most_blocks - 1), done = c.done + (u64)query * TOLD + DONE;
+    block_size = c.block_size, count = (end - 1) / block_size + 1, own = work.own[query];
+    mean_tiles = min((own + KEYS - 1) / KEYS, c.mean_tiles);
+  }
+  // By a warp, until all of them are written.
+  __device__ __forceinline__ void await() const {
+    if (lane_of() == 0 && mean_tiles) await_all(done, mean_tiles);
+    __syncwarp();
+  }
+  // The position of a key; negative where a block is missing, as of a request whose scores are -inf.
+  __device__ __forceinline__ long long token_of(u32 key) const {
+    u32 at = key / block_size;
+    long long block = at + 1 == count ? (int)own : fresh(&blocks[at]);
+    return block * block_size + key % block_size;
+  }
+};
+
 #include <step_score.cuh>
 #include <step_select.cuh>
 
-template <u32 DIM, u32 HEADS, Stage STAGE>
-__device__ __forceinline__ void step(const Step& c) {
-  Workspace<DIM, HEADS>& work = *(Workspace<DIM, HEADS>*)aligned_memory<1024>();
-  for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) {
-    u32 end = end_of<STAGE>(c, query);
-    work.first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, work.last[query] = (end + KEYS - 1) % KEYS;
-  }
-  if (threadIdx.x == 0) {
-    for (u32 slot = 0; slot < STAGES; slot++) begin_barrier(&work.full[slot], 1), begin_barrier(&work.empty[slot], WARPS);
-    fence_for_copies();
-    work.first[0] = 0;
-  }
-  __syncthreads();
-  if (warp_of() == 0) {
-    u32 carried = 0;
-    for (u32 base = 0; base < c.num_queries; base += 32) {
-      u32 query = base + lane_of(), tiles = query < c.num_queries ? work.first[query + 1] : 0;
-      tiles = sum_upto(tiles);
-      if (query < c.num_queries) work.first[query + 1] = carried + tiles;
-      carried += __shfl_sync(EVERY, tiles, 31);
-    }
-  }
-  __syncthreads();
-  if (warp_of() >= GROUPS * WARPS) {
-    fetch_tiles<DIM, HEADS, STAGE>(c, work, warp_of() - GROUPS * WARPS);
-    return;
-  }
-  Scorer<DIM, HEADS, STAGE>{c, work}.run();
-  Selecting<DIM, HEADS, STAGE>{c, work}.run();
+// Rows of queries that see nothing.
+template <class Work>
+__device__ __forceinline__ void leave_empty(const Step& c, const Work& work) {
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
-    u32 own = STAGE == BLOCKS && tokens_of(c, query) > 0;  // the first block is the query's own
-    if (threadIdx.x == 0) c.taken[query] = own;
+    if (threadIdx.x == 0) c.taken[query] = 0;
     for (u32 at = threadIdx.x; at < c.width; at += THREADS) leave_out(c, query, at);
-    if (own && threadIdx.x == 0) c.indices[(u64)query * c.width] = 0;
   }
 }
 
+template <class Work>
+__device__ __forceinline__ void begin_barriers(Work& work) {
+  for (u32 slot = 0; slot < STAGES; slot++) begin_barrier(&work.full[slot], 1), begin_barrier(&work.empty[slot], WARPS);
+  fence_for_copies();
+}
+
+template <u32 DIM, u32 HEADS>
+__device__ __forceinline__ void step(const Step& c) {
+  auto& work = *(Workspace<DIM, HEADS, false>*)aligned_memory<1024>();
+  for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) put_end(work.first, work.last, query, tokens_of(c, query));
+  if (threadIdx.x == 0) begin_barriers(work);
+  __syncthreads();
+  if (warp_of() == 0) add_up(work.first, c.num_queries);
+  __syncthreads();
+  u32 turn = 0;
+  if (warp_of() >= GROUPS * WARPS) {
+    fetch_tiles<TOKENS>(c, work, warp_of() - GROUPS * WARPS, turn);
+    return;
+  }
+  Scorer<DIM, HEADS, TOKENS>{c, work, turn}.run();
+  Selecting<DIM, HEADS, TOKENS>{c, work}.run();
+  leave_empty(c, work);
+}
+
+#include <step_hisa.cuh>
+
 #ifdef STEP_DIM  // of the one kernel that is asked for
-extern "C" __global__ void __launch_bounds__(640, 1) kernel(const __grid_constant__ Step c) { step<STEP_DIM, STEP_HEADS, (Stage)STEP_STAGE>(c); }
+extern "C" __global__ void __launch_bounds__(640, 1) select_tokens(const __grid_constant__ Step c) { step<STEP_DIM, STEP_HEADS>(c); }
+extern "C" __global__ void __launch_bounds__(640, 1) select_in_blocks(const __grid_constant__ Hisa h) { hisa<STEP_DIM, STEP_HEADS>(h); }
 #endif

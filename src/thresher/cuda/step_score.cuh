@@ -1,18 +1,18 @@
 // A part of step.cu: every key of a block's run of tiles is scored, and scores are counted in bins.
 
-template <u32 DIM, u32 HEADS, Stage STAGE>
-__device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>& work, u32 fetcher) {
-  u32 turn = 0;
+template <Stage STAGE, u32 DIM, u32 HEADS, bool HISA>
+__device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS, HISA>& work, u32 fetcher, u32& turn) {
   Run run(c, work);
   while (run.next(work)) {
     const int* table = c.table + c.owners[run.query] * c.table_row;
-    const int* blocks = c.blocks + (u64)run.query * c.most_blocks;
-    u32 each = c.block_size / KEYS;  // tiles of a block
+    Chosen chosen(c, work, STAGE, run.query, run.end(work));
+    if (STAGE == IN_BLOCKS) chosen.await();
     auto look_up = [&](u32 tile) {
       u32 at = tile + lane_of() - run.from;
       if (tile + lane_of() >= run.upto) return 0;
-      if (STAGE == IN_BLOCKS) at = (u32)blocks[at / each] * each + at % each;
-      return STAGE == IN_BLOCKS && at >= c.table_tiles ? -1 : table[at];
+      if (STAGE != IN_BLOCKS) return table[at];
+      long long token = chosen.token_of(at * KEYS);
+      return token >= 0 && token / KEYS < c.table_tiles ? table[token / KEYS] : -1;
     };
     int pages = 0, ahead = look_up(run.at);
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
@@ -40,8 +40,8 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS>
 template <u32 DIM, u32 HEADS, Stage STAGE>
 struct Scorer {
   const Step& c;
-  Workspace<DIM, HEADS>& work;
-  u32 turn = 0;
+  Workspace<DIM, HEADS, STAGE != TOKENS>& work;
+  u32& turn;
   float weights[HEADS / 4];  // half of those of heads 8 j + lane % 4 * 2 and the next
 
   // 16 bytes of a query's heads and a weight: of each thread, while the query before is at work. Zeros where there is none.
@@ -111,7 +111,7 @@ struct Scorer {
       if (more) ahead = fetch(next.query);
 #pragma unroll
       for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
-      u32 end = (work.first[run.query + 1] - run.from - 1) * KEYS + work.last[run.query] + 1;
+      u32 end = run.end(work);
       Orders orders = run.orders(c, work);
       for (u32 tile = run.at; tile < run.upto; tile++, turn++)
         if (turn % GROUPS == warp_of() / WARPS) take((tile - run.from) * KEYS, end, orders, (tile - run.at) * KEYS);

@@ -22,7 +22,7 @@ struct Part {
 template <u32 DIM, u32 HEADS, Stage STAGE>
 struct Selecting {
   const Step& c;
-  Workspace<DIM, HEADS>& work;
+  Workspace<DIM, HEADS, STAGE != TOKENS>& work;
   u32 teams = 1, number = 0, threads = THREADS, thread = threadIdx.x;  // this thread's team, its threads and which of those this is
 
   __device__ __forceinline__ void divide_into(u32 num) {  // 1 or 2
@@ -42,7 +42,7 @@ struct Selecting {
     u32 behind = work.first[run.query + 1], first = run.from / run.each;
     return {
         run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
-        (behind - run.from - 1) * KEYS + work.last[run.query] + 1, run.orders(c, work), run.masks(c, work)};
+        run.end(work), run.orders(c, work), run.masks(c, work)};
   }
   // Calls use(part, what the block knows of its query) for each part that is `wanted`, one after the other in each team.
   template <class Wanted, class Use>
@@ -327,10 +327,10 @@ struct Selecting {
     meet_team();
     u32 from = number * (threads / 32) + lane_of();
     u32 to = __reduce_add_sync(EVERY, lane_of() < threads / 32 ? work.befores[from] + (from < warp_of() ? work.warps[from] : 0) : 0);
+    Chosen chosen(c, work, STAGE, part.query, part.end);
     auto put = [&](u32 place, u32 at) {
       u32 key = part.first + at;
-      if (STAGE == IN_BLOCKS) key = (u32)c.blocks[(u64)part.query * c.most_blocks + key / c.block_size] * c.block_size + key % c.block_size;
-      c.indices[(u64)part.query * c.width + place] = key;
+      c.indices[(u64)part.query * c.width + place] = STAGE == IN_BLOCKS ? (int)chosen.token_of(key) : (int)key;
       if (c.beside) c.beside[(u64)part.query * c.width + place] = score_of(part.orders[at]);
     };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) {
@@ -348,11 +348,11 @@ struct Selecting {
     if (thread == 0) team().last = left + 1 == part.parts;
     meet_team();
     if (team().last) clear(part);
-    if (part.part + 1 < part.parts) return;
-    u32 taken = sought.taken;
-    if (STAGE == BLOCKS && thread == 0) c.indices[(u64)part.query * c.width + taken] = part.end;  // the query's own, behind all it chose from
-    if (STAGE == BLOCKS) taken++;
-    if (thread == 0) c.taken[part.query] = taken;
-    for (u32 at = taken + thread; at < c.width; at += threads) leave_out(c, part.query, at);
+    if (part.part + 1 == part.parts) {
+      if (STAGE != BLOCKS && thread == 0) c.taken[part.query] = sought.taken;
+      for (u32 at = sought.taken + thread; at < c.width; at += threads) leave_out(c, part.query, at);
+    }
+    if (STAGE == BLOCKS) meet_team();
+    if (STAGE == BLOCKS && thread == 0) arrive_for_all(&c.done[(u64)part.query * TOLD + DONE], part.num / KEYS);
   }
 };

@@ -4,6 +4,8 @@
 // the result's. Keys come through shared memory, a part of them ahead of the walk, for from device memory each took ten times as long.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
 
+#include <common.cuh>
+
 constexpr u32 PART = 128;  // keys that are copied together
 constexpr u32 PARTS = 3;   // in shared memory: one that is walked, two under way
 constexpr u32 TURN = 16;   // keys that a thread reads ahead
@@ -134,23 +136,6 @@ __device__ __forceinline__ float walk(const Rows& rows, u64 request, u32 start, 
   return sum;
 }
 
-// Store a mean in FP8 as cache.fp8.quantize_fp8 does, to the bit: the scale is a power of two, from the bits of the largest magnitude. A mean
-// that is not finite is stored as NaN under scale 1.
-template <u32 DIM>
-__device__ __forceinline__ void store_mean(float mean, unsigned char* values, float* scale, Workspace<DIM>& work) {
-  u32 top = __reduce_max_sync(EVERY, __float_as_uint(mean) & 0x7fffffffu);
-  if (lane_of() == 0) work.warps[warp_of()] = top;
-  __syncthreads();
-  for (u32 warp = 0; warp < DIM / 32; warp++) top = max(top, work.warps[warp]);
-  bool finite = top < 0x7f800000u;
-  top = max(top, 0x38d1b717u);  // 1e-4
-  // The largest over 448 = 1.75 * 2**8, rounded up to a power of two.
-  u32 exponent = finite ? (top >> 23) - 8 + ((top & 0x7fffffu) > 0x600000u) : 127;
-  float inverse = __uint_as_float((254 - exponent) << 23);
-  values[threadIdx.x] = finite ? to_e4m3(mean * inverse) : 0x7f;
-  if (threadIdx.x == 0) *scale = __uint_as_float(exponent << 23);
-}
-
 template <u32 DIM>
 __device__ __forceinline__ void pool_block(const Pool& pool, u64 request, u64 block) {
   Workspace<DIM>& work = *(Workspace<DIM>*)shared_memory;
@@ -168,7 +153,7 @@ __device__ __forceinline__ void pool_block(const Pool& pool, u64 request, u64 bl
   }
   if (!there) return;
   float sum = walk(pool.keys, request, (u32)block * pool.block_size, pool.block_size, work, [](u32, const float*, u32) {});
-  store_mean(sum / (float)pool.block_size, (unsigned char*)means.values + value, (float*)means.scales + scale, work);
+  store_mean<DIM>(sum / (float)pool.block_size, (unsigned char*)means.values + value, (float*)means.scales + scale, work.warps, [] { __syncthreads(); });
 }
 
 // A thread block takes every so-many-th block of a request's keys that became full: so there need be no more than a few, however many became.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from thresher.cache.block_means import Growing
 from thresher.errors import require
 from thresher.ops.hisa_select import hisa_select
+from thresher.ops.pool_keys import grow_means, pool_blocks
 from thresher.selectors.base import require_int
 from thresher.selectors.rows import in_chunks
-from thresher.selectors.scan import block_means
 from thresher.selectors.scored import ScoredSelector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -50,14 +51,15 @@ class HISA(ScoredSelector):
 
     def _select(self, query: IndexQuery, keys: IndexKeys, state: LayerState | None, with_scores: bool) -> Selection:
         """Uses the state's block means."""
-        means = block_means(keys, self.block_size, state)
+        means = pool_blocks(keys, self.block_size) if state is None else state.block_means(self.block_size, grow_means).growing(keys)
         scratch = None if state is None else state.scratch
+        held = means.means if isinstance(means, Growing) else means
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
             sizes = self.num_blocks, self.block_size, self.topk
             return hisa_select(rows, keys, means, *sizes, with_scores=with_scores, scratch=scratch)
 
-        return in_chunks(query, max(self.num_blocks * self.block_size, means.room), select_rows)
+        return in_chunks(query, max(self.num_blocks * self.block_size, held.room), select_rows)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D (ceil(L / B) + min(L, m B))``."""

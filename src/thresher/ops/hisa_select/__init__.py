@@ -6,7 +6,7 @@ blocks = select_blocks(paged_index_score(of_blocks, means), num_blocks, query, k
 selection = select_topk_in_blocks(block_index_score(query, keys, blocks, block_size), topk, blocks, block_size)
 ```
 
-"auto" takes kernels that do this in two launches where they can run and are faster, and the four operations, each by its own row of the
+"auto" takes a kernel that does this in one launch where it can run and is faster, and the four operations, each by its own row of the
 table, elsewhere.
 """
 
@@ -15,19 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
+from thresher.cache.block_means import Growing
 from thresher.cache.scratch import Scratch
 from thresher.checks import check_count, check_kind
 from thresher.errors import require
 from thresher.ops.arguments import check_paged
 from thresher.ops.dispatch import AUTO, choose, device_of, meaning
 from thresher.ops.hisa_select.reference import hisa_select_reference
+from thresher.ops.pool_keys import check_cuts
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 
 def hisa_select(
     query: IndexQuery,
     keys: IndexKeys,
-    means: IndexKeys,
+    means: IndexKeys | Growing,
     num_blocks: int,
     block_size: int,
     topk: int,
@@ -41,7 +43,8 @@ def hisa_select(
     Args:
         query: the queries of any mix of requests.
         keys: the paged index keys; query i sees those at ``0..positions[i]`` of its request, as far as they are held.
-        means: the means of every request's full blocks, as keys whose positions are block numbers: from ``pool_blocks`` or ``grow_means``.
+        means: the means of every request's full blocks, as keys whose positions are block numbers: from ``pool_blocks`` or ``grow_means``;
+            or, from ``BlockMeans.growing``, those that are brought up to date first.
         num_blocks: blocks whose tokens are scored, at least 2: the first, the query's own, and the best of the full ones between them.
         block_size: tokens in a block, at least 1.
         topk: how many to keep, at least 1.
@@ -61,24 +64,27 @@ def hisa_select(
     Source: HISA (arXiv 2603.28458).
     """
     device = check_paged(query, keys)
-    check_kind("means", means, IndexKeys, "pass what pool_blocks returns")
-    got = f"{means.num_requests} requests, head_dim {means.head_dim}"
-    ok = (means.num_requests, means.head_dim) == (keys.num_requests, keys.head_dim)
+    held = means.means if isinstance(means, Growing) else means
+    check_kind("means", held, IndexKeys, "pass what pool_blocks returns")
+    got = f"{held.num_requests} requests, head_dim {held.head_dim}"
+    ok = (held.num_requests, held.head_dim) == (keys.num_requests, keys.head_dim)
     must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}"
-    require(ok and means.pages.is_contiguous(), must, got, "pass what pool_blocks returns")
-    device_of(query=query.q, means=means.pages, page_table=means.page_table, lengths=means.lengths)
+    require(ok and held.pages.is_contiguous(), must, got, "pass what pool_blocks returns")
+    device_of(query=query.q, means=held.pages, page_table=held.page_table, lengths=held.lengths)
     check_count("num_blocks", num_blocks, 2, do="keep the first and the query's own at least")
     check_count("block_size", block_size, 1, do="pass tokens per block")
     check_count("topk", topk, 1, do="ask for at least one token")
     check_kind("with_scores", with_scores, bool, "pass True or False")
     if scratch is not None:
         check_kind("scratch", scratch, Scratch, "pass a Scratch, or None")
+    if isinstance(means, Growing):
+        check_cuts(keys, held, block_size)
     taken: Callable[..., Selection] | None = None
     if impl != AUTO or meaning() in (AUTO, "cuda"):
         named = impl != AUTO or meaning() != AUTO
 
         def why_not(module: ModuleType) -> str | None:
-            why: str | None = module.unsupported(query, keys, means, block_size, topk)
+            why: str | None = module.unsupported(query, keys, held, block_size, topk)
             if why is None and not named and not module.worthwhile(query.num_queries, keys.num_requests):
                 why = "the four operations are taken for so many queries"
             return why

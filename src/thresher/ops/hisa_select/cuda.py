@@ -1,21 +1,39 @@
-"""HISA's selection in two launches of ``thresher/cuda/step.cu``, for a step of decoding: the set of the four operations, bit for bit.
+"""HISA's selection in one launch of ``thresher/cuda/step.cu``, for a step of decoding: the set of the four operations, bit for bit.
 
-The first scores the means of blocks and chooses the best, the second scores the tokens of those and selects. The host reads no value, so
-both can be recorded in a CUDA graph and replayed with other lengths.
+Means are brought up to date, the blocks with the best are chosen, and the tokens in those selected from. The host reads no value, so a step
+can be recorded in a CUDA graph and replayed with other lengths.
 """
 
 from __future__ import annotations
 
+import ctypes
+
+import torch
 from torch import Tensor
 
+from thresher.cache.block_means import Growing
 from thresher.cache.scratch import Scratch
 from thresher.ops.score_select import cuda as step
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
+BEFORE_ORDERS = step.BEFORE_ORDERS + 9216  # as struct Workspace of step.cu has it for HISA
+MEETING = 4  # words of all thread blocks; two are used
+
+
+class Hisa(ctypes.Structure):
+    """``struct Hisa`` of step_hisa.cuh, a multiple of 64 bytes there."""
+
+    _fields_ = [
+        ("of_blocks", step.Step),
+        ("in_blocks", step.Step),
+        *((name, ctypes.c_void_p) for name in ("pooled", "counts", "meeting")),
+        ("spare", ctypes.c_void_p * 5),
+    ]
+
 
 def unsupported(query: IndexQuery, keys: IndexKeys, means: IndexKeys, block_size: int, topk: int) -> str | None:
-    """Why these kernels cannot run, or None."""
+    """Why this kernel cannot run, or None."""
     why = step.unsupported(query, keys, topk) or unfit(query, means)
     if why is not None:
         return why
@@ -25,14 +43,19 @@ def unsupported(query: IndexQuery, keys: IndexKeys, means: IndexKeys, block_size
 
 
 def worthwhile(num_queries: int, num_requests: int) -> bool:
-    """Whether these kernels are taken before the four operations: for a step of decoding, drafts of up to four tokens included."""
+    """Whether this kernel is taken before the four operations: for a step of decoding, drafts of up to four tokens included."""
     return num_queries <= 4 * num_requests
+
+
+def shared_words(num: int, programs: int) -> int:
+    """int32 words that thread blocks exchange what they find by, of both selections."""
+    return 2 * step.shared_words(num, programs) + MEETING
 
 
 def hisa_select(
     query: IndexQuery,
     keys: IndexKeys,
-    means: IndexKeys,
+    means: IndexKeys | Growing,
     num_blocks: int,
     block_size: int,
     topk: int,
@@ -41,14 +64,14 @@ def hisa_select(
 ) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     programs = multiprocessors(query.q.device)
-    shared = step.shared_zeros(query, programs, scratch)
+    shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, programs), query.q.device)
     return select_step(query, keys, means, num_blocks, block_size, topk, with_scores, programs, shared)
 
 
 def select_step(
     query: IndexQuery,
     keys: IndexKeys,
-    means: IndexKeys,
+    means: IndexKeys | Growing,
     num_blocks: int,
     block_size: int,
     topk: int,
@@ -57,7 +80,26 @@ def select_step(
     shared: Tensor | None = None,
 ) -> Selection:
     """``hisa_select`` on so many multiprocessors; ``programs`` and ``shared`` as for ``score_select.cuda.select_step``."""
-    by_means = step.Stage(1, tokens=keys, block_size=block_size)
-    blocks = step.run_step(by_means, query, means, num_blocks - 1, False, programs, shared)
-    in_blocks = step.Stage(2, block_size=block_size, blocks=blocks.indices, chosen=blocks.lengths)
-    return step.run_step(in_blocks, query, keys, topk, with_scores, programs, shared)
+    num, device = query.num_queries, query.q.device
+    picked = step.room(num, topk, with_scores, device)
+    if not num:
+        return picked
+    shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
+    growing = means if isinstance(means, Growing) else None
+    held_means = means.means if isinstance(means, Growing) else means
+    blocks = step.room(num, num_blocks - 1, False, device)
+    mean_tiles, tiles = held_means.page_table.shape[1], num_blocks * block_size // TILE
+    most = step.share(num, max(mean_tiles, tiles), programs)
+    size, held = step.shared_memory(step.rows_of_heads(query), keys.head_dim, most, BEFORE_ORDERS)
+    read = step.readable(query)
+    meeting = shared.data_ptr()
+    told = meeting + 4 * MEETING
+    then_told = told + 4 * step.shared_words(num, programs)
+    both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks.indices.data_ptr(), "done": then_told}
+    of_blocks, _kept = step.step_of(read, held_means, keys, num_blocks - 1, blocks, mean_tiles, held, told, programs, **both)
+    both["mean_tiles"] = mean_tiles
+    in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, held, then_told, programs, **both)
+    grown = (None, None) if growing is None else (growing.pooled.data_ptr(), held_means.lengths.data_ptr())
+    arguments = Hisa(of_blocks=of_blocks, in_blocks=in_blocks, pooled=grown[0], counts=grown[1], meeting=meeting)
+    step.launch_step("select_in_blocks", arguments, read, programs, size)
+    return picked

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from thresher.cache.block_means import Growing
 from thresher.ops.index_score import block_index_score, paged_index_score
+from thresher.ops.pool_keys import grow_means
 from thresher.ops.select import select_blocks, select_topk_in_blocks
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -20,9 +22,19 @@ def choose_blocks(query: IndexQuery, keys: IndexKeys, means: IndexKeys, num_bloc
 
 
 def hisa_select_reference(
-    query: IndexQuery, keys: IndexKeys, means: IndexKeys, num_blocks: int, block_size: int, topk: int, with_scores: bool, impl: str
+    query: IndexQuery,
+    keys: IndexKeys,
+    means: IndexKeys | Growing,
+    num_blocks: int,
+    block_size: int,
+    topk: int,
+    with_scores: bool,
+    impl: str,
 ) -> Selection:
-    """The selection, all four by ``impl``."""
+    """The selection, all four by ``impl``, and before them what brings means up to date."""
+    if isinstance(means, Growing):
+        grow_means(keys, *means, block_size, impl)
+        means = means.means
     blocks = choose_blocks(query, keys, means, num_blocks, block_size, impl)
     scores = block_index_score(query, keys, blocks, block_size, impl)
     return select_topk_in_blocks(scores, topk, blocks, block_size, impl=impl, with_scores=with_scores)

@@ -104,16 +104,22 @@ def grow_means(keys: IndexKeys, means: IndexKeys, pooled: Tensor, tickets: Tenso
     check_tensor("tickets", tickets, INT32, (keys.num_requests,), "pass a zero per request")
     require(pooled.is_contiguous() and tickets.is_contiguous(), "pooled and tickets must be contiguous", "strides", "allocate them whole")
     device_of(keys=keys.pages, means=means.pages, pooled=pooled, tickets=tickets)
-    if checks_values(device):
-        full = (keys.lengths // block_size).tolist()
-        for request, done in enumerate(means.lengths.tolist()):
-            must = f"request {request} must hold the {done} blocks already pooled"
-            require(full[request] >= done, must, f"{full[request]} full ones", f"call rollback({request}, length) when the cache is cut")
+    check_cuts(keys, means, block_size)
     kernel = choose("grow_means", impl, device, lambda module: module.unsupported(keys.head_dim))
     if kernel is None:
         grow_means_reference(keys, means, pooled, block_size)
     else:
         kernel(keys, means, pooled, tickets, block_size)
+
+
+def check_cuts(keys: IndexKeys, means: IndexKeys, block_size: int) -> None:
+    """Raise ``ThresherError``, where values are checked, if a request holds fewer full blocks than there are means of."""
+    if not checks_values(keys.pages.device):
+        return
+    full = (keys.lengths // block_size).tolist()
+    for request, done in enumerate(means.lengths.tolist()):
+        must = f"request {request} must hold the {done} blocks already pooled"
+        require(full[request] >= done, must, f"{full[request]} full ones", f"call rollback({request}, length) when the cache is cut")
 
 
 def partial_means(values: Tensor, scales: Tensor, block_size: int, positions: Tensor, impl: str = "auto") -> tuple[Tensor, Tensor]:

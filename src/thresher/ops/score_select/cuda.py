@@ -7,7 +7,6 @@ no value, so a step can be recorded in a CUDA graph and replayed with other leng
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,9 +20,9 @@ from thresher.types import IndexKeys, IndexQuery, Selection
 
 THREADS = 640  # four groups of four warps that multiply and select, and four warps that fetch
 BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
-TOLD = BINS + 4  # words of a query that its parts share
+TOLD = BINS + 8  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
-BEFORE_ORDERS = 17744  # beside those, heads and weights
+BEFORE_ORDERS = 17760  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
@@ -32,11 +31,11 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "blocks", "chosen")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "blocks", "done")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
-        *((name, ctypes.c_uint) for name in ("width", "row_tiles", "block_size", "most_blocks")),
-        ("spare", ctypes.c_uint * 15),
+        *((name, ctypes.c_uint) for name in ("width", "row_tiles", "block_size", "most_blocks", "mean_tiles")),
+        ("spare", ctypes.c_uint * 14),
     ]
 
 
@@ -59,28 +58,24 @@ def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens:
     return num_queries <= 4 * num_requests and room_tokens >= max(8192, 256 * num_queries)
 
 
-def shared_memory(heads: int, dim: int, tiles: int) -> tuple[int, int]:
+def shared_memory(heads: int, dim: int, tiles: int, before_orders: int = BEFORE_ORDERS) -> tuple[int, int]:
     """``(bytes, held)``: of shared memory for a thread block, to begin at a KB, and how many of the orders of ``tiles`` tiles it has room
     for."""
-    fixed = 1024 + TILES + heads * (dim + 4) + BEFORE_ORDERS
+    fixed = 1024 + TILES + heads * (dim + 4) + before_orders
     held = min(tiles, (launch.SHARED - fixed) // (4 * TILE)) * TILE
     return fixed + 4 * held, held
 
 
 def shared_words(num: int, programs: int) -> int:
     """int32 words that thread blocks exchange what they find by: for each query bins and counts, pairs, and a word of each block."""
-    return num * (TOLD + 2 * (2 * MOST + programs))
+    return -(-num * (TOLD + 2 * (2 * MOST + programs)) // 4) * 4
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True, scratch: Scratch | None = None) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     programs = multiprocessors(query.q.device)
-    return select_step(query, keys, topk, with_scores, programs, shared_zeros(query, programs, scratch))
-
-
-def shared_zeros(query: IndexQuery, programs: int, scratch: Scratch | None) -> Tensor | None:
-    """What ``select_step`` and ``run_step`` take as ``shared``."""
-    return None if scratch is None else scratch.zeros(shared_words(query.num_queries, programs), query.q.device)
+    shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, programs), query.q.device)
+    return select_step(query, keys, topk, with_scores, programs, shared)
 
 
 def select_step(
@@ -92,68 +87,83 @@ def select_step(
         programs: thread blocks, of which each multiprocessor must have room for one.
         shared: int32, at least ``shared_words(Q, programs)`` zeros, which are zeros again when the launch ends; None makes some.
     """
-    return run_step(Stage(), query, keys, topk, with_scores, programs, shared)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is selected, as ``enum Stage`` of step.cu: tokens; or, for HISA, blocks by their means; or tokens of the blocks chosen.
-
-    Attributes:
-        number: 0, 1 or 2, in that order.
-        tokens: 1: the keys of which the scored ones are means.
-        block_size: 1, 2: tokens of a block; 2: a multiple of ``TILE``.
-        blocks, chosen: 2: what 1 gave, int32 ``[Q, m]`` and int64 ``[Q]``.
-    """
-
-    number: int = 0
-    tokens: IndexKeys | None = None
-    block_size: int = 0
-    blocks: Tensor | None = None
-    chosen: Tensor | None = None
-
-
-def run_step(
-    stage: Stage, query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int, shared: Tensor | None
-) -> Selection:
-    """``select_step`` for any ``stage``. Of blocks there are topk and the query's own, in as many columns."""
-    num, dim, device = query.num_queries, keys.head_dim, query.q.device
-    width = topk + (stage.number == 1)
-    indices = torch.empty(num, width, dtype=torch.int32, device=device)
-    taken = torch.empty(num, dtype=torch.int64, device=device)
-    beside = torch.empty(num, width, device=device) if with_scores else None
+    num, device = query.num_queries, query.q.device
+    picked = room(num, topk, with_scores, device)
     if not num:
-        return Selection(indices, taken, scores=beside)
-    q, weights, table = unit_rows(query.q), unit_rows(query.weights), unit_rows(keys.page_table)
+        return picked
+    shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
+    tiles = keys.page_table.shape[1]
+    size, held = shared_memory(rows_of_heads(query), keys.head_dim, share(num, tiles, programs))
+    read = readable(query)
+    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, held, shared.data_ptr(), programs)
+    launch_step("select_tokens", arguments, read, programs, size)
+    return picked
+
+
+def room(num: int, topk: int, with_scores: bool, device: torch.device) -> Selection:
+    """A selection to be written."""
+    indices = torch.empty(num, topk, dtype=torch.int32, device=device)
+    taken = torch.empty(num, dtype=torch.int64, device=device)
+    return Selection(indices, taken, scores=torch.empty(num, topk, device=device) if with_scores else None)
+
+
+def rows_of_heads(query: IndexQuery) -> int:
+    """Heads of a kernel that takes so many."""
+    return max(padded_heads(query.num_heads), 16)
+
+
+def share(num: int, row_tiles: int, programs: int) -> int:
+    """Tiles that a thread block has at most, of ``num`` queries with up to ``row_tiles``."""
+    return -(-num * (row_tiles + EXTRA) // programs)
+
+
+def readable(query: IndexQuery) -> IndexQuery:
+    """The query as kernels read it."""
+    q = unit_rows(query.q)
     if any(x % 16 for x in (q.data_ptr(), q.stride(0), q.stride(1))):
         q = q.clone()
-    pages = keys.pages.contiguous()
-    seen = stage.tokens or keys
-    owners, positions, lengths = query.requests.contiguous(), query.positions.contiguous(), seen.lengths.contiguous()
-    heads = max(padded_heads(query.num_heads), 16)
-    most_blocks = 0 if stage.blocks is None else stage.blocks.shape[1]
-    row_tiles = most_blocks * stage.block_size // TILE or table.shape[1]
-    tiles = num * (row_tiles + EXTRA)
-    share = -(-tiles // programs)
-    size, held = shared_memory(heads, dim, share)
-    shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
-    told = shared.data_ptr()
+    return IndexQuery(q, unit_rows(query.weights), query.positions.contiguous(), query.requests.contiguous())
+
+
+def step_of(
+    query: IndexQuery, keys: IndexKeys, seen: IndexKeys, topk: int, picked: Selection, row_tiles: int, held: int, told: int, programs: int,
+    **more: int,
+) -> tuple[Step, tuple[Tensor | None, ...]]:  # fmt: skip
+    """A kernel's arguments, and tensors that must be kept until it is launched.
+
+    Args:
+        query: a ``readable`` one.
+        keys: that are scored.
+        seen: whose positions queries have: the same, or those of which ``keys`` are means.
+        picked: where to; without ``scores`` these are not written.
+        row_tiles: of a query at most.
+        held: keys whose orders shared memory has room for.
+        told: address of ``shared_words`` zeros.
+        more: other fields.
+    """
+    num, dim, device = query.num_queries, keys.head_dim, query.q.device
+    pages, table, lengths = keys.pages.contiguous(), unit_rows(keys.page_table), seen.lengths.contiguous()
     pairs = told + 4 * num * TOLD
-    words = pairs + 8 * num * 2 * MOST
-    spills = share * TILE > min(held, MASKED)  # orders, and one bit for each
+    spills = share(num, row_tiles, programs) * TILE > min(held, MASKED)  # orders, and one bit for each
+    tiles = num * (row_tiles + EXTRA)
     spilt = torch.empty(tiles * (TILE + TILE // 32), dtype=torch.int32, device=device) if spills else None
+    q, weights = query.q, query.weights
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
-        weights=weights.data_ptr(), owners=owners.data_ptr(), positions=positions.data_ptr(), lengths=lengths.data_ptr(),
-        table=table.data_ptr(), indices=indices.data_ptr(), taken=taken.data_ptr(), beside=_address(beside), told=told,
-        words=words, pairs=pairs, spilt=_address(spilt), blocks=_address(stage.blocks), chosen=_address(stage.chosen), num_queries=num,
-        num_heads=query.num_heads, table_tiles=seen.page_table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk,
-        page_bytes=TILE * (dim + 4), q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held,
-        masked=MASKED, width=width, row_tiles=row_tiles, block_size=stage.block_size, most_blocks=most_blocks,
+        weights=weights.data_ptr(), owners=query.requests.data_ptr(), positions=query.positions.data_ptr(), lengths=lengths.data_ptr(),
+        table=table.data_ptr(), indices=picked.indices.data_ptr(), taken=picked.lengths.data_ptr(), beside=_address(picked.scores),
+        told=told, words=pairs + 8 * num * 2 * MOST, pairs=pairs, spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
+        table_tiles=seen.page_table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4),
+        q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held, masked=MASKED,
+        width=picked.indices.shape[1], row_tiles=row_tiles, **more,
     )  # fmt: skip
-    defines = (f"STEP_DIM={dim}", f"STEP_HEADS={heads}", f"STEP_STAGE={stage.number}")
-    launch.launch("step", "kernel", arguments, programs, THREADS, size, device, together=True, defines=defines)
-    return Selection(indices, taken, scores=beside)
+    return arguments, (pages, table, lengths, spilt)
+
+
+def launch_step(name: str, arguments: ctypes.Structure, query: IndexQuery, programs: int, size: int) -> None:
+    """Launch a kernel of step.cu, with so many bytes of shared memory."""
+    defines = (f"STEP_DIM={query.q.shape[2]}", f"STEP_HEADS={rows_of_heads(query)}")
+    launch.launch("step", name, arguments, programs, THREADS, size, query.q.device, together=True, defines=defines)
 
 
 def _address(tensor: Tensor | None) -> int | None:
