@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from thresher.bench.timing import WARM_UPS, Quantiles, interleave, num_copies
+from thresher.bench.timing import WARM_UPS, Quantiles, in_turns, interleave, num_copies
 from thresher.errors import ThresherError
 
 CPU = torch.device("cpu")
@@ -42,6 +42,14 @@ def test_a_timing_that_does_not_fit(timing):
 def test_no_repeats():
     with pytest.raises(ThresherError, match="repeats must be at least 1"):
         interleave({"ours": [lambda: None]}, CPU, 0, "clock")
+
+
+def test_a_graph_holds_many_steps_of_decoding():
+    steps = [lambda: None, lambda: None, lambda: None]
+    turns = in_turns(steps)
+    assert len(turns) == 18
+    assert turns[:6] == steps * 2, "a copy is used again only after all others"
+    assert len(in_turns(steps * 7)) == 21
 
 
 def test_copies_exceed_the_cache(monkeypatch):

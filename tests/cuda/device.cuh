@@ -107,6 +107,7 @@ inline void fetch_bytes(void* to, const void* from, u32 bytes, u64* barrier) {
     host::count(barrier, 0, -(int)bytes);
   });
 }
+inline void fetch_map(const TileMap&) {}
 inline void fence_for_copies() {}
 inline void fence_for_async() {}
 inline void fence_for_async_global() {}
@@ -204,15 +205,21 @@ inline float fmaf(float a, float b, float c) { return std::fma(a, b, c); }
 inline float mul(float a, float b) { return a * b; }
 inline float add_two(float a, float b) { return a + b; }
 
-inline void arrive_for_all(u32* at, u32 times = 1) { *at += times, host::moved = true; }
+inline void arrive_for_all(u32* at) { ++*at, host::moved = true; }
 inline void await_all(const u32* at, u32 times) {
   while (*at < times) host::yield();
 }
-inline void publish(u64* to, u64 word) { *to = word, host::moved = true; }
-inline u64 await_word(const u64* from) {
+template <class T>
+void publish(T* to, T word) {
+  *to = word, host::moved = true;
+}
+template <class T>
+T await_word(const T* from) {
   while (*from == 0) host::yield();
   return *from;
 }
+inline void overlap_launches() {}
+inline void fetch_line(const void*) {}
 template <class T>
 T changed(const T* from) {
   return *from;

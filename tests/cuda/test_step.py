@@ -21,7 +21,7 @@ from ..triton.gluon_on_numpy import heads_in_order
 from .threads import in_order, library, needs_compiler
 
 pytestmark = needs_compiler
-PAGES = 100
+PAGES = 200
 
 
 class Paged:
@@ -64,7 +64,9 @@ class Paged:
 class World:
     """Queries of such requests, and of none. Dots are whole numbers, so their order of addition does not show; that of heads does."""
 
-    def __init__(self, heads: int, dim: int, lengths: list[int], num: int, seed: int, spread: int = 3, block: int = 0) -> None:
+    def __init__(
+        self, heads: int, dim: int, lengths: list[int], num: int, seed: int, spread: int = 3, block: int = 0, alike: bool = False
+    ) -> None:
         rng = np.random.default_rng(seed)
         held = Paged(rng, lengths, dim, spread)
         owners = rng.integers(0, len(lengths), num)
@@ -72,6 +74,10 @@ class World:
         reach = np.int64(lengths)[owners.clip(0, len(lengths) - 1)]
         positions = np.where(rng.random(num) < 0.5, reach - 1, (reach * rng.random(num)).astype(np.int64) - 1)
         positions[0] = 10**12
+        if alike:  # each request's last token
+            owners = np.arange(num)
+            reach = np.int64(lengths)
+            positions = reach - 1
         ends = np.where((owners >= 0) & (owners < len(lengths)), np.minimum(positions + 1, reach), 0)
         q = rng.integers(-2, 3, (num, heads, dim))
         q[3::4] = 0  # plateaus
@@ -94,7 +100,7 @@ class World:
         agree(got, select_topk(torch.from_numpy(self.scores), topk, impl="reference"), with_scores)
 
     def check_in_blocks(self, num_blocks: int, topk: int, with_scores: bool, programs: int) -> None:
-        shared = torch.zeros(hisa.shared_words(len(self.scores), programs), dtype=torch.int32)
+        shared = torch.zeros(hisa.shared_words(len(self.scores), num_blocks, programs), dtype=torch.int32)
         given = self.query, self.keys, self.means, num_blocks, self.block, topk
         got = hisa.select_step(*given, with_scores, programs, shared)
         assert not shared.any(), "what the next launch begins with"
@@ -155,6 +161,14 @@ def test_orders_that_shared_memory_has_no_room_for(order, monkeypatch):
     World(16, 64, [1300, 0, 500, 64], 6, 3).check(64, True, 3)
 
 
+@pytest.mark.parametrize("programs", [6, 7])
+def test_a_block_for_each_query(programs, order):
+    """Where they are as many as blocks and all but equal: some a little longer than the share of a block, one that sees nothing."""
+    World(8, 64, [1900, 1890, 1900, 1860, 1900, 1900], 6, 4, alike=True).check(100, True, programs)
+    World(8, 64, [960] * 6, 6, 5, block=64, alike=True).check_in_blocks(5, 100, True, programs)
+    World(8, 64, [1900] * 3, 6, 6).check(100, True, programs)
+
+
 def test_more_queries_than_blocks(order):
     World(8, 64, [300, 1, 130], 70, 5).check(32, False, 3)
 
@@ -178,7 +192,7 @@ GROWING = [(64, 64, [2500, 0, 640, 65], 7), (128, 320, [3000], 3), (64, 64, [130
 def test_means_grow_in_the_same_launch(dim, block, lengths, programs, order):
     """What became full is pooled, with the bits of the kernel that does only that, also of requests whose pages have holes."""
     world = World(8, dim, lengths, 9, order, block=block)
-    keys, means, shared = world.keys, world.means, torch.zeros(hisa.shared_words(9, programs), dtype=torch.int32)
+    keys, means, shared = world.keys, world.means, torch.zeros(hisa.shared_words(9, 4, programs), dtype=torch.int32)
     whole, empty = replace(means, pages=torch.zeros_like(means.pages)), replace(means, pages=torch.zeros_like(means.pages))
     zero, none = torch.zeros_like(keys.lengths), torch.zeros(len(lengths), dtype=torch.int32)
     walks.pool(paged_rows(keys), zero, keys.lengths, block, 5, paged_rows(whole), means.page_table.shape[1], dim)

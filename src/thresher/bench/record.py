@@ -14,7 +14,7 @@ from thresher.errors import ThresherError, require
 RESULTS = Path("benchmarks/results")
 QUANTILES = {"p20", "p50", "p80"}
 # Settings that do not make it another figure. All but these and "timing" are the selector's options.
-HOW = ("copies", "repeats", "peer_kernel", "ceilings")
+HOW = ("copies", "steps", "repeats", "peer_kernel", "ceilings")
 
 
 @dataclass(frozen=True)

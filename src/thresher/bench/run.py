@@ -16,7 +16,7 @@ from thresher.bench.floor import floor_us, measure_ceilings, useful_work
 from thresher.bench.inputs import CRUEL, INPUTS
 from thresher.bench.peers import PEERS, Peer, find_peer, module_versions, peer_reason, versions
 from thresher.bench.record import Record, append, ratio_of, results_path, today
-from thresher.bench.timing import Step, interleave, num_copies
+from thresher.bench.timing import Step, in_turns, interleave, num_copies
 from thresher.bench.work import Work, check_inputs, check_op, default_op, make_work, resolved
 from thresher.errors import ThresherError
 from thresher.eval.source import source_state
@@ -127,6 +127,8 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         prepared = find_peer(settings.peer, case, op, device, peers)(copies)
         ways[settings.peer] = prepared.steps
         kernel = {} if prepared.kernel is None else {"peer_kernel": prepared.kernel}
+    if case.kind != "prefill" and timing == "graph":
+        ways = {name: in_turns(steps) for name, steps in ways.items()}
     times = {name: asdict(taken) for name, taken in interleave(ways, device, settings.repeats, timing).items()}
     theirs = times[settings.peer] if settings.peer is not None else None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
@@ -138,7 +140,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         case=case.name,
         op=op,
         selector=settings.selector.partition(":")[0].strip() if selector is not None else None,
-        settings={**options, "timing": timing, "copies": len(copies), "repeats": settings.repeats, **kernel, **measured},
+        settings={**options, "timing": timing, "copies": len(copies), "steps": len(ways["ours"]), "repeats": settings.repeats, **kernel, **measured},
         inputs=inputs,
         seed=settings.seed,
         impl=resolved(first),

@@ -11,6 +11,7 @@ import torch
 from thresher.errors import ThresherError, require
 
 Step = Callable[[], object]
+MANY = 16  # steps of decoding in a graph, at least
 WARM_UPS = 3
 TIMINGS = ("graph", "events", "clock")
 
@@ -38,10 +39,19 @@ def num_copies(bytes_read: float, device: torch.device) -> int:
     return min(-(-3 * l2 // max(int(bytes_read), 1)), 256)
 
 
+def in_turns(steps: Sequence[Step]) -> list[Step]:
+    """The steps, one for every copy of the input, as often one after the other as makes ``MANY`` of them.
+
+    A step of decoding is one of many launches in a model's graph. What a graph takes to begin, 8 us on an H200, is no part of it, and stood
+    in the time of a step whole where the graph held one.
+    """
+    return list(steps) * -(-MANY // len(steps))
+
+
 def interleave(ways: Mapping[str, Sequence[Step]], device: torch.device, repeats: int, timing: str) -> dict[str, Quantiles]:
     """Time every way, one sample of each in turn, ``repeats`` times.
 
-    A sample runs each of the way's steps once (one for every copy of the input) and counts their mean.
+    A sample runs each of the way's steps once and counts their mean.
 
     Args:
         ways: name -> its steps; all leave their work on the current stream.

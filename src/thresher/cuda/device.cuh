@@ -88,6 +88,9 @@ __device__ __forceinline__ void fence_for_async_global() { asm volatile("fence.p
 struct alignas(64) TileMap {
   unsigned char opaque[128];
 };
+// To the caches, before it is asked for: a map, a line of 128 bytes.
+__device__ __forceinline__ void fetch_map(const TileMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+__device__ __forceinline__ void fetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ __forceinline__ void fetch_tile(void* to, const TileMap& map, u32 page, u64* barrier) {
   asm volatile(
@@ -102,9 +105,12 @@ __device__ __forceinline__ void fetch_bytes(void* to, const void* from, u32 byte
                : "memory");
 }
 
+// The launch that follows may begin, and this one goes on once that before it has ended: nothing it wrote is read before.
+__device__ __forceinline__ void overlap_launches() { asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory"); }
+
 // What all blocks at work see: how often some have arrived at a place, and memory that others wrote before they did.
-__device__ __forceinline__ void arrive_for_all(u32* at, u32 times = 1) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(at), "r"(times) : "memory");
+__device__ __forceinline__ void arrive_for_all(u32* at) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
 }
 __device__ __forceinline__ void await_all(const u32* at, u32 times) {
   u32 seen;
@@ -116,6 +122,13 @@ __device__ __forceinline__ void publish(u64* to, u64 word) { asm volatile("st.re
 __device__ __forceinline__ u64 await_word(const u64* from) {
   u64 word;
   do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  while (word == 0);
+  return word;
+}
+__device__ __forceinline__ void publish(u32* to, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory"); }
+__device__ __forceinline__ u32 await_word(const u32* from) {
+  u32 word;
+  do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
   while (word == 0);
   return word;
 }

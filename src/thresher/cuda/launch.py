@@ -36,7 +36,8 @@ def launch(
     Args:
         grid: thread blocks.
         shared: bytes of shared memory for each.
-        together: whether all thread blocks must be at work at once, as they wait for one another.
+        together: whether all thread blocks must be at work at once, as they wait for one another. Such a kernel may begin before the
+            launch ahead of it has ended, and calls ``overlap_launches`` before it reads or writes what that does.
         defines: what the source is compiled with, "STEP_DIM=128" say, where that makes one of many kernels.
 
     Raises:
@@ -48,8 +49,15 @@ def launch(
     stream = torch.cuda.current_stream(device).cuda_stream
     function = _function(source, name, device, defines)
     with torch.cuda.device(device):
-        sizes = (grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer))
-        _check(driver.cuLaunchCooperativeKernel(function, *sizes) if together else driver.cuLaunchKernel(function, *sizes, 0))
+        if not together:
+            _check(driver.cuLaunchKernel(function, grid, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(pointer), 0))
+            return
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ, config.blockDimX, config.blockDimY, config.blockDimZ = grid, 1, 1, threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared, stream
+        config.attrs = _together()
+        config.numAttrs = len(config.attrs)
+        _check(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointer), 0))
 
 
 @lru_cache(maxsize=256)
@@ -98,6 +106,20 @@ def compile_source(source: str, arch: str, defines: tuple[str, ...] = ()) -> byt
         return code
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+@cache
+def _together() -> list[Any]:
+    """Attributes of a launch whose blocks are all at work at once, and which may begin while the one ahead still runs."""
+    from cuda.bindings import driver
+
+    made = []
+    for name, field in (("COOPERATIVE", "cooperative"), ("PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed")):
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        setattr(value, field, 1)
+        attribute.id, attribute.value = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}"), value
+        made.append(attribute)
+    return made
 
 
 @cache

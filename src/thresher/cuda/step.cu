@@ -17,15 +17,16 @@
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
 constexpr u32 FETCHERS = 4, TEAMS = 2, EXTRA = 12;           // teams at most; what a query more costs a block, in tiles
+constexpr u32 SLACK = 20;  // by one of so many tiles a block may have more than its share
 constexpr u32 BINS = 2048, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
 // Behind a query's bins: how many keys have no score, how often parts have arrived, how many pairs found no slot, how many parts have left.
-// DONE, for HISA: how many tiles of means have their part of the blocks chosen written.
-constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, DONE = BINS + 4, TOLD = BINS + 8;
+constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3, TOLD = BINS + 4;
 constexpr u32 MAX_PARTS = 256;            // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
+constexpr u32 MAPPED = 512;               // as `tiles_in` below at most
 constexpr u32 FORCED = 0xfffffffe;        // the rank of a block that is chosen whatever its score, above every number's
 
 // What is selected: tokens; blocks of them by their means, the first and a query's own always; tokens of the blocks chosen.
@@ -45,15 +46,13 @@ struct Step {
   u64* words;        // [queries, blocks], zeros before and after: see word_of
   u64* pairs;        // [queries, 2 MOST], zeros before and after: as many slots for each part, and what finds none there
   u32* spilt;        // null, or orders of all tiles that the table has room for and those EXTRA, and their mask: see `held`, `masked`
-  const int* blocks;  // IN_BLOCKS: [queries, most_blocks - 1], those chosen beside a query's own, ascending, -1 padded
-  u32* done;          // BLOCKS, IN_BLOCKS: `told` of IN_BLOCKS, for DONE
+  u32* blocks;       // BLOCKS, IN_BLOCKS: [queries, most_blocks - 1], zeros before and after: see Chosen
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
   u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
   u32 width;         // of a row of indices
   u32 row_tiles;     // of a query at most; table_tiles are those of a request's tokens
   u32 block_size, most_blocks;  // tokens of a block; blocks of a query, its own among them
-  u32 mean_tiles;               // IN_BLOCKS: row_tiles of BLOCKS
 };
 
 // What a block knows of a query, of which it has a part.
@@ -78,7 +77,7 @@ struct Workspace {  // begins at a multiple of 1024
   float scales[STAGES][KEYS];
   u64 full[STAGES], empty[STAGES];
   u32 bins[BINS + 1];               // and how many keys have no score
-  u32 first[MAX_QUERIES + 1];       // tiles before each query and those EXTRA
+  u32 first[MAX_QUERIES + 2];       // tiles before each query and those EXTRA; behind all, the most that one has
   unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
   u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS];
   struct Team {  // of warps that select for one part
@@ -89,7 +88,8 @@ struct Workspace {  // begins at a multiple of 1024
   u32 postponed;
   // HISA: first and last of IN_BLOCKS, while those above are of BLOCKS, and each query's own block.
   static constexpr u32 OTHERS = HISA ? MAX_QUERIES : 0;
-  u32 first_in[OTHERS + 1], own[OTHERS + 1];
+  u32 first_in[OTHERS + 2], own[OTHERS + 1];
+  u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
   unsigned char last_in[OTHERS + 4];
   alignas(16) u32 orders[4];  // of the block's keys: see rank_of
 };
@@ -108,14 +108,15 @@ __device__ __forceinline__ void put_end(u32* first, unsigned char* last, u32 que
   first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, last[query] = (end + KEYS - 1) % KEYS;
 }
 __device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
-  u32 carried = 0;
+  u32 carried = 0, most = 0;
   for (u32 base = 0; base < num; base += 32) {
     u32 query = base + lane_of(), tiles = query < num ? first[query + 1] : 0;
-    tiles = sum_upto(tiles);
+    most = max(most, tiles), tiles = sum_upto(tiles);
     if (query < num) first[query + 1] = carried + tiles;
     carried += __shfl_sync(EVERY, tiles, 31);
   }
-  if (lane_of() == 0) first[0] = 0;
+  most = __reduce_max_sync(EVERY, most);
+  if (lane_of() == 0) first[0] = 0, first[num + 1] = most;
 }
 
 // `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
@@ -169,16 +170,21 @@ struct Orders {
   }
 };
 
-// A run of tiles: those of one query after another.
+// A run of tiles: those of one query after another. Where queries are all but equal and as many as blocks, each has a block for itself.
 struct Run {
   u32 each, begin, stop;          // tiles of a block, and this block's
+  bool whole;                    // its query's, of one alone
   u32 query = 0, at, upto, from;  // at hand: tiles at .. upto - 1 of all; the first of the query's
 
   template <class Work>
   __device__ __forceinline__ Run(const Step& c, const Work& work) {
-    u32 total = work.first[c.num_queries];
+    u32 total = work.first[c.num_queries], most = work.first[c.num_queries + 1];
     each = max((total + gridDim.x - 1) / gridDim.x, 1u);
-    begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
+    whole = c.num_queries <= gridDim.x && most <= each + each / SLACK;
+    if (whole)
+      begin = work.first[min(blockIdx.x, c.num_queries)], stop = work.first[min(blockIdx.x + 1, c.num_queries)], each = most;
+    else
+      begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
     at = upto = from = begin;
   }
   template <class Work>  // of the tiles at hand
@@ -205,29 +211,24 @@ struct Run {
   }
 };
 
-// The blocks that a query's keys are in, IN_BLOCKS: those chosen, ascending, and its own.
+// The blocks that a query's keys are in, IN_BLOCKS: those chosen, ascending, and its own. Each that was chosen is told by a word that is not
+// zero, one more than its number; NONE stands for a block too few, as where means have scores of -inf.
+constexpr u32 NONE = 0xffffffff;
 struct Chosen {
-  const int* blocks = nullptr;
-  const u32* done = nullptr;
-  u32 block_size = 1, count = 0, own = 0, mean_tiles = 0;
+  const u32* words = nullptr;
+  u32 block_size = 1, count = 0, own = 0;
 
   template <class Work>
   __device__ __forceinline__ Chosen(const Step& c, const Work& work, Stage stage, u32 query, u32 end) {
     if (stage != IN_BLOCKS) return;
-    blocks = c.blocks + (u64)query * (c.most_blocks - 1), done = c.done + (u64)query * TOLD + DONE;
+    words = c.blocks + (u64)query * (c.most_blocks - 1);
     block_size = c.block_size, count = (end - 1) / block_size + 1, own = work.own[query];
-    mean_tiles = min((own + KEYS - 1) / KEYS, c.mean_tiles);
   }
-  // By a warp, until all of them are written.
-  __device__ __forceinline__ void await() const {
-    if (lane_of() == 0 && mean_tiles) await_all(done, mean_tiles);
-    __syncwarp();
-  }
-  // The position of a key; negative where a block is missing, as of a request whose scores are -inf.
-  __device__ __forceinline__ long long token_of(u32 key) const {
-    u32 at = key / block_size;
-    long long block = at + 1 == count ? (int)own : fresh(&blocks[at]);
-    return block * block_size + key % block_size;
+  // Which of its request's tiles one of the query's is, as soon as that is known; NONE where there is none.
+  __device__ __forceinline__ u32 tile_of(u32 tile) const {
+    u32 each = block_size / KEYS, at = tile / each;
+    u32 word = at + 1 == count ? own + 1 : await_word(&words[at]);
+    return word == NONE ? NONE : (word - 1) * each + tile % each;
   }
 };
 
@@ -244,6 +245,13 @@ __device__ __forceinline__ void leave_empty(const Step& c, const Work& work) {
   }
 }
 
+// What all is waited for with is begun by a warp while the launch before may still be at work, which may write what it brings to the L2 cache.
+__device__ __forceinline__ void fetch_first(const Step& c) {
+  u64 word = (u64)(blockIdx.x * 32 + lane_of()) * 32;
+  if (lane_of() == 0) fetch_map(c.tiles);
+  if (word < (u64)c.num_requests * c.table_row) fetch_line(c.table + word);
+}
+
 template <class Work>
 __device__ __forceinline__ void begin_barriers(Work& work) {
   for (u32 slot = 0; slot < STAGES; slot++) begin_barrier(&work.full[slot], 1), begin_barrier(&work.empty[slot], WARPS);
@@ -253,6 +261,8 @@ __device__ __forceinline__ void begin_barriers(Work& work) {
 template <u32 DIM, u32 HEADS>
 __device__ __forceinline__ void step(const Step& c) {
   auto& work = *(Workspace<DIM, HEADS, false>*)aligned_memory<1024>();
+  if (warp_of() == 0) fetch_first(c);
+  overlap_launches();
   for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) put_end(work.first, work.last, query, tokens_of(c, query));
   if (threadIdx.x == 0) begin_barriers(work);
   __syncthreads();

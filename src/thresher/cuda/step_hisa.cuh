@@ -1,5 +1,5 @@
 // A part of step.cu: HISA's step in one launch. Means are brought up to date; the blocks of largest mean score are chosen, the first and a
-// query's own always; and tokens are selected in them. A block begins with the tokens of a query once all its blocks are written.
+// query's own always; and tokens are selected in them, each tile fetched as soon as it is known which it is.
 
 struct Hisa {
   Step of_blocks, in_blocks;
@@ -8,14 +8,15 @@ struct Hisa {
 };
 
 // Full blocks that a request holds, and those of them that are pooled.
-__device__ __forceinline__ long long full_blocks(const Step& c, u32 request) {
-  return min(max(c.lengths[request], 0ll), (long long)c.table_tiles * KEYS) / c.block_size;
+__device__ __forceinline__ u32 blocks_in(const Step& c, long long tokens) {
+  return (u32)min(max(tokens, 0ll), (long long)c.table_tiles * KEYS) / c.block_size;
 }
-__device__ __forceinline__ long long pooled_blocks(const Hisa& h, u32 request) { return max(h.pooled[request], 0ll) / h.of_blocks.block_size; }
+__device__ __forceinline__ u32 full_blocks(const Step& c, u32 request) { return blocks_in(c, c.lengths[request]); }
+__device__ __forceinline__ u32 pooled_blocks(const Hisa& h, u32 request) { return blocks_in(h.in_blocks, h.pooled[request]); }
 
 // The mean of a block of a request's tokens, with the bits of walk.cu: keys are added in the order of positions. Absent pages count as zeros.
 template <u32 DIM, class Work>
-__device__ __forceinline__ void pool_here(const Hisa& h, Work& work, u32 request, long long block) {
+__device__ __forceinline__ void pool_here(const Hisa& h, Work& work, u32 request, u32 block) {
   constexpr u32 TURN = 256, PIECES = DIM / 16;  // keys at a time; of a key, of 16 bytes
   static_assert(TURN * DIM <= sizeof(work.tiles) && TURN * 4 <= sizeof(work.scales));
   const Step &means = h.of_blocks, &c = h.in_blocks;
@@ -26,7 +27,7 @@ __device__ __forceinline__ void pool_here(const Hisa& h, Work& work, u32 request
   for (u32 base = 0; base < c.block_size; base += TURN) {
     u32 num = min(c.block_size - base, TURN);
     auto place_of = [&](u32 key, bool& there) {
-      long long token = block * c.block_size + base + key;
+      u32 token = block * c.block_size + base + key;
       int page = table[token / KEYS];
       there = (u32)page < c.num_pages;
       return there ? pages + (u64)page * c.page_bytes : pages;
@@ -65,8 +66,8 @@ __device__ __forceinline__ void grow_means(const Hisa& h, Work& work) {
   u32 each = max(gridDim.x / c.num_requests, 1u), step = gridDim.x / each;  // blocks for a request, requests at a time
   if (blockIdx.x < step * each) {
     for (u32 request = blockIdx.x / each; request < c.num_requests; request += step) {
-      long long full = min(full_blocks(c, request), (long long)h.of_blocks.row_tiles * KEYS);
-      for (long long block = pooled_blocks(h, request) + blockIdx.x % each; block < full; block += each) pool_here<DIM>(h, work, request, block);
+      u32 full = min(full_blocks(c, request), h.of_blocks.row_tiles * KEYS);
+      for (u32 block = pooled_blocks(h, request) + blockIdx.x % each; block < full; block += each) pool_here<DIM>(h, work, request, block);
     }
   }
   fence_for_async_global();
@@ -79,8 +80,8 @@ __device__ __forceinline__ void grow_means(const Hisa& h, Work& work) {
   fence_for_async_global();
   // All have read how many were pooled.
   for (u32 request = blockIdx.x * blockDim.x + threadIdx.x; request < c.num_requests; request += gridDim.x * blockDim.x) {
-    long long full = full_blocks(c, request);
-    if (full != pooled_blocks(h, request)) h.pooled[request] = full * c.block_size, h.counts[request] = full;
+    u32 full = full_blocks(c, request);
+    if (full != pooled_blocks(h, request)) h.pooled[request] = (u64)full * c.block_size, h.counts[request] = full;
   }
 }
 
@@ -89,8 +90,12 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   auto& work = *(Workspace<DIM, HEADS, true>*)aligned_memory<1024>();
   const Step &of_blocks = h.of_blocks, &in_blocks = h.in_blocks;
   u32 num = in_blocks.num_queries, size = in_blocks.block_size;
+  if (warp_of() == 0) fetch_first(of_blocks);
+  if (warp_of() == 1) fetch_first(in_blocks);
+  overlap_launches();
   bool grown = false;
-  for (u32 request = threadIdx.x; h.pooled && request < in_blocks.num_requests; request += blockDim.x)
+  // By other threads than the first queries are looked at by, so that they do not wait for one another.
+  for (u32 request = blockDim.x - 1 - threadIdx.x; h.pooled && request < in_blocks.num_requests; request += blockDim.x)
     grown |= full_blocks(in_blocks, request) != pooled_blocks(h, request);
   for (u32 query = threadIdx.x; query < num; query += blockDim.x) {
     u32 tokens = tokens_of(in_blocks, query), own = tokens > 0 ? (tokens - 1) / size : 0;
@@ -116,8 +121,8 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();
   Selecting<DIM, HEADS, BLOCKS>{of_blocks, work}.run();
   meet_all();
-  for (u32 query = threadIdx.x; query < num; query += THREADS)
-    work.first[query + 1] = work.first_in[query + 1], work.last[query] = work.last_in[query];
+  for (u32 query = threadIdx.x; query <= num; query += THREADS) work.first[query + 1] = work.first_in[query + 1];
+  for (u32 query = threadIdx.x; query < num; query += THREADS) work.last[query] = work.last_in[query];
   fence_for_async();  // tiles come where masks were
   meet_fetchers();
   Scorer<DIM, HEADS, IN_BLOCKS>{in_blocks, work, turn}.run();

@@ -6,20 +6,25 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS,
   while (run.next(work)) {
     const int* table = c.table + c.owners[run.query] * c.table_row;
     Chosen chosen(c, work, STAGE, run.query, run.end(work));
-    if (STAGE == IN_BLOCKS) chosen.await();
+    // Of each lane, which tile of its request's one of the query's is, and the page.
+    struct Found {
+      u32 tile;
+      int page;
+    };
     auto look_up = [&](u32 tile) {
       u32 at = tile + lane_of() - run.from;
-      if (tile + lane_of() >= run.upto) return 0;
-      if (STAGE != IN_BLOCKS) return table[at];
-      long long token = chosen.token_of(at * KEYS);
-      return token >= 0 && token / KEYS < c.table_tiles ? table[token / KEYS] : -1;
+      if (tile + lane_of() >= run.upto) return Found{0, 0};
+      if (STAGE == IN_BLOCKS) at = chosen.tile_of(at);
+      return Found{at, STAGE == IN_BLOCKS && at >= c.table_tiles ? -1 : table[at]};
     };
-    int pages = 0, ahead = look_up(run.at);
+    Found found = {0, 0}, ahead = look_up(run.at);
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
-      if ((tile - run.at) % 32 == 0) pages = ahead, ahead = look_up(tile + 32);
+      u32 lane = (tile - run.at) % 32;
+      if (lane == 0) found = ahead, ahead = look_up(tile + 32);
       if (turn % FETCHERS != fetcher) continue;
-      int page = __shfl_sync(EVERY, pages, (tile - run.at) % 32);
+      int page = __shfl_sync(EVERY, found.page, lane);
       bool there = (u32)page < c.num_pages;
+      if (STAGE == IN_BLOCKS && lane_of() == lane && tile - run.begin < MAPPED) work.tiles_in[tile - run.begin] = found.tile;
       u32 slot = turn % STAGES;
       await(&work.empty[slot], turn / STAGES % 2 ^ 1);
       if (!there) {

@@ -14,6 +14,7 @@ __device__ __forceinline__ u64 word_of(u32 above, u32 within, u32 base) { return
 // What a block has of a query.
 struct Part {
   u32 query, part, parts, first, num, end;  // which of how many parts; its keys, `num` from `first` of the query's on; how many that sees
+  u32 tile;                                 // the first of the block's that is the part's
   Orders orders;
   u32* masks;  // of those keys that may be taken
   __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
@@ -39,10 +40,10 @@ struct Selecting {
   // Slots of each part, a power of two.
   __device__ __forceinline__ static u32 slots_of(const Part& part) { return 1u << (31 - __clz(MOST / part.parts)); }
   __device__ __forceinline__ Part part_of(const Run& run) {
-    u32 behind = work.first[run.query + 1], first = run.from / run.each;
+    u32 behind = work.first[run.query + 1], first = run.whole ? blockIdx.x : run.from / run.each;
     return {
-        run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
-        run.end(work), run.orders(c, work), run.masks(c, work)};
+        run.query, blockIdx.x - first, run.whole ? 1 : (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
+        run.end(work), run.at - run.begin, run.orders(c, work), run.masks(c, work)};
   }
   // Calls use(part, what the block knows of its query) for each part that is `wanted`, one after the other in each team.
   template <class Wanted, class Use>
@@ -297,6 +298,7 @@ struct Selecting {
       words(part)[at] = 0;
     }
     for (u32 at = thread; at < TOLD / 4; at += threads) ((Four*)told(part))[at] = {0, 0, 0, 0};
+    for (u32 at = thread; STAGE == IN_BLOCKS && at + 1 < c.most_blocks; at += threads) c.blocks[(u64)part.query * (c.most_blocks - 1) + at] = 0;
   }
 
   // Take what is this part's: the keys from the cut on, ascending, behind those that the parts before it take.
@@ -329,16 +331,21 @@ struct Selecting {
     u32 to = __reduce_add_sync(EVERY, lane_of() < threads / 32 ? work.befores[from] + (from < warp_of() ? work.warps[from] : 0) : 0);
     Chosen chosen(c, work, STAGE, part.query, part.end);
     auto put = [&](u32 place, u32 at) {
-      u32 key = part.first + at;
-      c.indices[(u64)part.query * c.width + place] = STAGE == IN_BLOCKS ? (int)chosen.token_of(key) : (int)key;
+      u32 key = part.first + at, tile = part.tile + at / KEYS;
+      if (STAGE == IN_BLOCKS) key = (tile < MAPPED ? work.tiles_in[tile] : chosen.tile_of(key / KEYS)) * KEYS + key % KEYS;
+      if (STAGE == BLOCKS)
+        publish(&c.blocks[(u64)part.query * c.topk + place], key + 1);
+      else
+        c.indices[(u64)part.query * c.width + place] = key;
       if (c.beside) c.beside[(u64)part.query * c.width + place] = score_of(part.orders[at]);
     };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) {
       u32 mask = mask_of(group), upto = sum_upto(__popc(mask)), place = to + upto - __popc(mask), all = __shfl_sync(EVERY, upto, 31);
-      if (all < 256) {
+      u32 num = min(own.stop - (group - lane_of()), 32u);  // of groups
+      if (all < 2 * num) {
         for (; mask; mask &= mask - 1) put(place++, group * 32 + __ffs(mask) - 1);
       } else {  // so many that a lane takes one of each group
-        for (u32 lane = 0; lane < 32; lane++) {
+        for (u32 lane = 0; lane < num; lane++) {
           u32 theirs = __shfl_sync(EVERY, mask, lane), at = __shfl_sync(EVERY, place, lane) + __popc(theirs & ((1u << lane_of()) - 1));
           if (theirs >> lane_of() & 1) put(at, (group - lane_of() + lane) * 32 + lane_of());
         }
@@ -348,11 +355,12 @@ struct Selecting {
     if (thread == 0) team().last = left + 1 == part.parts;
     meet_team();
     if (team().last) clear(part);
-    if (part.part + 1 == part.parts) {
-      if (STAGE != BLOCKS && thread == 0) c.taken[part.query] = sought.taken;
-      for (u32 at = sought.taken + thread; at < c.width; at += threads) leave_out(c, part.query, at);
+    if (part.part + 1 < part.parts) return;
+    if (STAGE == BLOCKS) {  // only what is waited for
+      for (u32 at = sought.taken + thread; at < min(c.topk, part.end); at += threads) publish(&c.blocks[(u64)part.query * c.topk + at], NONE);
+      return;
     }
-    if (STAGE == BLOCKS) meet_team();
-    if (STAGE == BLOCKS && thread == 0) arrive_for_all(&c.done[(u64)part.query * TOLD + DONE], part.num / KEYS);
+    if (thread == 0) c.taken[part.query] = sought.taken;
+    for (u32 at = sought.taken + thread; at < c.width; at += threads) leave_out(c, part.query, at);
   }
 };

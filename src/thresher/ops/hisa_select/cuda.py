@@ -17,7 +17,7 @@ from thresher.ops.score_select import cuda as step
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-BEFORE_ORDERS = step.BEFORE_ORDERS + 9216  # as struct Workspace of step.cu has it for HISA
+BEFORE_ORDERS = step.BEFORE_ORDERS + 11264  # as struct Workspace of step.cu has it for HISA
 MEETING = 4  # words of all thread blocks; two are used
 
 
@@ -39,6 +39,8 @@ def unsupported(query: IndexQuery, keys: IndexKeys, means: IndexKeys, block_size
         return why
     if block_size % TILE:
         return f"needs blocks of a multiple of {TILE} tokens, not {block_size}"
+    if means.room < keys.room // block_size:
+        return f"needs room for the means of {keys.room // block_size} blocks, not {means.room}"
     return None if means.pages.data_ptr() % 16 == 0 else "needs pages of means at a multiple of 16 bytes"
 
 
@@ -47,9 +49,9 @@ def worthwhile(num_queries: int, num_requests: int) -> bool:
     return num_queries <= 4 * num_requests
 
 
-def shared_words(num: int, programs: int) -> int:
-    """int32 words that thread blocks exchange what they find by, of both selections."""
-    return 2 * step.shared_words(num, programs) + MEETING
+def shared_words(num: int, num_blocks: int, programs: int) -> int:
+    """int32 words that thread blocks exchange what they find by, of both selections, and the blocks that the first chose."""
+    return 2 * step.shared_words(num, programs) + MEETING + num * (num_blocks - 1)
 
 
 def hisa_select(
@@ -64,7 +66,7 @@ def hisa_select(
 ) -> Selection:
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     programs = multiprocessors(query.q.device)
-    shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, programs), query.q.device)
+    shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, num_blocks, programs), query.q.device)
     return select_step(query, keys, means, num_blocks, block_size, topk, with_scores, programs, shared)
 
 
@@ -79,15 +81,15 @@ def select_step(
     programs: int,
     shared: Tensor | None = None,
 ) -> Selection:
-    """``hisa_select`` on so many multiprocessors; ``programs`` and ``shared`` as for ``score_select.cuda.select_step``."""
+    """``hisa_select`` on so many multiprocessors; ``programs`` and ``shared`` as for ``score_select.cuda.select_step``,
+    with ``shared_words`` of this module."""
     num, device = query.num_queries, query.q.device
     picked = step.room(num, topk, with_scores, device)
     if not num:
         return picked
-    shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
+    shared = torch.zeros(shared_words(num, num_blocks, programs), dtype=torch.int32, device=device) if shared is None else shared
     growing = means if isinstance(means, Growing) else None
     held_means = means.means if isinstance(means, Growing) else means
-    blocks = step.room(num, num_blocks - 1, False, device)
     mean_tiles, tiles = held_means.page_table.shape[1], num_blocks * block_size // TILE
     most = step.share(num, max(mean_tiles, tiles), programs)
     size, held = step.shared_memory(step.rows_of_heads(query), keys.head_dim, most, BEFORE_ORDERS)
@@ -95,9 +97,9 @@ def select_step(
     meeting = shared.data_ptr()
     told = meeting + 4 * MEETING
     then_told = told + 4 * step.shared_words(num, programs)
-    both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks.indices.data_ptr(), "done": then_told}
-    of_blocks, _kept = step.step_of(read, held_means, keys, num_blocks - 1, blocks, mean_tiles, held, told, programs, **both)
-    both["mean_tiles"] = mean_tiles
+    blocks = then_told + 4 * step.shared_words(num, programs)
+    both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks}
+    of_blocks, _kept = step.step_of(read, held_means, keys, num_blocks - 1, picked, mean_tiles, held, told, programs, **both)
     in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, held, then_told, programs, **both)
     grown = (None, None) if growing is None else (growing.pooled.data_ptr(), held_means.lengths.data_ptr())
     arguments = Hisa(of_blocks=of_blocks, in_blocks=in_blocks, pooled=grown[0], counts=grown[1], meeting=meeting)

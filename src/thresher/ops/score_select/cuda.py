@@ -19,10 +19,10 @@ from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 THREADS = 640  # four groups of four warps that multiply and select, and four warps that fetch
-BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
-TOLD = BINS + 8  # words of a query that its parts share
+BINS, MOST, MAX_QUERIES, MASKED, EXTRA, SLACK = 2048, 2048, 1024, 2**17, 12, 20  # as in step.cu
+TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
-BEFORE_ORDERS = 17760  # beside those, heads and weights
+BEFORE_ORDERS = 17776  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
@@ -31,11 +31,11 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "blocks", "done")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "blocks")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
-        *((name, ctypes.c_uint) for name in ("width", "row_tiles", "block_size", "most_blocks", "mean_tiles")),
-        ("spare", ctypes.c_uint * 14),
+        *((name, ctypes.c_uint) for name in ("width", "row_tiles", "block_size", "most_blocks")),
+        ("spare", ctypes.c_uint),
     ]
 
 
@@ -114,7 +114,8 @@ def rows_of_heads(query: IndexQuery) -> int:
 
 def share(num: int, row_tiles: int, programs: int) -> int:
     """Tiles that a thread block has at most, of ``num`` queries with up to ``row_tiles``."""
-    return -(-num * (row_tiles + EXTRA) // programs)
+    each = -(-num * (row_tiles + EXTRA) // programs)
+    return each + each // SLACK if num <= programs else each
 
 
 def readable(query: IndexQuery) -> IndexQuery:
