@@ -129,6 +129,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         kernel = {} if prepared.kernel is None else {"peer_kernel": prepared.kernel}
     if case.kind != "prefill" and timing == "graph":
         ways = {name: in_turns(steps) for name, steps in ways.items()}
+    how = {"copies": len(copies), "steps": len(ways["ours"])}
     times = {name: asdict(taken) for name, taken in interleave(ways, device, settings.repeats, timing).items()}
     theirs = times[settings.peer] if settings.peer is not None else None
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
@@ -140,7 +141,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         case=case.name,
         op=op,
         selector=settings.selector.partition(":")[0].strip() if selector is not None else None,
-        settings={**options, "timing": timing, "copies": len(copies), "steps": len(ways["ours"]), "repeats": settings.repeats, **kernel, **measured},
+        settings={**options, "timing": timing, **how, "repeats": settings.repeats, **kernel, **measured},
         inputs=inputs,
         seed=settings.seed,
         impl=resolved(first),

@@ -17,7 +17,6 @@
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
 constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
 constexpr u32 FETCHERS = 4, TEAMS = 2, EXTRA = 12;           // teams at most; what a query more costs a block, in tiles
-constexpr u32 SLACK = 20;  // by one of so many tiles a block may have more than its share
 constexpr u32 BINS = 2048, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
@@ -77,7 +76,7 @@ struct Workspace {  // begins at a multiple of 1024
   float scales[STAGES][KEYS];
   u64 full[STAGES], empty[STAGES];
   u32 bins[BINS + 1];               // and how many keys have no score
-  u32 first[MAX_QUERIES + 2];       // tiles before each query and those EXTRA; behind all, the most that one has
+  u32 first[MAX_QUERIES + 1];       // tiles before each query and those EXTRA
   unsigned char last[MAX_QUERIES];  // of each query's last tile, the last key that it sees
   u32 warps[GROUPS * WARPS], befores[GROUPS * WARPS];
   struct Team {  // of warps that select for one part
@@ -88,7 +87,7 @@ struct Workspace {  // begins at a multiple of 1024
   u32 postponed;
   // HISA: first and last of IN_BLOCKS, while those above are of BLOCKS, and each query's own block.
   static constexpr u32 OTHERS = HISA ? MAX_QUERIES : 0;
-  u32 first_in[OTHERS + 2], own[OTHERS + 1];
+  u32 first_in[OTHERS + 1], own[OTHERS + 1];
   u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
   unsigned char last_in[OTHERS + 4];
   alignas(16) u32 orders[4];  // of the block's keys: see rank_of
@@ -108,15 +107,14 @@ __device__ __forceinline__ void put_end(u32* first, unsigned char* last, u32 que
   first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, last[query] = (end + KEYS - 1) % KEYS;
 }
 __device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
-  u32 carried = 0, most = 0;
+  u32 carried = 0;
   for (u32 base = 0; base < num; base += 32) {
     u32 query = base + lane_of(), tiles = query < num ? first[query + 1] : 0;
-    most = max(most, tiles), tiles = sum_upto(tiles);
+    tiles = sum_upto(tiles);
     if (query < num) first[query + 1] = carried + tiles;
     carried += __shfl_sync(EVERY, tiles, 31);
   }
-  most = __reduce_max_sync(EVERY, most);
-  if (lane_of() == 0) first[0] = 0, first[num + 1] = most;
+  if (lane_of() == 0) first[0] = 0;
 }
 
 // `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
@@ -170,21 +168,16 @@ struct Orders {
   }
 };
 
-// A run of tiles: those of one query after another. Where queries are all but equal and as many as blocks, each has a block for itself.
+// A run of tiles: those of one query after another.
 struct Run {
   u32 each, begin, stop;          // tiles of a block, and this block's
-  bool whole;                    // its query's, of one alone
   u32 query = 0, at, upto, from;  // at hand: tiles at .. upto - 1 of all; the first of the query's
 
   template <class Work>
   __device__ __forceinline__ Run(const Step& c, const Work& work) {
-    u32 total = work.first[c.num_queries], most = work.first[c.num_queries + 1];
+    u32 total = work.first[c.num_queries];
     each = max((total + gridDim.x - 1) / gridDim.x, 1u);
-    whole = c.num_queries <= gridDim.x && most <= each + each / SLACK;
-    if (whole)
-      begin = work.first[min(blockIdx.x, c.num_queries)], stop = work.first[min(blockIdx.x + 1, c.num_queries)], each = most;
-    else
-      begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
+    begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
     at = upto = from = begin;
   }
   template <class Work>  // of the tiles at hand

@@ -121,8 +121,8 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();
   Selecting<DIM, HEADS, BLOCKS>{of_blocks, work}.run();
   meet_all();
-  for (u32 query = threadIdx.x; query <= num; query += THREADS) work.first[query + 1] = work.first_in[query + 1];
-  for (u32 query = threadIdx.x; query < num; query += THREADS) work.last[query] = work.last_in[query];
+  for (u32 query = threadIdx.x; query < num; query += THREADS)
+    work.first[query + 1] = work.first_in[query + 1], work.last[query] = work.last_in[query];
   fence_for_async();  // tiles come where masks were
   meet_fetchers();
   Scorer<DIM, HEADS, IN_BLOCKS>{in_blocks, work, turn}.run();

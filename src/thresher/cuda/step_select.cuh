@@ -40,9 +40,9 @@ struct Selecting {
   // Slots of each part, a power of two.
   __device__ __forceinline__ static u32 slots_of(const Part& part) { return 1u << (31 - __clz(MOST / part.parts)); }
   __device__ __forceinline__ Part part_of(const Run& run) {
-    u32 behind = work.first[run.query + 1], first = run.whole ? blockIdx.x : run.from / run.each;
+    u32 behind = work.first[run.query + 1], first = run.from / run.each;
     return {
-        run.query, blockIdx.x - first, run.whole ? 1 : (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
+        run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
         run.end(work), run.at - run.begin, run.orders(c, work), run.masks(c, work)};
   }
   // Calls use(part, what the block knows of its query) for each part that is `wanted`, one after the other in each team.
@@ -341,8 +341,8 @@ struct Selecting {
     };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) {
       u32 mask = mask_of(group), upto = sum_upto(__popc(mask)), place = to + upto - __popc(mask), all = __shfl_sync(EVERY, upto, 31);
-      u32 num = min(own.stop - (group - lane_of()), 32u);  // of groups
-      if (all < 2 * num) {
+      u32 num = min(own.stop - (group - lane_of()), 32u), most = __reduce_max_sync(EVERY, __popc(mask));  // of groups, of keys in one
+      if (most <= num) {
         for (; mask; mask &= mask - 1) put(place++, group * 32 + __ffs(mask) - 1);
       } else {  // so many that a lane takes one of each group
         for (u32 lane = 0; lane < num; lane++) {

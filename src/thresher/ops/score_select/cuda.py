@@ -19,10 +19,10 @@ from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 THREADS = 640  # four groups of four warps that multiply and select, and four warps that fetch
-BINS, MOST, MAX_QUERIES, MASKED, EXTRA, SLACK = 2048, 2048, 1024, 2**17, 12, 20  # as in step.cu
+BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
-BEFORE_ORDERS = 17776  # beside those, heads and weights
+BEFORE_ORDERS = 17760  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
@@ -114,8 +114,7 @@ def rows_of_heads(query: IndexQuery) -> int:
 
 def share(num: int, row_tiles: int, programs: int) -> int:
     """Tiles that a thread block has at most, of ``num`` queries with up to ``row_tiles``."""
-    each = -(-num * (row_tiles + EXTRA) // programs)
-    return each + each // SLACK if num <= programs else each
+    return -(-num * (row_tiles + EXTRA) // programs)
 
 
 def readable(query: IndexQuery) -> IndexQuery:
