@@ -18,20 +18,22 @@ namespace walk {
     return host::run([=] { call(*arguments); }, grid, threads, shared, order);                                   \
   }
 
-#define STEP_KERNEL(name, Arguments, kernel, dim, heads)                                                                      \
-  extern "C" int run_##name##_##dim##_##heads(u32 grid, u32 threads, u32 shared, u32 order, const Arguments* arguments) {    \
-    return host::run([=] { kernel<dim, heads>(*arguments); }, grid, threads, shared, order, true);                            \
+#define STEP_KERNEL(name, Arguments, kernel, dim, heads, teams)                                                                        \
+  extern "C" int run_##name##_##dim##_##heads##_##teams(u32 grid, u32 threads, u32 shared, u32 order, const Arguments* arguments) { \
+    return host::run([=] { kernel<dim, heads, teams>(*arguments); }, grid, threads, shared, order, true);                            \
   }
-#define STEP_KERNELS(dim, heads)                                       \
-  STEP_KERNEL(select_tokens, step::Step, step::step, dim, heads)       \
-  STEP_KERNEL(select_in_blocks, step::Hisa, step::hisa, dim, heads)
+#define STEP_KERNELS(dim, heads, teams)                                       \
+  STEP_KERNEL(select_tokens, step::Step, step::step, dim, heads, teams)       \
+  STEP_KERNEL(select_in_blocks, step::Hisa, step::hisa, dim, heads, teams)
 
-STEP_KERNELS(64, 16)
-STEP_KERNELS(64, 32)
-STEP_KERNELS(64, 64)
-STEP_KERNELS(128, 16)
-STEP_KERNELS(128, 32)
-STEP_KERNELS(128, 64)
+STEP_KERNELS(64, 16, 1)
+STEP_KERNELS(128, 64, 1)
+STEP_KERNELS(64, 16, 2)
+STEP_KERNELS(64, 32, 2)
+STEP_KERNELS(64, 64, 2)
+STEP_KERNELS(128, 16, 2)
+STEP_KERNELS(128, 32, 2)
+STEP_KERNELS(128, 64, 2)
 KERNEL(settle_1, settle::Lists, settle::settle_row)
 KERNEL(settle_2, settle::Lists, settle::settle_row)
 KERNEL(settle_3, settle::Lists, settle::settle_row)

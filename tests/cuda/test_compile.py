@@ -13,7 +13,8 @@ from thresher.cuda import launch
 from thresher.ops.dispatch import installed
 
 FOLDER = Path(launch.__file__).parent
-STEPS = [("step", (f"STEP_DIM={dim}", f"STEP_HEADS={heads}")) for dim, heads in ((128, 64), (64, 16), (128, 32))]
+KERNELS = ((128, 64, 2, 0), (128, 64, 1, 1), (64, 16, 1, 0), (128, 32, 2, 1))
+STEPS = [("step", tuple(f"STEP_{key}={x}" for key, x in zip(("DIM", "HEADS", "TEAMS", "HISA"), sizes, strict=True))) for sizes in KERNELS]
 SOURCES = [(path.stem, ()) for path in sorted(FOLDER.glob("*.cu")) if path.stem != "step"] + STEPS
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 

@@ -179,6 +179,15 @@ def test_the_set_of_the_four_operations(heads, dim, block, programs, num_blocks,
     World(heads, dim, [2500, 0, 500, 64, 100], 9, heads + order, block=block).check_in_blocks(num_blocks, topk, topk != 128, programs)
 
 
+@pytest.mark.parametrize(("heads", "dim"), [(9, 64), (64, 128)])
+def test_one_query(heads, dim, order):
+    """A kernel of its own."""
+    world = World(heads, dim, [4000], 1, order, block=128)
+    for programs in (1, 5, 9):
+        world.check(300, True, programs)
+        world.check_in_blocks(7, 500, False, programs)
+
+
 def test_many_blocks(order):
     """More than a tile of means."""
     World(8, 64, [64 * 90, 300], 3, 5, block=64).check_in_blocks(20, 400, True, 4)

@@ -85,7 +85,7 @@ __device__ __forceinline__ void grow_means(const Hisa& h, Work& work) {
   }
 }
 
-template <u32 DIM, u32 HEADS>
+template <u32 DIM, u32 HEADS, u32 TEAMS>
 __device__ __forceinline__ void hisa(const Hisa& h) {
   auto& work = *(Workspace<DIM, HEADS, true>*)aligned_memory<1024>();
   const Step &of_blocks = h.of_blocks, &in_blocks = h.in_blocks;
@@ -119,13 +119,13 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
     return;
   }
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();
-  Selecting<DIM, HEADS, BLOCKS>{of_blocks, work}.run();
+  Selecting<DIM, HEADS, BLOCKS, TEAMS>{of_blocks, work}.run();
   meet_all();
   for (u32 query = threadIdx.x; query < num; query += THREADS)
     work.first[query + 1] = work.first_in[query + 1], work.last[query] = work.last_in[query];
   fence_for_async();  // tiles come where masks were
   meet_fetchers();
   Scorer<DIM, HEADS, IN_BLOCKS>{in_blocks, work, turn}.run();
-  Selecting<DIM, HEADS, IN_BLOCKS>{in_blocks, work}.run();
+  Selecting<DIM, HEADS, IN_BLOCKS, TEAMS>{in_blocks, work}.run();
   leave_empty(in_blocks, work);
 }

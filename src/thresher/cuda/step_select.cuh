@@ -20,7 +20,7 @@ struct Part {
   __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
 };
 
-template <u32 DIM, u32 HEADS, Stage STAGE>
+template <u32 DIM, u32 HEADS, Stage STAGE, u32 TEAMS>
 struct Selecting {
   const Step& c;
   Workspace<DIM, HEADS, STAGE != TOKENS>& work;
@@ -29,7 +29,7 @@ struct Selecting {
   __device__ __forceinline__ void divide_into(u32 num) {  // 1 or 2
     teams = num, threads = THREADS >> (num - 1), number = num == 2 ? threadIdx.x / (THREADS / 2) : 0, thread = threadIdx.x & (threads - 1);
   }
-  static_assert(TEAMS == 2);
+  static_assert(TEAMS <= 2);
   __device__ __forceinline__ auto& team() { return work.teams[number]; }
   __device__ __forceinline__ u64* near() { return work.near + number * (MOST / 2); }
   __device__ __forceinline__ void meet_team() { meet(2 + number, threads); }
@@ -59,14 +59,14 @@ struct Selecting {
       if (threadIdx.x == 0) work.sought[num].above = 0, work.sought[num].known = 0;
     if (threadIdx.x == 0) work.postponed = 0;
     meet_all();
-    u32 most = num > 1 ? 2 : 1;
+    u32 most = TEAMS > 1 && num > 1 ? 2 : 1;
     // Once in teams; then those that a team has no room for, by all threads.
     auto passes = [&](const auto& wanted, const auto& use) {
       for (u32 pass = 0; pass < 2; pass++) {
         divide_into(pass == 0 ? most : 1);
         each_in_teams([&](const Sought& sought) { return wanted(sought, pass); }, use);
         meet_all();
-        if (!work.postponed) break;
+        if (most == 1 || !work.postponed) break;
       }
     };
     passes(

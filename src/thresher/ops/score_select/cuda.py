@@ -19,7 +19,7 @@ from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 THREADS = 640  # four groups of four warps that multiply and select, and four warps that fetch
-BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 12  # as in step.cu
+BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 24  # as in step.cu
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
 BEFORE_ORDERS = 17760  # beside those, heads and weights
@@ -162,7 +162,9 @@ def step_of(
 
 def launch_step(name: str, arguments: ctypes.Structure, query: IndexQuery, programs: int, size: int) -> None:
     """Launch a kernel of step.cu, with so many bytes of shared memory."""
-    defines = (f"STEP_DIM={query.q.shape[2]}", f"STEP_HEADS={rows_of_heads(query)}")
+    teams = 1 if query.num_queries == 1 else 2
+    values = {"DIM": query.q.shape[2], "HEADS": rows_of_heads(query), "TEAMS": teams, "HISA": int(name == "select_in_blocks")}
+    defines = tuple(f"STEP_{key}={value}" for key, value in values.items())
     launch.launch("step", name, arguments, programs, THREADS, size, query.q.device, together=True, defines=defines)
 
 
