@@ -110,8 +110,10 @@ def test_inside_using(module):
 
 def test_worthwhile_for_a_step_of_decoding():
     kernel = importlib.import_module("thresher.ops.score_select.cuda")
-    assert kernel.worthwhile(64, 1, 1, 16384)
+    assert kernel.worthwhile(64, 1, 1, 8192)
     assert not kernel.worthwhile(64, 1, 1, 4096)
+    assert not kernel.worthwhile(64, 32, 32, 8192)
+    assert kernel.worthwhile(64, 32, 32, 16384)
     assert kernel.worthwhile(64, 128, 128, 32768)
     assert not kernel.worthwhile(64, 128, 128, 16384)
     assert kernel.worthwhile(64, 32, 8, 131072)

@@ -52,10 +52,9 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int) -> bool:
-    """Whether this kernel is taken before others: on an H200 it is the faster one from 16k keys on for one query, from 32k on for 128,
-    and for drafts of up to four tokens, each of which reads the keys again (docs/lab-log.md). 8k keys, between two that were measured, is
-    a guess."""
-    return num_queries <= 4 * num_requests and room_tokens >= max(8192, 256 * num_queries)
+    """Whether this kernel is taken before others: on an H200 it is the faster one from 8k keys on for one query, from 16k on for 32, from
+    32k on for 128, and as fast for drafts of four tokens, each of which reads the keys again (docs/lab-log.md)."""
+    return num_queries <= 4 * num_requests and room_tokens >= max(8192 if num_queries == 1 else 16384, 256 * num_queries)
 
 
 def shared_memory(heads: int, dim: int, tiles: int, before_orders: int = BEFORE_ORDERS) -> tuple[int, int]:
