@@ -48,10 +48,12 @@ class Requests:
         self.table, self.cache = PageTable(ROWS, pages, PAGE, DEVICE), IndexKeyCache(pages, DIM, PAGE, DEVICE)
         self.cache.pages.fill_(0xFF)  # NaN
         self.drafts, self.begun = [0] * ROWS, 0
+        # Drawn once: a step takes a run of them from anywhere.
+        self.vectors, self.queries = vectors(4 * LONGEST, DIM, seed=self.seed), queries(16 * ROWS, HEADS, DIM, seed=self.seed)
 
     def append(self, row: int, num: int) -> None:
-        self.seed += 1
-        self.cache.store(self.table.append(row, num), *vectors(num, DIM, seed=self.seed))
+        first = self.dice.randint(0, 3 * LONGEST)
+        self.cache.store(self.table.append(row, num), *(x[first : first + num] for x in self.vectors))
 
     def cut(self, row: int, length: int) -> None:
         self.table.rollback(row, length)
@@ -74,7 +76,8 @@ class Requests:
         """A query for each token that the step appended."""
         rows = [row for row in range(ROWS) for _ in range(self.drafts[row] + 1)]
         positions = [self.table.length(row) - back - 1 for row in range(ROWS) for back in range(self.drafts[row], -1, -1)]
-        q, weights = queries(len(rows), HEADS, DIM, seed=self.seed)
+        first = self.dice.randint(0, 12 * ROWS)
+        q, weights = (x[first : first + len(rows)] for x in self.queries)
         query = IndexQuery(q, weights, torch.tensor(positions, device=DEVICE), torch.tensor(rows, device=DEVICE))
         return query, self.cache.view(self.table.table, self.table.lengths)
 
