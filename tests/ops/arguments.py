@@ -68,6 +68,10 @@ def good():
             "ends": longs(3, 2),
         },
         "score_select": {"query": query, "keys": keys, "topk": 2, "with_scores": False, "scratch": Scratch()},
+        "to_slots": {
+            "indices": torch.tensor([[0, 5, -1], [1, 2, 69]], dtype=torch.int32), "page_table": keys.page_table, "requests": longs(0, 0),
+            "page_size": 64,
+        },
         "pool_keys": {"values": k, "scales": k_scales, "block_size": BLOCK},
         "pool_blocks": {"keys": keys, "block_size": BLOCK},
         "grow_means": {
@@ -154,6 +158,9 @@ def empty():
         ("select_topk_slots", (torch.zeros(0, 5), 4, table, longs(), 64), minus[:0]),
         ("select_topk_slots", (torch.zeros(2, 0), 4, table, longs(0, 0), 64), minus),
         ("select_topk_slots", (torch.zeros(2, 5), 4, no_pages, longs(0, 0), 64), minus),
+        ("to_slots", (minus[:0], table, longs(), 64), minus[:0]),
+        ("to_slots", (minus[:, :0], table, longs(0, 0), 64), minus[:, :0]),
+        ("to_slots", (minus + 1, no_pages, longs(0, 0), 64), minus),
         ("score_select", (nothing, held, 4), minus[:0]),
         ("score_select", (nothing, nobody, 4), minus[:0]),
         ("score_select", (two, bare, 4), minus),

@@ -48,6 +48,7 @@ def calls():
         "select_topk_slots": (torch.randn(2, 9), 4, torch.tensor([[3, -1]], dtype=torch.int32), zeros, 5),
         "select_topk_in_blocks": (torch.randn(2, 10), 4, torch.tensor([[0, 3], [1, -1]], dtype=torch.int32), 5),
         "select_blocks": (torch.randn(2, 5), 3, query, keys, 16),
+        "to_slots": (torch.tensor([[0, 5, -1], [1, 2, 3]], dtype=torch.int32), keys.page_table, zeros, 64),
         "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
         "pool_blocks": (keys, 16),
@@ -261,7 +262,7 @@ def test_a_named_kernel_that_cannot_run_says_why_and_nothing_runs(operation, ker
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = kernel(operation, unsupported=lambda *a, **k: "head_dim is 65")
-    if operation not in ("route_heads", "merge"):  # these kernels take all that the public functions take
+    if operation not in ("route_heads", "merge", "to_slots"):  # these kernels take all that the public functions take
         refused("head_dim is 65")
     monkeypatch.delenv("TRITON_INTERPRET")
     seen += kernel(operation, unsupported=able)

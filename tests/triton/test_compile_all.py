@@ -24,6 +24,7 @@ from thresher.ops.route_heads import triton as route_heads
 from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
 from thresher.ops.sparse_attend import triton as sparse_attend
+from thresher.ops.to_slots import triton as to_slots
 from thresher.types import IndexQuery
 
 zeros, half = torch.zeros(8, dtype=torch.int64), torch.bfloat16
@@ -39,6 +40,7 @@ select.select_blocks(torch.empty(8, 16), 8, query, keys, 128)
 for rows, width in ((8, 8192), (8, 131072), (70, 32768)):
     requests = torch.zeros(rows, dtype=torch.int64)
     select.select_topk_slots(torch.empty(rows, width), 2048, keys.page_table, requests, 64)
+to_slots.to_slots(torch.empty(8, 2048, dtype=torch.int32), keys.page_table, zeros, 64)
 means = pool_keys.pool_keys(values, scales, 128)
 pool_keys.partial_means(values, scales, 128, zeros)
 route_heads.head_mass(query, [means], keys, 128)

@@ -36,6 +36,10 @@ GIVEN = {
     "select_blocks": (torch.randn(2, 9), 4, QUERY, KEYS, 16),
     "select_topk": (torch.randn(2, 40), 4),
     "select_topk_slots": (torch.randn(2, 40), 30, torch.tensor([[5, -1, 0], [2, 9, -1]], dtype=torch.int32), torch.tensor([1, 0]), 16),
+    "to_slots": (
+        torch.tensor([[0, 31, 17, -1, 40], [1, 16, 47, 300, -7]], dtype=torch.int32),
+        torch.tensor([[5, -1, 0], [2, 9, -1]], dtype=torch.int32), torch.tensor([1, 0]), 16,
+    ),
     "pool_keys": (K, K_SCALES, 16),
     "pool_blocks": (KEYS, 16),
     "grow_means": (KEYS, ops.pool_blocks(KEYS, 16), torch.tensor([40]), torch.zeros(1, dtype=torch.int32), 16),

@@ -15,7 +15,7 @@ from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, make_atte
 from thresher.cache import LayerState, load_keys
 from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
-from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
+from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8, to_slots
 from thresher.ops.dispatch import AUTO, TABLE, choose, preferred, using
 from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery, Selection
@@ -140,9 +140,7 @@ def resolved(work: Work) -> str:
 
 def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
     """int32 ``[Q, k]``: where the picked positions lie in a cache that shares the keys' page table; -1 stays -1."""
-    position = picked.indices.clamp(min=0).long()
-    page = keys.page_table[query.requests[:, None], position // keys.page_size]
-    return (page * keys.page_size + position % keys.page_size).int().masked_fill(picked.indices < 0, -1)
+    return to_slots(picked.indices, keys.page_table, query.requests, keys.page_size)
 
 
 def _select(work: Work) -> Selection:

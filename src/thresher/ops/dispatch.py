@@ -47,6 +47,7 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "select_topk_slots": ("triton", "reference"),
         "select_topk_in_blocks": ("triton", "reference"),
         "select_blocks": ("triton", "reference"),
+        "to_slots": ("triton", "reference"),
         "score_select": ("cuda", "triton", "reference"),
         "hisa_select": ("cuda", "reference"),
         "pool_keys": ("triton", "reference"),

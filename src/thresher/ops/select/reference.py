@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.index_keys import visible_counts
+from thresher.ops.to_slots.reference import to_slots_reference
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 _LOWEST = -(2**31)
@@ -65,13 +66,8 @@ def select_slots_reference(
 ) -> Selection:
     """The selection through the page table; see ``select_topk_slots``."""
     picked = select_reference(scores, topk, "logical", positions, ends)
-    page = picked.indices.long() // page_size
-    there = (picked.indices >= 0) & (page < page_table.shape[1])
-    # One more column: an empty table has something to look up too.
-    table = torch.nn.functional.pad(page_table, (0, 1), value=-1)
-    held = table[requests[:, None], page.masked_fill(~there, page_table.shape[1])]
-    slots = (held * page_size + picked.indices % page_size).masked_fill(held < 0, -1)
-    return Selection(indices=slots.int(), lengths=picked.lengths, space="slot")
+    slots = to_slots_reference(picked.indices, page_table, requests, page_size)
+    return Selection(indices=slots, lengths=picked.lengths, space="slot")
 
 
 def select_in_blocks_reference(scores: Tensor, topk: int, blocks: Tensor, block_size: int, space: str) -> Selection:
