@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thresher.bench.inputs import SCALE
-from thresher.bench.work import Work, slots_of
+from thresher.bench.inputs import SCALE, Inputs
+from thresher.bench.work import Work, slots_of, store_tokens
+from thresher.cache import IndexKeyCache, LatentCache
 from thresher.cache.index_keys import planes, visible_counts
-from thresher.ops import paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8
+from thresher.cache.latents import decode_records
+from thresher.ops import paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8, to_slots
 from thresher.ops.dispatch import using
 from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
 
@@ -21,6 +23,7 @@ SIMILARITY = 5e-6
 BITS = {"cuda": 14, "cpu": 24}
 # Share of a row's tokens that may differ. The bound on scores alone is too wide to tell a good kernel from a poor one.
 ODD_SHARE = 0.01
+STORED = 2e-3  # of the length of vectors, a few of whose dims are rounded to the next FP8 value
 
 
 def check_work(work: Work) -> str | None:
@@ -33,6 +36,15 @@ def check_work(work: Work) -> str | None:
         if work.op == "select_topk":
             assert work.scores is not None
             return _same_selection(_rows(got, rows), select_topk(work.scores[rows].cpu(), work.case.topk))
+        if work.op == "store":
+            return _stores(work, got)
+        if work.op == "to_slots":
+            assert work.index is not None
+            assert work.picked is not None
+            query, keys = work.index.query, work.index.keys
+            want_slots = to_slots(work.picked.indices.cpu(), keys.page_table.cpu(), query.requests.cpu(), keys.page_size)
+            same = torch.equal(got.cpu(), want_slots)
+            return None if same else "slots are not the reference's"
         if work.op in ("sparse_attend_mla", "sparse_attend_mla_fp8"):
             assert work.attend is not None
             assert work.attend.slots is not None
@@ -56,6 +68,34 @@ def check_work(work: Work) -> str | None:
         picked, want = scored, work.selector.select(query, keys)
         bits = BITS["cuda" if work.index.query.q.is_cuda else "cpu"]
         return selections_agree(_rows(picked, rows), want, score_bound(query, keys, bits), query, keys)
+
+
+def _stores(work: Work, got: IndexQuery) -> str | None:
+    """Why a layer's new tokens are not stored as the reference does on a CPU, or None. Roundings of RoPE may differ by a last place."""
+    assert work.index is not None
+    assert work.attend is not None
+    assert work.tokens is not None
+    slots, pages = work.tokens.slots.cpu(), work.index.keys.pages
+    tokens = replace(work.tokens, **{name: x.cpu() for name, x in vars(work.tokens).items()} | {"slots": torch.arange(len(slots))})
+    keys, latents = IndexKeyCache(-(-len(slots) // 64), pages.shape[3] - 4), LatentCache(-(-len(slots) // 64))
+    on_cpu = IndexQuery(*(x.cpu() for x in vars(work.index.query).values()))
+    index = Inputs(on_cpu, keys.view(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)))
+    want = store_tokens(tokens, index, replace(work.attend, latents=latents.data))
+    values, scales = (x.flatten(0, 1) for x in planes(pages))
+    at = work.tokens.slots
+    mine = values.view(torch.uint8)[at].view(values.dtype).cpu().float() * scales[at].cpu()[:, None]
+    theirs = (x.flatten(0, 1)[: len(slots)] for x in planes(keys.pages))
+    held = decode_records(work.attend.latents.flatten(0, 1)[at].cpu().flatten(1))
+    pairs = {
+        "keys": (mine, torch.mul(*(x.float() if x.dim() > 1 else x[:, None] for x in theirs))),
+        "latents": (held, decode_records(latents.data.flatten(0, 1)[: len(slots)].flatten(1))),
+        "queries": tuple(q.q.cpu().float() * q.weights.cpu()[..., None] for q in (got, want)),
+    }
+    for name, (x, y) in pairs.items():
+        off = float((x - y).norm() / y.norm())
+        if not off <= STORED:
+            return f"{name} are off by {off:.2g} of their length, over {STORED:.2g}"
+    return None
 
 
 def _seen(work: Work, got: Any) -> Any:
@@ -201,5 +241,7 @@ def _rows(result: Any, rows: Tensor) -> Any:
 def _same_bits(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one.view(torch.int32), two.view(torch.int32)) if one.dtype == torch.float32 else torch.equal(one, two)
+    if isinstance(one, IndexQuery):
+        one, two = (PartialAttention(query.q.float(), query.weights) for query in (one, two))
     names = ("out", "lse") if isinstance(one, PartialAttention) else ("indices", "lengths")
     return all(_same_bits(getattr(one, name), getattr(two, name)) for name in names)

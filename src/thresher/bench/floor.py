@@ -14,7 +14,7 @@ from thresher.selectors.base import Selector
 
 LATENT_DIM, VALUE_DIM = 576, 512
 # op that attends -> bytes of one token in its latent cache (docs/formats.md).
-LATENT_BYTES = {"sparse_attend_mla_fp8": 656, "sparse_attend_mla": 1152, "layer": 1152}
+LATENT_BYTES = {"sparse_attend_mla_fp8": 656, "sparse_attend_mla": 1152, "layer": 656}
 
 
 COPIED = 2**30  # bytes
@@ -62,8 +62,8 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
 
     Args:
         case: the case.
-        op: "select", "index_score", "select_topk", "sparse_attend_mla_fp8", "sparse_attend_mla" or "layer".
-        selector: of "select" and "layer".
+        op: a key of ``OPS``.
+        selector: of "select" and of layers.
         lengths: ``case.lengths(seed)``.
     """
     flops = moved = 0.0
@@ -74,6 +74,11 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
         moved += 4.0 * sum(_contexts(case, lengths))
     if op in ("select", "select_topk", "layer"):
         moved += 4.0 * case.rows * case.topk
+    if op in ("store", "layer"):  # bf16 read, FP8 written; a layer reads the query again
+        key, query = case.head_dim, case.heads * case.head_dim
+        moved += float(case.rows * (2 * (key + LATENT_DIM + query + case.heads) + key + 4 + 656 + query + 4 * case.heads))
+    if op == "to_slots":
+        moved += 8.0 * case.rows * case.topk
     if op in LATENT_BYTES:
         tokens = sum(min(case.topk, length) for length in _contexts(case, lengths))
         flops += 2.0 * case.attention_heads * (LATENT_DIM + VALUE_DIM) * tokens

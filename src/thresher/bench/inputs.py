@@ -22,6 +22,7 @@ from thresher.bench.cases import Case
 from thresher.cache import IndexKeyCache, LatentCache, PageTable
 from thresher.errors import ThresherError, require
 from thresher.ops.quantize import quantize_fp8
+from thresher.ops.to_slots import to_slots
 from thresher.types import IndexKeys, IndexQuery
 
 CRUEL = ("cruel-plateaus", "cruel-ascending", "cruel-descending")
@@ -48,6 +49,19 @@ class AttendInputs:
     q: Tensor
     latents: Tensor
     slots: Tensor | None
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """What a layer's projections give for the token of each row, before RoPE, and where it is stored: ``q`` ``[Q, H, D]``, ``weights``
+    ``[Q, H]``, ``key`` ``[Q, D]``, ``latent`` ``[Q, 512]`` and ``rope`` ``[Q, 64]``, all bf16; ``slots`` int64 ``[Q]``."""
+
+    q: Tensor
+    weights: Tensor
+    key: Tensor
+    latent: Tensor
+    rope: Tensor
+    slots: Tensor
 
 
 def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded: Path | None = None, copy: int = 0) -> Inputs:
@@ -99,6 +113,18 @@ def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 
         slots[row, : len(picked)] = (start + picked).int()
         start += held[row]
     return AttendInputs(q, latents, slots)
+
+
+def make_new_tokens(case: Case, index: Inputs, seed: int, copy: int = 0) -> NewTokens:
+    """Normal ones, in the slots of the tokens that the queries are of."""
+    query, keys = index.query, index.keys
+    generator = _draw(seed + 1, copy, query.q.device)
+    shapes = ((case.rows, case.heads, case.head_dim), (case.rows, case.heads), (case.rows, case.head_dim), (case.rows, VALUE_DIM))
+    q, weights, key, latent, rope = (
+        torch.randn(*shape, generator=generator, device=query.q.device).bfloat16() for shape in (*shapes, (case.rows, 64))
+    )
+    slots = to_slots(query.positions[:, None].int(), keys.page_table, query.requests, keys.page_size)
+    return NewTokens(q, weights, key, latent, rope, slots[:, 0].long())
 
 
 def _fp8_latents(held: list[int], generator: torch.Generator, device: torch.device) -> Tensor:

@@ -102,7 +102,7 @@ def listing(device: torch.device) -> str:
 
 
 def _selector(settings: Settings, case: Case, op: str) -> Selector | None:
-    return parse(settings.selector, defaults={"topk": case.topk}) if op in ("select", "layer") else None
+    return parse(settings.selector, defaults={"topk": case.topk}) if op == "select" or case.kind == "layer" else None
 
 
 def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, peers: Mapping[str, Peer]) -> Record:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,35 @@ import torch
 from torch import Tensor
 
 from thresher.bench.cases import Case
-from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, make_attend_inputs, make_inputs
+from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, NewTokens, make_attend_inputs, make_inputs, make_new_tokens
 from thresher.cache import LayerState, load_keys
 from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
-from thresher.ops import index_score, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8, to_slots
+from thresher.ops import (
+    index_score,
+    paged_index_score,
+    quantize_queries,
+    select_topk,
+    sparse_attend_mla,
+    sparse_attend_mla_fp8,
+    store_index_keys,
+    store_latents,
+    to_slots,
+)
 from thresher.ops.dispatch import AUTO, TABLE, choose, preferred, using
 from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
+THETA, STYLE = 1e4, "interleaved"  # of RoPE, as in V3.2
 # op -> kinds of case it is timed on; the first op of a kind is its default.
 OPS = {
-    "select": ("prefill", "decode"),
+    "layer": ("layer",),
+    "store": ("layer",),
+    "select": ("prefill", "decode", "layer"),
+    "to_slots": ("layer",),
     "index_score": ("prefill", "decode"),
     "select_topk": ("prefill", "decode"),
-    "layer": ("layer",),
-    "sparse_attend_mla_fp8": ("mla-decode",),
+    "sparse_attend_mla_fp8": ("mla-decode", "layer"),
     "sparse_attend_mla": ("mla-decode",),
 }
 
@@ -38,10 +51,12 @@ class Work:
     Attributes:
         case: the case.
         op: a key of ``OPS``.
-        selector: for "select" and "layer", else None.
+        selector: for "select" and for layers, else None.
         impl: of every operation inside.
         index: index inputs, None for an mla-decode.
-        attend: attention inputs of "layer", "sparse_attend_mla" and, over the FP8 cache, "sparse_attend_mla_fp8".
+        attend: attention inputs of layers, "sparse_attend_mla" and, over the FP8 cache, "sparse_attend_mla_fp8".
+        tokens: of layers: what is quantised and stored.
+        picked: of layers: the selection, for "to_slots".
         contiguous: a prefill's keys and ranges, for "index_score": ``(k, k_scales, starts, ends)``.
         scores: fp32 ``[Q, N]``, for "select_topk".
         ends: int64 ``[Q]``, how many of a row's scores count, where rows of "select_topk" differ in that.
@@ -54,6 +69,8 @@ class Work:
     impl: str
     index: Inputs | None
     attend: AttendInputs | None
+    tokens: NewTokens | None
+    picked: Selection | None
     contiguous: tuple[Tensor, Tensor, Tensor, Tensor] | None
     scores: Tensor | None
     ends: Tensor | None
@@ -93,8 +110,17 @@ def make_work(
     check_inputs(case, inputs)
     needs_attention = case.kind in ("layer", "mla-decode")
     index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
-    attend = make_attend_inputs(case, seed, device, copy, op == "sparse_attend_mla_fp8") if needs_attention else None
-    contiguous = scores = ends = state = None
+    attend = make_attend_inputs(case, seed, device, copy, op != "sparse_attend_mla") if needs_attention else None
+    tokens = contiguous = scores = ends = state = picked = None
+    if case.kind == "layer":
+        assert index is not None
+        assert attend is not None
+        assert selector is not None
+        tokens = make_new_tokens(case, index, seed, copy)
+        with using(impl):
+            index = Inputs(store_tokens(tokens, index, attend), index.keys)
+            picked = selector.select_indices(index.query, index.keys, LayerState(0))
+            attend = replace(attend, slots=slots_of(picked, index.query, index.keys))
     if index is not None and op == "index_score" and case.kind == "prefill":
         past = index.query.positions + 1
         contiguous = (*load_keys(index.keys, 0), torch.zeros_like(past), past)
@@ -104,7 +130,7 @@ def make_work(
         ends = visible_counts(index.query, index.keys) if case.length is None else None
     if case.kind != "prefill" and op in ("select", "layer"):
         state = LayerState(0)
-    return Work(case, op, selector, impl, index, attend, contiguous, scores, ends, state)
+    return Work(case, op, selector, impl, index, attend, tokens, picked, contiguous, scores, ends, state)
 
 
 def check_op(case: Case, op: str) -> None:
@@ -143,6 +169,29 @@ def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
     return to_slots(picked.indices, keys.page_table, query.requests, keys.page_size)
 
 
+def store_tokens(tokens: NewTokens, index: Inputs, attend: AttendInputs) -> IndexQuery:
+    """Quantises a layer's new tokens: key and latent into the caches, and the index query, which it returns."""
+    positions, requests = index.query.positions, index.query.requests
+    dim = tokens.key.shape[1]
+    store_index_keys(index.keys.pages, tokens.slots, tokens.key, positions, THETA, dim // 2, STYLE)
+    store_latents(attend.latents, tokens.slots, tokens.latent, tokens.rope, positions, THETA)
+    factor = (tokens.q.shape[1] * dim) ** -0.5
+    return IndexQuery(*quantize_queries(tokens.q, tokens.weights, positions, THETA, dim // 2, STYLE, factor), positions, requests)
+
+
+def _store(work: Work) -> IndexQuery:
+    assert work.tokens is not None
+    assert work.index is not None
+    assert work.attend is not None
+    return store_tokens(work.tokens, work.index, work.attend)
+
+
+def _to_slots(work: Work) -> Tensor:
+    assert work.picked is not None
+    assert work.index is not None
+    return slots_of(work.picked, work.index.query, work.index.keys)
+
+
 def _select(work: Work) -> Selection:
     assert work.index is not None
     assert work.selector is not None
@@ -171,10 +220,12 @@ def _attend(work: Work) -> Any:
 
 
 def _layer(work: Work) -> Any:
+    """A token's step through a layer's indexer and attention: quantise and store it, select, attend."""
     assert work.attend is not None
     assert work.index is not None
-    slots = slots_of(_select(work), work.index.query, work.index.keys)
-    return sparse_attend_mla(work.attend.q, work.attend.latents, slots, SCALE)
+    query, keys = _store(work), work.index.keys
+    slots = slots_of(_select(replace(work, index=Inputs(query, keys))), query, keys)
+    return sparse_attend_mla_fp8(work.attend.q, work.attend.latents, slots, SCALE)
 
 
 _RUNS: dict[str, Callable[[Work], Any]] = {
@@ -184,4 +235,6 @@ _RUNS: dict[str, Callable[[Work], Any]] = {
     "sparse_attend_mla_fp8": _attend,
     "sparse_attend_mla": _attend,
     "layer": _layer,
+    "store": _store,
+    "to_slots": _to_slots,
 }
