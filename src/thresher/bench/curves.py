@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def by_length(records: Sequence[Record]) -> Lines:
     found: dict[tuple[int, int, str], dict[int, Record]] = {}
     for record, case, length in _whole_jobs(records):
         place = list(SELECTORS).index(str(record.selector))
-        found.setdefault((place, -case.heads, _name(record, case.heads)), {})[length] = record
+        found.setdefault((place, -case.heads, name_of(record, case.heads)), {})[length] = record
     return {key[2]: _ascending(line) for key, line in sorted(found.items()) if len(line) > 1}
 
 
@@ -56,7 +56,7 @@ def by_heads(records: Sequence[Record]) -> Lines:
     return {"dsa": _ascending(line)} if len(line) > 1 else {}
 
 
-def origin(lines: Lines) -> str:
+def origin(lines: Mapping[str, Mapping[Any, Record]]) -> str:
     """What the records were taken on: the GPU, and the commits; * marks an uncommitted tree.
 
     Raises:
@@ -159,7 +159,7 @@ def _ascending(line: dict[int, Record]) -> dict[int, Record]:
     return {x: line[x] for x in sorted(line)}
 
 
-def _name(record: Record, heads: int) -> str:
+def name_of(record: Record, heads: int) -> str:
     """The selector, how many heads score every token, and the options that differ from their defaults."""
     options = record.options
     usual = {field.name: field.default for field in fields(SELECTORS[str(record.selector)]) if field.default is not MISSING}
