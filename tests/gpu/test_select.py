@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from thresher.ops import select_topk
+from thresher.ops import select_topk, to_slots
 from thresher.ops.select import triton as kernels
+from thresher.ops.to_slots import triton as slots
 
-from .compare import fail_on
+from .compare import differ, fail_on
 from .draw import GARBAGE, generator
 from .machine import DEVICE, INTERPRET, sized
 
@@ -216,6 +217,21 @@ def test_slots(width):
         what = f"{name}, row {i}, width {width}"
         problems.append(wrong(what, scores[i], topk, got.indices[i].cpu(), int(got.lengths[i]), got.scores[i].cpu(), slots))
     fail_on(problems)
+
+
+@pytest.mark.parametrize("page_size", [64, 61])
+def test_slots_of_a_selection(page_size):
+    """Positions past the table and negative ones, pages that are not there, rows of no request, rows that are strided."""
+    topk, pages = sized(2048, 70), 40
+    table = torch.stack([torch.randperm(3 * pages, generator=generator(row))[:pages] for row in range(3)]).int()
+    table[0, ::5] = -1
+    wide = torch.randint(-2, (pages + 3) * page_size, (5, topk + 9), generator=generator(7)).int()
+    requests = torch.tensor([0, 1, 2, 0, 2])
+    want = to_slots(wide[:, 5:-4], table, requests, page_size, impl="reference")
+    got = slots.to_slots(wide.to(DEVICE)[:, 5:-4], table.to(DEVICE), requests.to(DEVICE), page_size)
+    fail_on([differ("slots", got.cpu(), want)])
+    nobody = slots.to_slots(wide.to(DEVICE), table.to(DEVICE), torch.tensor([2**40, -1, 3, 2**62, -5], device=DEVICE), page_size)
+    fail_on([differ("slots of no request", nobody.cpu(), torch.full_like(wide, -1))])
 
 
 def test_strided_rows_and_no_scores():
