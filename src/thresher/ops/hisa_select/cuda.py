@@ -100,7 +100,8 @@ def select_step(
     then_told = told + 4 * step.shared_words(num, programs)
     blocks = then_told + 4 * step.shared_words(num, programs)
     both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks}
-    of_blocks, _kept = step.step_of(read, held_means, keys, num_blocks - 1, picked, mean_tiles, held, told, programs, **both)
+    unscored = Selection(picked.indices, picked.lengths)  # what blocks are chosen by is nobody's to see
+    of_blocks, _kept = step.step_of(read, held_means, keys, num_blocks - 1, unscored, mean_tiles, held, told, programs, **both)
     in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, held, then_told, programs, **both)
     grown = (None, None) if growing is None else (growing.pooled.data_ptr(), held_means.lengths.data_ptr())
     arguments = Hisa(of_blocks=of_blocks, in_blocks=in_blocks, pooled=grown[0], counts=grown[1], meeting=meeting)
