@@ -10,7 +10,6 @@ from thresher.ops import dispatch
 
 from ..ops.arguments import empty, first_tensor
 
-
 CUDA_ALONE = {"score_select", "hisa_select"}
 
 
