@@ -172,11 +172,11 @@ def test_more_queries_than_blocks(order):
     World(8, 64, [300, 1, 130], 70, 5).check(32, False, 3)
 
 
-@pytest.mark.parametrize(("heads", "dim", "block", "programs"), [(5, 64, 64, 1), (16, 128, 64, 5), (32, 64, 128, 4), (40, 128, 192, 7)])
-@pytest.mark.parametrize(("num_blocks", "topk"), [(2, 50), (5, 128), (9, 300), (40, 10), (40, 700)])
+@pytest.mark.parametrize(("heads", "dim", "block", "programs"), [(5, 64, 64, 1), (32, 64, 128, 4), (40, 128, 192, 7)])
+@pytest.mark.parametrize(("num_blocks", "topk"), [(2, 50), (9, 300), (40, 10)])
 def test_the_set_of_the_four_operations(heads, dim, block, programs, num_blocks, topk, order):
     """Blocks that are chosen by their means, then tokens in them; some requests have few blocks, or one that is not full."""
-    World(heads, dim, [2500, 0, 500, 64, 100], 9, heads + order, block=block).check_in_blocks(num_blocks, topk, topk != 128, programs)
+    World(heads, dim, [2500, 0, 500, 64, 100], 9, heads + order, block=block).check_in_blocks(num_blocks, topk, topk != 50, programs)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(9, 64), (64, 128)])
