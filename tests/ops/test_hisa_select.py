@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -16,6 +14,8 @@ from thresher.ops.hisa_select import cuda
 from thresher.ops.hisa_select.reference import choose_blocks
 from thresher.selectors import DSA, HISA
 from thresher.types import IndexKeys, IndexQuery
+
+from .stand_ins import put_in, stand_in
 
 BLOCK = 16
 
@@ -66,17 +66,8 @@ def test_means_are_brought_up_to_date_first():
 
 @pytest.fixture
 def module(monkeypatch):
-    """A stand-in for the kernel, on tensors that count as a GPU's for this operation."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    made = SimpleNamespace(why=None, seen=[], asked=[])
-    made.unsupported = lambda *given: made.why
-    made.worthwhile = lambda *given: made.asked.append(given) or given[0] < 5
-    made.hisa_select = lambda *given: made.seen.append(given) or "in one launch"
-    candidates, reason, load = dispatch._candidates, dispatch.reason, dispatch._module
-    ours = "hisa_select"
-    monkeypatch.setattr(dispatch, "_candidates", lambda op, device: dispatch.TABLE[op] if op == ours else candidates(op, device))
-    monkeypatch.setattr(dispatch, "reason", lambda op, impl, device: None if op == ours else reason(op, impl, device))
-    monkeypatch.setattr(dispatch, "_module", lambda op, impl: made if op == ours else load(op, impl))
+    made = stand_in("hisa_select", "cuda", lambda num, requests: num < 5, "in one launch")
+    put_in(monkeypatch, "hisa_select", {"cuda": made})
     return made
 
 

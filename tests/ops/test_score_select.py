@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from thresher.cache import pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import dispatch
 from thresher.types import IndexQuery
+
+from .stand_ins import put_in, stand_in
 
 ROOM = 128
 
@@ -24,28 +25,12 @@ def world(num: int) -> tuple:
     return IndexQuery(q, torch.randn(num, 3, generator=gen), torch.arange(num) * 9, zeros), pack_keys([(k, scales)])
 
 
-def stand_in(name, most, answer):
-    """Kernels that are worthwhile for more than ``most`` queries."""
-    made = SimpleNamespace(__name__=f"kernels.{name}", why=None, seen=[], asked=[])
-    made.unsupported = lambda *given: made.why
-    made.worthwhile = lambda *given: made.asked.append(given) or given[1] > most
-    made.score_select = lambda *given: made.seen.append(given) or answer
-    return made
-
-
 @pytest.fixture
 def module(monkeypatch):
-    """A stand-in for the kernels, on tensors that count as a GPU's for this operation; for the others they are a CPU's. ``module.step`` is
-    one for a step of decoding."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    made = stand_in("triton", 4, "from the kernels")
-    made.step = stand_in("cuda", 6, "in one launch")
-    modules = {"triton": made, "cuda": made.step}
-    candidates, reason, load = dispatch._candidates, dispatch.reason, dispatch._module
-    ours = "score_select"
-    monkeypatch.setattr(dispatch, "_candidates", lambda op, device: dispatch.TABLE[op] if op == ours else candidates(op, device))
-    monkeypatch.setattr(dispatch, "reason", lambda op, impl, device: None if op == ours else reason(op, impl, device))
-    monkeypatch.setattr(dispatch, "_module", lambda op, impl: modules[impl] if op == ours else load(op, impl))
+    """A stand-in for the kernels; ``module.step`` is one for a step of decoding."""
+    made = stand_in("score_select", "triton", lambda heads, num, *rest: num > 4, "from the kernels")
+    made.step = stand_in("score_select", "cuda", lambda heads, num, *rest: num > 6, "in one launch")
+    put_in(monkeypatch, "score_select", {"triton": made, "cuda": made.step})
     return made
 
 

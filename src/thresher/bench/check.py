@@ -11,6 +11,7 @@ from torch import Tensor
 from thresher.bench.inputs import SCALE, Inputs
 from thresher.bench.work import Work, slots_of, store_tokens
 from thresher.cache import IndexKeyCache, LatentCache
+from thresher.cache.fp8 import dequantize_fp8
 from thresher.cache.index_keys import planes, visible_counts
 from thresher.cache.latents import decode_records
 from thresher.ops import paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8, to_slots
@@ -75,20 +76,16 @@ def _stores(work: Work, got: IndexQuery) -> str | None:
     assert work.index is not None
     assert work.attend is not None
     assert work.tokens is not None
-    slots, pages = work.tokens.slots.cpu(), work.index.keys.pages
-    tokens = replace(work.tokens, **{name: x.cpu() for name, x in vars(work.tokens).items()} | {"slots": torch.arange(len(slots))})
-    keys, latents = IndexKeyCache(-(-len(slots) // 64), pages.shape[3] - 4), LatentCache(-(-len(slots) // 64))
+    slots, pages, num = work.tokens.slots, work.index.keys.pages, len(work.tokens.slots)
+    at = torch.arange(num)
+    tokens = replace(work.tokens, **{name: x.cpu() for name, x in vars(work.tokens).items()} | {"slots": at})
+    keys, latents = IndexKeyCache(-(-num // 64), pages.shape[3] - 4), LatentCache(-(-num // 64))
     on_cpu = IndexQuery(*(x.cpu() for x in vars(work.index.query).values()))
     index = Inputs(on_cpu, keys.view(torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)))
     want = store_tokens(tokens, index, replace(work.attend, latents=latents.data))
-    values, scales = (x.flatten(0, 1) for x in planes(pages))
-    at = work.tokens.slots
-    mine = values.view(torch.uint8)[at].view(values.dtype).cpu().float() * scales[at].cpu()[:, None]
-    theirs = (x.flatten(0, 1)[: len(slots)] for x in planes(keys.pages))
-    held = decode_records(work.attend.latents.flatten(0, 1)[at].cpu().flatten(1))
     pairs = {
-        "keys": (mine, torch.mul(*(x.float() if x.dim() > 1 else x[:, None] for x in theirs))),
-        "latents": (held, decode_records(latents.data.flatten(0, 1)[: len(slots)].flatten(1))),
+        "keys": (_keys_at(pages, slots), _keys_at(keys.pages, at)),
+        "latents": (_latents_at(work.attend.latents, slots), _latents_at(latents.data, at)),
         "queries": tuple(q.q.cpu().float() * q.weights.cpu()[..., None] for q in (got, want)),
     }
     for name, (x, y) in pairs.items():
@@ -96,6 +93,17 @@ def _stores(work: Work, got: IndexQuery) -> str | None:
         if not off <= STORED:
             return f"{name} are off by {off:.2g} of their length, over {STORED:.2g}"
     return None
+
+
+def _keys_at(pages: Tensor, slots: Tensor) -> Tensor:
+    """fp32 ``[n, D]``, on a CPU: the index keys in these slots."""
+    values, scales = (plane.flatten(0, 1) for plane in planes(pages))
+    return dequantize_fp8(values.view(torch.uint8)[slots].view(values.dtype).cpu(), scales[slots].cpu())
+
+
+def _latents_at(data: Tensor, slots: Tensor) -> Tensor:
+    """fp32 ``[n, 576]``, on a CPU: the latents in these slots."""
+    return decode_records(data.flatten(0, 2)[slots].cpu())
 
 
 def _seen(work: Work, got: Any) -> Any:
@@ -240,8 +248,7 @@ def _rows(result: Any, rows: Tensor) -> Any:
 
 def _same_bits(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor):
-        return torch.equal(one.view(torch.int32), two.view(torch.int32)) if one.dtype == torch.float32 else torch.equal(one, two)
-    if isinstance(one, IndexQuery):
-        one, two = (PartialAttention(query.q.float(), query.weights) for query in (one, two))
-    names = ("out", "lse") if isinstance(one, PartialAttention) else ("indices", "lengths")
+        bits = {torch.float32: torch.int32, torch.float8_e4m3fn: torch.uint8}.get(one.dtype, one.dtype)
+        return torch.equal(one.view(bits), two.view(bits))
+    names = {PartialAttention: ("out", "lse"), IndexQuery: ("q", "weights"), Selection: ("indices", "lengths")}[type(one)]
     return all(_same_bits(getattr(one, name), getattr(two, name)) for name in names)

@@ -120,24 +120,39 @@ def spread(places: Sequence[float]) -> list[float]:
     return moved
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Draw what there are records of; 0 if that is every picture, else 1 and a line that says why."""
-    parser = argparse.ArgumentParser(prog="python -m thresher.bench.curves", description="Draw what a selection costs, from records.")
+def parse_arguments(arguments: Sequence[str], module: str, what: str) -> argparse.Namespace:
+    """The command line of a module that draws from records: the folders of both, and one GPU or None."""
+    parser = argparse.ArgumentParser(prog=f"python -m thresher.bench.{module}", description=what)
     parser.add_argument("results", type=Path, help="the folder of records")
     parser.add_argument("folder", type=Path, help="where to put the pictures")
     parser.add_argument("--gpu", help="draw this GPU's records alone; a name as records have it")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def records_of(args: argparse.Namespace) -> list[Record]:
+    """Those that the command line asks for, oldest first."""
+    return [record for record in load(args.results) if args.gpu in (None, record.gpu)]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, whole or not at all, and say where."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
+    print(path)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw what there are records of; 0 if that is every picture, else 1 and a line that says why."""
+    args = parse_arguments(arguments, "curves", "Draw what a selection costs, from records.")
     try:
-        records = [record for record in load(args.results) if args.gpu in (None, record.gpu)]
+        records = records_of(args)
         shown = {picture: picture.collect(records) for picture in PICTURES}
         figures = {p.file: draw(lines, f"{p.title}\n{origin(lines)}", p.xlabel) for p, lines in shown.items() if lines}
     except ThresherError as error:
         print(error, file=sys.stderr)
         return 1
     for file, figure in figures.items():
-        with atomic_path(args.folder / file) as temporary:
-            figure.savefig(temporary, dpi=DPI, format="png")
-        print(args.folder / file)
+        save(figure, args.folder / file)
     missing = [picture.file for picture in PICTURES if picture.file not in figures]
     if missing:
         print(f"{args.results} has no line of records for {' and '.join(missing)}; take them with tools/records", file=sys.stderr)

@@ -76,7 +76,7 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
         moved += 4.0 * case.rows * case.topk
     if op in ("store", "layer"):  # bf16 read, FP8 written; a layer reads the query again
         key, query = case.head_dim, case.heads * case.head_dim
-        moved += float(case.rows * (2 * (key + LATENT_DIM + query + case.heads) + key + 4 + 656 + query + 4 * case.heads))
+        moved += float(case.rows * (2 * (key + LATENT_DIM + query + case.heads) + key + 4 + LATENT_BYTES["layer"] + query + 4 * case.heads))
     if op == "to_slots":
         moved += 8.0 * case.rows * case.topk
     if op in LATENT_BYTES:

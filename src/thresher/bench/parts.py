@@ -7,19 +7,15 @@ same records give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thresher.bench.cases import parse_case
-from thresher.bench.curves import DPI, name_of, origin
+from thresher.bench.curves import name_of, origin, parse_arguments, records_of, save
 from thresher.bench.record import Record
-from thresher.bench.table import load
 from thresher.errors import ThresherError
 from thresher.eval.plots import COLOURS
-from thresher.eval.rundir import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,13 +74,9 @@ def draw(bars: Bars, title: str) -> Figure:
 
 def main(arguments: Sequence[str]) -> int:
     """Draw it; 0, or 1 and a line that says why not."""
-    parser = argparse.ArgumentParser(prog="python -m thresher.bench.parts", description="Draw the parts of a layer's step, from records.")
-    parser.add_argument("results", type=Path, help="the folder of records")
-    parser.add_argument("folder", type=Path, help="where to put the picture")
-    parser.add_argument("--gpu", help="draw this GPU's records alone; a name as records have it")
-    args = parser.parse_args(arguments)
+    args = parse_arguments(arguments, "parts", "Draw the parts of a layer's step, from records.")
     try:
-        bars = by_part([record for record in load(args.results) if args.gpu in (None, record.gpu)])
+        bars = by_part(records_of(args))
         if not bars:
             must = f"{args.results} must hold a layer case with each of its parts"
             raise ThresherError(f"{must}; got none; take them with tools/records layer")
@@ -92,9 +84,7 @@ def main(arguments: Sequence[str]) -> int:
     except ThresherError as error:
         print(error, file=sys.stderr)
         return 1
-    with atomic_path(args.folder / FILE) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
-    print(args.folder / FILE)
+    save(figure, args.folder / FILE)
     return 0
 
 

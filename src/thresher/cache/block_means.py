@@ -12,7 +12,19 @@ from thresher.errors import require
 from thresher.types import IndexKeys
 
 Grow = Callable[[IndexKeys, IndexKeys, Tensor, Tensor, int], None]
-PAGE = 64  # blocks
+MEANS_PAGE = 64  # blocks
+
+
+def pages_of_means(keys: IndexKeys, block_size: int) -> int:
+    """Pages, for each request, for the means of as many blocks as the page table of ``keys`` has room for."""
+    return max(1, -(-(keys.room // block_size) // MEANS_PAGE))
+
+
+def empty_means(num_requests: int, pages: int, head_dim: int, device: torch.device) -> IndexKeys:
+    """Zeros, so many pages for each request, those of one after the other's, and no block in them yet."""
+    made = torch.zeros(num_requests * pages, MEANS_PAGE, 1, head_dim + 4, dtype=torch.uint8, device=device)
+    table = torch.arange(num_requests * pages, dtype=torch.int32, device=device).view(num_requests, pages)
+    return IndexKeys(made, table, torch.zeros(num_requests, dtype=torch.int64, device=device))
 
 
 class Growing(NamedTuple):
@@ -26,6 +38,11 @@ class Growing(NamedTuple):
     means: IndexKeys
     pooled: Tensor
     tickets: Tensor
+
+
+def held_means(means: IndexKeys | Growing) -> IndexKeys:
+    """Where they are, brought up to date or not."""
+    return means.means if isinstance(means, Growing) else means
 
 
 class BlockMeans:
@@ -87,7 +104,7 @@ class BlockMeans:
 
     def _make_room(self, keys: IndexKeys) -> None:
         """Pages for as many requests and blocks as the page table has room for; what they held stays."""
-        num, width = keys.num_requests, max(1, -(-(keys.room // self.block_size) // PAGE))
+        num, width = keys.num_requests, pages_of_means(keys, self.block_size)
         old = self._means
         if old is not None and num <= old.num_requests and width <= old.page_table.shape[1] and old.pages.device == keys.pages.device:
             return
@@ -96,11 +113,10 @@ class BlockMeans:
         require(not recording, "block means must have room before a CUDA graph is recorded", "no room", "select once before recording")
         kept = 0 if old is None else old.num_requests
         num, width = max(num, kept), width if old is None else max(width, old.page_table.shape[1])
-        pages = torch.zeros(num, width, PAGE, 1, keys.head_dim + 4, dtype=torch.uint8, device=device)
-        pooled, counts = torch.zeros(2, num, dtype=torch.int64, device=device)
+        made, pooled = empty_means(num, width, keys.head_dim, device), torch.zeros(num, dtype=torch.int64, device=device)
         if old is not None:
-            pages[:kept, : old.page_table.shape[1]] = old.pages.view(kept, -1, PAGE, 1, keys.head_dim + 4)
-            pooled[:kept], counts[:kept] = self._pooled, old.lengths
-        table = torch.arange(num * width, dtype=torch.int32, device=device).view(num, width)
-        self._means = IndexKeys(pages.flatten(0, 1), table, counts)
+            held = old.page_table.shape[1]
+            made.pages.unflatten(0, (num, width))[:kept, :held] = old.pages.unflatten(0, (kept, held))
+            pooled[:kept], made.lengths[:kept] = self._pooled, old.lengths
+        self._means = made
         self._pooled, self._tickets = pooled, torch.zeros(num, dtype=torch.int32, device=device)

@@ -121,11 +121,6 @@ def load_keys(keys: IndexKeys, request: int, start: int = 0, end: int | None = N
     length = int(keys.lengths[request])
     end = length if end is None else end
     require(0 <= start <= end <= length, f"start..end must lie within 0..{length}", f"{start}..{end}", "ask for tokens the request holds")
-    return read_keys(keys, request, start, end)
-
-
-def read_keys(keys: IndexKeys, request: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """``load_keys`` for a caller that knows the request to hold these positions: the host reads no value."""
     size = keys.page_size
     first = start // size
     pages = keys.page_table[request, first : -(-end // size)]
@@ -159,12 +154,7 @@ def pack_keys(requests: Sequence[tuple[Tensor, Tensor]], page_size: int = 64) ->
         _check_key(values, scales)
     dims = sorted({values.shape[1] for values, _ in requests})
     require(len(dims) == 1, "every request must have the same head_dim", dims, "pack one model's keys")
-    return pack_pages(requests, page_size)
-
-
-def pack_pages(requests: Sequence[tuple[Tensor, Tensor]], page_size: int = 64) -> IndexKeys:
-    """``pack_keys`` for a caller that knows its keys to be in order, at least one request: the host reads no value."""
-    device, dim = requests[0][0].device, requests[0][0].shape[1]
+    device, dim = requests[0][0].device, dims[0]
     counts = [scales.shape[0] for _, scales in requests]
     needed = [-(-count // page_size) for count in counts]
     room = [pages * page_size - count for pages, count in zip(needed, counts, strict=True)]

@@ -122,16 +122,13 @@ __device__ __forceinline__ void await_all(const u32* at, u32 times) {
 }
 // A word that others read as soon as it is not zero: no arrival need be waited for, nor one ordered behind it.
 __device__ __forceinline__ void publish(u64* to, u64 word) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory"); }
-__device__ __forceinline__ u64 await_word(const u64* from) {
-  u64 word;
-  do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
-  while (word == 0);
-  return word;
-}
 __device__ __forceinline__ void publish(u32* to, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory"); }
-__device__ __forceinline__ u32 await_word(const u32* from) {
-  u32 word;
-  do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+__device__ __forceinline__ void look(const u64* from, u64& word) { asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory"); }
+__device__ __forceinline__ void look(const u32* from, u32& word) { asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory"); }
+template <class T>
+__device__ __forceinline__ T await_word(const T* from) {
+  T word;
+  do look(from, word);
   while (word == 0);
   return word;
 }

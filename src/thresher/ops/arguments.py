@@ -35,6 +35,20 @@ def check_values(*bounds: Bounds) -> None:
             require(most <= high, f"{name} must be at most {high}", most, do)
 
 
+def check_means(means: IndexKeys, keys: IndexKeys) -> None:
+    """Raise unless these can be the means of the blocks of these keys, by their sizes.
+
+    Raises:
+        ThresherError: something else than keys, other requests or another head dim, pages that are strided, or devices that differ.
+    """
+    check_kind("means", means, IndexKeys, "pass what pool_blocks returns")
+    got = f"{means.num_requests} requests, head_dim {means.head_dim}"
+    ok = (means.num_requests, means.head_dim) == (keys.num_requests, keys.head_dim)
+    must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}"
+    require(ok and means.pages.is_contiguous(), must, got, "pass what pool_blocks returns")
+    device_of(keys=keys.pages, means=means.pages, page_table=means.page_table, lengths=means.lengths)
+
+
 def check_paged(query: IndexQuery, keys: IndexKeys) -> torch.device:
     """Raise unless these queries can be asked of these keys; returns their device.
 

@@ -152,6 +152,38 @@ def choose(
     raise ThresherError(f"{operation} must have an implementation that can run; got none; check the table")
 
 
+def one_or_steps(
+    operation: str, device: torch.device, unsupported: Callable[[ModuleType], str | None], worthwhile: Callable[[ModuleType], bool]
+) -> Callable[..., Any] | None:
+    """What "auto" takes for an operation that stands for several: kernels that do all at once, where they can run and are worthwhile, or
+    None for the steps, each "auto" itself.
+
+    What ``using`` makes of "auto" holds for the steps, but "cuda" for this operation; its kernels of "triton" are another way to run them
+    as "triton".
+
+    Args:
+        operation, device, unsupported: as for ``choose``.
+        worthwhile: given the implementation's module, whether it is the faster way.
+
+    Raises:
+        ThresherError: inside ``using("cuda")``, a kernel that cannot run.
+    """
+    meant = meaning()
+
+    def why_not(module: ModuleType) -> str | None:
+        if meant == "triton" and module.__name__.endswith(".cuda"):
+            return "triton was asked for"
+        why = unsupported(module)
+        return "the steps, or another kernel, are faster" if why is None and not worthwhile(module) else why
+
+    if meant == "cuda":
+        return choose(operation, AUTO, device, unsupported)
+    if meant not in (AUTO, "triton"):
+        return None
+    with using(AUTO):
+        return choose(operation, AUTO, device, why_not)
+
+
 def reason(operation: str, impl: str, device: torch.device) -> str | None:
     """Why an implementation cannot run for tensors on ``device``, in one line, or None. What depends on shapes is left to the call."""
     if impl == "reference":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from thresher.cache.block_means import Growing
+from thresher.cache.block_means import held_means
 from thresher.errors import require
 from thresher.ops.hisa_select import hisa_select
 from thresher.ops.pool_keys import grow_means, pool_blocks
@@ -53,13 +53,12 @@ class HISA(ScoredSelector):
         """Uses the state's block means."""
         means = pool_blocks(keys, self.block_size) if state is None else state.block_means(self.block_size, grow_means).growing(keys)
         scratch = None if state is None else state.scratch
-        held = means.means if isinstance(means, Growing) else means
 
         def select_rows(rows: IndexQuery, _: slice) -> Selection:
             sizes = self.num_blocks, self.block_size, self.topk
             return hisa_select(rows, keys, means, *sizes, with_scores=with_scores, scratch=scratch)
 
-        return in_chunks(query, max(self.num_blocks * self.block_size, held.room), select_rows)
+        return in_chunks(query, max(self.num_blocks * self.block_size, held_means(means).room), select_rows)
 
     def index_flops(self, length: int, heads: int, head_dim: int) -> float:
         """``2 H D (ceil(L / B) + min(L, m B))``."""

@@ -12,15 +12,13 @@ table, elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
-from thresher.cache.block_means import Growing
+from thresher.cache.block_means import Growing, held_means
 from thresher.cache.scratch import Scratch
 from thresher.checks import check_count, check_kind
-from thresher.errors import require
-from thresher.ops.arguments import check_paged
-from thresher.ops.dispatch import AUTO, choose, device_of, meaning
+from thresher.ops.arguments import check_means, check_paged
+from thresher.ops.dispatch import AUTO, choose, one_or_steps
 from thresher.ops.hisa_select.reference import hisa_select_reference
 from thresher.ops.pool_keys import check_cuts
 from thresher.types import IndexKeys, IndexQuery, Selection
@@ -64,13 +62,8 @@ def hisa_select(
     Source: HISA (arXiv 2603.28458).
     """
     device = check_paged(query, keys)
-    held = means.means if isinstance(means, Growing) else means
-    check_kind("means", held, IndexKeys, "pass what pool_blocks returns")
-    got = f"{held.num_requests} requests, head_dim {held.head_dim}"
-    ok = (held.num_requests, held.head_dim) == (keys.num_requests, keys.head_dim)
-    must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}"
-    require(ok and held.pages.is_contiguous(), must, got, "pass what pool_blocks returns")
-    device_of(query=query.q, means=held.pages, page_table=held.page_table, lengths=held.lengths)
+    held = held_means(means)
+    check_means(held, keys)
     check_count("num_blocks", num_blocks, 2, do="keep the first and the query's own at least")
     check_count("block_size", block_size, 1, do="pass tokens per block")
     check_count("topk", topk, 1, do="ask for at least one token")
@@ -79,17 +72,16 @@ def hisa_select(
         check_kind("scratch", scratch, Scratch, "pass a Scratch, or None")
     if isinstance(means, Growing):
         check_cuts(keys, held, block_size)
-    taken: Callable[..., Selection] | None = None
-    if impl != AUTO or meaning() in (AUTO, "cuda"):
-        named = impl != AUTO or meaning() != AUTO
 
-        def why_not(module: ModuleType) -> str | None:
-            why: str | None = module.unsupported(query, keys, held, block_size, topk)
-            if why is None and not named and not module.worthwhile(query.num_queries, keys.num_requests):
-                why = "the four operations are taken for so many queries"
-            return why
+    def unsupported(module: ModuleType) -> str | None:
+        why: str | None = module.unsupported(query, keys, held, block_size, topk)
+        return why
 
-        taken = choose("hisa_select", impl, device, why_not)
-    if taken is None:
+    sizes = query.num_queries, keys.num_requests
+    if impl == AUTO:
+        kernel = one_or_steps("hisa_select", device, unsupported, lambda module: module.worthwhile(*sizes))
+    else:
+        kernel = choose("hisa_select", impl, device, unsupported)
+    if kernel is None:
         return hisa_select_reference(query, keys, means, num_blocks, block_size, topk, with_scores, impl)
-    return taken(query, keys, means, num_blocks, block_size, topk, with_scores, scratch)
+    return kernel(query, keys, means, num_blocks, block_size, topk, with_scores, scratch)

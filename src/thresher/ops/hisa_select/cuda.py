@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from thresher.cache.block_means import Growing
+from thresher.cache.block_means import Growing, held_means
 from thresher.cache.scratch import Scratch
 from thresher.ops.score_select import cuda as step
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
@@ -90,8 +90,8 @@ def select_step(
         return picked
     shared = torch.zeros(shared_words(num, num_blocks, programs), dtype=torch.int32, device=device) if shared is None else shared
     growing = means if isinstance(means, Growing) else None
-    held_means = means.means if isinstance(means, Growing) else means
-    mean_tiles, tiles = held_means.page_table.shape[1], num_blocks * block_size // TILE
+    pages = held_means(means)
+    mean_tiles, tiles = pages.page_table.shape[1], num_blocks * block_size // TILE
     most = step.share(num, max(mean_tiles, tiles), programs)
     size, held = step.shared_memory(step.rows_of_heads(query), keys.head_dim, most, BEFORE_ORDERS)
     read = step.readable(query)
@@ -101,9 +101,9 @@ def select_step(
     blocks = then_told + 4 * step.shared_words(num, programs)
     both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks}
     unscored = Selection(picked.indices, picked.lengths)  # what blocks are chosen by is nobody's to see
-    of_blocks, _kept = step.step_of(read, held_means, keys, num_blocks - 1, unscored, mean_tiles, held, told, programs, **both)
+    of_blocks, _kept = step.step_of(read, pages, keys, num_blocks - 1, unscored, mean_tiles, held, told, programs, **both)
     in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, held, then_told, programs, **both)
-    grown = (None, None) if growing is None else (growing.pooled.data_ptr(), held_means.lengths.data_ptr())
+    grown = (None, None) if growing is None else (growing.pooled.data_ptr(), pages.lengths.data_ptr())
     arguments = Hisa(of_blocks=of_blocks, in_blocks=in_blocks, pooled=grown[0], counts=grown[1], meeting=meeting)
     step.launch_step("select_in_blocks", arguments, read, programs, size)
     return picked

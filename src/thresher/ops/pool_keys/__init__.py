@@ -14,12 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thresher.cache.block_means import MEANS_PAGE
 from thresher.checks import E4M3, FP32, INT32, INT64, check_count, check_kind, check_tensor
 from thresher.errors import require
-from thresher.ops.arguments import check_values
+from thresher.ops.arguments import check_means, check_values
 from thresher.ops.dispatch import checks_values, choose, device_of
 from thresher.ops.pool_keys.reference import (
-    MEANS_PAGE,
     grow_means_reference,
     partial_means_reference,
     pool_blocks_reference,
@@ -95,15 +95,14 @@ def grow_means(keys: IndexKeys, means: IndexKeys, pooled: Tensor, tickets: Tenso
     Source: MISA (arXiv 2605.07363) and HISA (arXiv 2603.28458), block representatives.
     """
     device = _check_pages(keys, block_size)
-    check_kind("means", means, IndexKeys, "pass what pool_blocks returns")
-    got = f"{means.num_requests} requests, head_dim {means.head_dim}, pages of {means.page_size}"
-    fits = (means.num_requests, means.head_dim, means.page_size) == (keys.num_requests, keys.head_dim, MEANS_PAGE)
-    must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}, in pages of {MEANS_PAGE}"
-    require(fits and means.pages.is_contiguous() and means.lengths.is_contiguous(), must, got, "pass what pool_blocks returns")
+    check_means(means, keys)
+    whole = means.page_size == MEANS_PAGE and means.lengths.is_contiguous()
+    must = f"means must be in pages of {MEANS_PAGE}, with contiguous lengths"
+    require(whole, must, f"pages of {means.page_size}", "pass what pool_blocks returns")
     check_tensor("pooled", pooled, INT64, (keys.num_requests,), "pass one per request")
     check_tensor("tickets", tickets, INT32, (keys.num_requests,), "pass a zero per request")
     require(pooled.is_contiguous() and tickets.is_contiguous(), "pooled and tickets must be contiguous", "strides", "allocate them whole")
-    device_of(keys=keys.pages, means=means.pages, pooled=pooled, tickets=tickets)
+    device_of(keys=keys.pages, pooled=pooled, tickets=tickets)
     check_cuts(keys, means, block_size)
     kernel = choose("grow_means", impl, device, lambda module: module.unsupported(keys.head_dim))
     if kernel is None:

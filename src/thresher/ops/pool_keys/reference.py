@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from thresher.cache.block_means import MEANS_PAGE, empty_means, pages_of_means
 from thresher.cache.index_keys import load_keys, store_keys
 from thresher.ops.quantize import dequantize_fp8, quantize_fp8
 from thresher.types import IndexKeys
-
-MEANS_PAGE = 64  # blocks
 
 
 @torch.no_grad()
@@ -51,11 +52,8 @@ def grow_means_reference(keys: IndexKeys, means: IndexKeys, pooled: Tensor, bloc
 
 def room_for_means(keys: IndexKeys, block_size: int) -> IndexKeys:
     """Pages of zeros, request after request, for the means of as many blocks as the page table of ``keys`` has room for."""
-    num, width = keys.num_requests, max(1, -(-(keys.room // block_size) // MEANS_PAGE))
-    device = keys.pages.device
-    pages = torch.zeros(num * width, MEANS_PAGE, 1, keys.head_dim + 4, dtype=torch.uint8, device=device)
-    table = torch.arange(num * width, dtype=torch.int32, device=device).view(num, width)
-    return IndexKeys(pages, table, keys.lengths // block_size)
+    means = empty_means(keys.num_requests, pages_of_means(keys, block_size), keys.head_dim, keys.pages.device)
+    return replace(means, lengths=keys.lengths // block_size)
 
 
 @torch.no_grad()

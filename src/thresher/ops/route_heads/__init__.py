@@ -15,7 +15,7 @@ from torch import Tensor
 
 from thresher.checks import E4M3, FP32, WIDE, check_count, check_list, check_tensor
 from thresher.errors import require
-from thresher.ops.arguments import check_paged
+from thresher.ops.arguments import check_means, check_paged
 from thresher.ops.dispatch import checks_values, choose, device_of
 from thresher.ops.route_heads.reference import Means, head_mass_reference, route_reference, routed_query_reference
 from thresher.types import IndexKeys, IndexQuery
@@ -123,12 +123,8 @@ def _check_means(query: IndexQuery, means: Means, keys: IndexKeys, block_size: i
 
 
 def _check_mean_pages(query: IndexQuery, means: IndexKeys, keys: IndexKeys, block_size: int) -> None:
-    got = f"{means.num_requests} requests, head_dim {means.head_dim}"
-    ok = (means.num_requests, means.head_dim) == (keys.num_requests, keys.head_dim)
-    must = f"means must hold the {keys.num_requests} requests of keys, with head_dim {keys.head_dim}"
-    require(ok and means.pages.is_contiguous(), must, got, "pass what pool_blocks returns")
-    device = device_of(query=query.q, means=means.pages, page_table=means.page_table, lengths=means.lengths)
-    if query.num_queries and checks_values(device):
+    check_means(means, keys)
+    if query.num_queries and checks_values(query.q.device):
         _check_counts(query, means.lengths, keys, block_size)
 
 

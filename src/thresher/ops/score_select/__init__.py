@@ -16,7 +16,7 @@ from types import ModuleType
 from thresher.cache.scratch import Scratch
 from thresher.checks import check_count, check_kind
 from thresher.ops.arguments import check_paged
-from thresher.ops.dispatch import AUTO, choose, meaning, using
+from thresher.ops.dispatch import AUTO, choose, one_or_steps
 from thresher.ops.score_select.reference import score_select_reference
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -61,24 +61,11 @@ def score_select(
 
 
 def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Selection] | None:
-    """The kernels that "auto" takes for these arguments, which hold no matrix of scores; None where it takes the two steps.
+    """The kernels that "auto" takes for these arguments, which hold no matrix of scores; None where it takes the two steps."""
+    sizes = query.num_heads, query.num_queries, keys.num_requests, keys.room
 
-    What ``using`` makes of "auto" holds for the two steps, and "cuda" for this operation. The kernels of "triton" are another way to run
-    the two steps as "triton".
-    """
-    meant = meaning()
-
-    def why_not(module: ModuleType) -> str | None:
-        if meant == "triton" and module.__name__.endswith(".cuda"):
-            return "triton was asked for"
+    def unsupported(module: ModuleType) -> str | None:
         why: str | None = module.unsupported(query, keys, topk)
-        if why is None and not module.worthwhile(query.num_heads, query.num_queries, keys.num_requests, keys.room):
-            why = "others are taken for so many queries, requests, heads and keys"
         return why
 
-    if meant == "cuda":
-        return choose("score_select", AUTO, query.q.device, lambda module: module.unsupported(query, keys, topk))
-    if meant not in (AUTO, "triton"):
-        return None
-    with using(AUTO):
-        return choose("score_select", AUTO, query.q.device, why_not)
+    return one_or_steps("score_select", query.q.device, unsupported, lambda module: module.worthwhile(*sizes))
