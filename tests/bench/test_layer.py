@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import gc
+import weakref
 
-from thresher.bench import work
+import pytest
+import torch
+
+from thresher.bench import run, work
+from thresher.bench.cases import parse_case
+from thresher.bench.inputs import make_new_tokens
 from thresher.cache.index_keys import planes
 from thresher.errors import ThresherError
+from thresher.selectors import DSA
 
 from .test_run import LAYER, bench, spoilt
 
@@ -26,6 +33,60 @@ def test_parts_of_a_layer_run_and_are_recorded():
     whole = records.pop("layer")
     assert whole.useful_flops == sum(record.useful_flops for record in records.values())
     assert whole.useful_bytes < sum(record.useful_bytes for record in records.values()), "what a part hands on, the next one reads"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Every copy that a case makes, as ``run`` sees it; weakly."""
+    found, right = [], run.make_work
+
+    def make(*given):
+        copy = right(*given)
+        found.append(weakref.ref(copy))
+        found.extend(weakref.ref(held) for held in (copy.index.keys.pages, copy.attend.latents))
+        return copy
+
+    monkeypatch.setattr(run, "make_work", make)
+    return found
+
+
+@pytest.mark.parametrize("op", [op for op, kinds in work.OPS.items() if "layer" in kinds])
+def test_nothing_of_a_case_is_held_when_the_next_begins(made, op):
+    gc.collect()
+    gc.disable()
+    try:
+        bench(LAYER, op=op)
+        assert len(made) == 2 * 3
+        assert [there() for there in made] == [None] * 6
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("op", ["store", "select", "to_slots", "sparse_attend_mla_fp8"])
+def test_copies_share_the_caches_where_little_of_them_is_touched(monkeypatch, op):
+    """Of "store" 256 copies are asked for, each of them gigabytes where the context is long."""
+    given, right = [], run.make_copies
+    monkeypatch.setattr(run, "make_copies", lambda *asked: given.extend(right(*asked)) or given)
+    bench("layer-2x300-h4-d64-k32-q2", op=op)
+    first, second = given
+    caches = [(copy.index.keys.pages.data_ptr(), copy.attend.latents.data_ptr()) for copy in given]
+    shared = op in ("store", "to_slots")
+    assert (caches[0] == caches[1]) == shared
+    for one, two in (
+        (first.tokens.key, second.tokens.key), (first.index.query.q, second.index.query.q), (first.picked.indices, second.picked.indices),
+        (first.index.query.positions, second.index.query.positions), (first.index.query.requests, second.index.query.requests),
+        (first.index.keys.page_table, second.index.keys.page_table), (first.tokens.slots, second.tokens.slots),
+    ):  # fmt: skip
+        assert one.data_ptr() != two.data_ptr()
+    assert torch.equal(first.tokens.slots - second.tokens.slots, torch.full((4,), 64 if shared else 0))
+    assert torch.equal(first.index.query.positions, second.index.query.positions)
+    assert not torch.equal(first.picked.indices, second.picked.indices)
+
+
+def test_what_is_stored_pages_back_begins_again_at_the_end():
+    first = work.make_work(parse_case(LAYER), "store", DSA(topk=32), "auto", "normal", 0, torch.device("cpu"))
+    slots = [make_new_tokens(first.case, first.index, 0, 0, back).slots.tolist() for back in range(6)]
+    assert slots == [[(299 - 64 * back) % 300, 320 + (299 - 64 * back) % 300] for back in range(6)]
 
 
 @pytest.mark.parametrize("what", ["keys", "latents"])

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from thresher.bench.timing import WARM_UPS, Quantiles, in_turns, interleave, num_copies
+from thresher.bench import timing as module
+from thresher.bench.timing import WARM_UPS, Quantiles, in_turns, interleave, make_copies, num_copies
 from thresher.errors import ThresherError
 
 CPU = torch.device("cpu")
@@ -63,3 +64,26 @@ def test_copies_exceed_the_cache(monkeypatch):
         assert copies * size >= 3 * Card.L2_cache_size > (copies - 1) * size
     assert num_copies(1, cuda) == 256
     assert num_copies(2**30, CPU) == 2
+
+
+@pytest.mark.parametrize(("each", "made"), [(0, 256), (1, 256), (100, 101), (300, 34), (5001, 2), (50000, 2)])
+def test_copies_take_a_quarter_of_the_free_memory_at_most(monkeypatch, each, made):
+    """Of 50000 units, 10000 are taken: 40000 are free beside the first copy."""
+    held = [10000]
+
+    def make(copy):
+        held[0] += each
+        return copy
+
+    monkeypatch.setattr(module, "free_bytes", lambda device: 50000 - held[0])
+    monkeypatch.setattr(module, "held_bytes", lambda device: held[0])
+    copies = make_copies(0, make, 256, torch.device("cuda"))
+    assert copies == list(range(len(copies)))
+    assert len(copies) == made
+    held[0] = 10000
+    assert make_copies(0, make, 1, torch.device("cuda")) == [0]
+    assert held == [10000]
+
+
+def test_on_a_cpu_nothing_is_held_back():
+    assert make_copies("first", lambda copy: copy, 4, CPU) == ["first", 1, 2, 3]

@@ -293,3 +293,16 @@ def test_far_scores_and_ties():
     problems.append(exceed("lse", got.lse[full], lse[full], 2e-5 * (1 + lse[full].abs())))
     problems.append(exceed("lse of equal logits", got.lse[0], torch.full_like(got.lse[0], math.log(130)), 1e-5))
     fail_on(problems)
+
+
+def test_what_stands_around_flash_mla():
+    """The two launches of its adapter against PyTorch's steps on a CPU."""
+    around = importlib.import_module("thresher.ops.sparse_attend.flash_mla_kernels")
+    gen, num = generator(7), sized(300, 5)
+    slots = torch.randint(-50, SLOTS + 50, (num, sized(2048, 130)), generator=gen).int()
+    slots[:, :8] = torch.tensor([-(2**31), -2, -1, 0, SLOTS - 1, SLOTS, SLOTS + 1, 2**31 - 1]).int()
+    out, lse = torch.randn(num, 2, 64, 512, generator=gen).bfloat16(), torch.randn(num, 64, 1, generator=gen)
+    lse[::3, 5], lse[::2, 7] = INF, -INF
+    got = (around.inside(slots.to(DEVICE), SLOTS), *around.as_part(out.to(DEVICE)[:, 1], lse.to(DEVICE)[:, :, 0]))
+    want = (slots.masked_fill((slots < 0) | (slots >= SLOTS), -1), out[:, 1].float(), lse[:, :, 0].masked_fill(lse[:, :, 0] == INF, -INF))
+    fail_on(differ_all("around FlashMLA", [x.cpu() for x in got], want))

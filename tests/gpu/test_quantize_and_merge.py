@@ -7,13 +7,15 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from thresher.cache import IndexKeyCache, LatentCache
 from thresher.ops import apply_rope, hadamard, quantize_fp8
 
 from .compare import bits, differ, differ_all, exceed, fail_on
 from .draw import generator
-from .machine import DEVICE, sized
+from .machine import DEVICE, INTERPRET, sized
 
 quantizing = importlib.import_module("thresher.ops.quantize.triton")
 merging = importlib.import_module("thresher.ops.merge.triton")
@@ -114,6 +116,32 @@ def test_latents(dtype, rotate):
     odd = int((got[..., 528:] != want.data[..., 528:]).sum())
     allowed = want.data[..., 528:].numel() // 200 if rotate else 0
     problems.append(f"RoPE part: {odd} bytes differ" if odd > allowed else None)
+    fail_on(problems)
+
+
+@triton.jit
+def sin_cos_kernel(angles, got, want, num, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < num
+    angle = tl.load(angles + at, mask=ok, other=0.0)
+    sin, cos = quantizing._sin_cos(angle)
+    tl.store(got + at, sin, mask=ok)
+    tl.store(got + num + at, cos, mask=ok)
+    tl.store(want + at, tl.sin(angle), mask=ok)
+    tl.store(want + num + at, tl.cos(angle), mask=ok)
+
+
+@pytest.mark.skipif(INTERPRET, reason="NumPy's sine has other bits; tests/triton has the same of the angle's remainder")
+def test_sine_and_cosine_have_the_bits_of_the_devices_own():
+    """Of every position up to 2**20 under every frequency of 64 dims, and of angles of every size and sign."""
+    positions = torch.arange(2**20, device=DEVICE, dtype=torch.float32)
+    every = [positions * freq for freq in quantizing._inv_freq(1e4, 64, DEVICE)]
+    drawn = torch.randint(-(2**31), 2**31, (2**22,), generator=generator(3)).int().view(torch.float32).to(DEVICE)
+    problems = []
+    for angles in [*every, drawn[drawn.isfinite()]]:
+        got, want = (torch.empty(2, len(angles), device=DEVICE) for _ in range(2))
+        sin_cos_kernel[(triton.cdiv(len(angles), 1024),)](angles, got, want, len(angles), BLOCK=1024, enable_fp_fusion=False)
+        problems.append(differ("sine and cosine", got, want))
     fail_on(problems)
 
 

@@ -23,7 +23,7 @@ from thresher.ops.quantize import triton as quantize
 from thresher.ops.route_heads import triton as route_heads
 from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
-from thresher.ops.sparse_attend import triton as sparse_attend
+from thresher.ops.sparse_attend import flash_mla_kernels, triton as sparse_attend
 from thresher.ops.to_slots import triton as to_slots
 from thresher.types import IndexQuery
 
@@ -49,6 +49,8 @@ route_heads.route_heads(torch.zeros(8, 64), 8)
 slots = torch.zeros(8, 2048, dtype=torch.int32)
 sparse_attend.sparse_attend(torch.zeros(8, 32, 128, dtype=half), *[torch.zeros(4096, 8, 128, dtype=half)] * 2, slots, 0.1)
 sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), LatentCache(33).data, slots, 0.1)
+flash_mla_kernels.inside(slots, 2112)
+flash_mla_kernels.as_part(torch.zeros(8, 128, 512, dtype=half), torch.zeros(8, 128))
 merge.merge_stacked(torch.zeros(2, 8, 128, 512), torch.zeros(2, 8, 128))
 x = torch.zeros(8, 128, dtype=half)
 quantize.quantize_fp8(x)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from thresher.cache import IndexKeyCache, LatentCache
 from thresher.ops import apply_rope, hadamard, quantize_fp8
@@ -97,6 +100,51 @@ def test_keys_and_queries(dtype, rotary, style, dim, heads):
     assert same(cache.pages, want_cache.pages)
 
 
+@triton.jit
+def sin_cos_kernel(angles, sines, cosines, NUM: tl.constexpr):
+    at = tl.arange(0, NUM)
+    sin, cos = kernels._sin_cos(tl.load(angles + at))
+    tl.store(sines + at, sin)
+    tl.store(cosines + at, cos)
+
+
+def reduced(angle: np.float32) -> tuple[np.float32, int]:
+    """What CUDA's libdevice leaves of an angle from 105615 on, and its quadrant: word by word, as its PTX reads."""
+    two_over_pi, product, carry = 0xA2F9836E4E441529FC2757D1F534DDC0DB6295993C439041, [], 0
+    bits = int(angle.view(np.uint32))
+    mantissa, exponent, negative = (bits << 8 | 1 << 31) & 0xFFFFFFFF, bits >> 23 & 255, bits >> 31
+    for word in range(6):
+        carry += (two_over_pi >> 32 * word & 0xFFFFFFFF) * mantissa
+        product.append(carry & 0xFFFFFFFF)
+        carry >>= 32
+    product.append(carry)
+    low, middle, high = product[8 - (exponent >> 5) :][:3]
+    turns = ((high << 64 | middle << 32 | low) << (exponent & 31)) >> 32 & (1 << 64) - 1
+    quadrant, fraction = turns >> 62, turns << 2 & (1 << 64) - 1
+    over = fraction >> 63
+    fraction = fraction ^ ((1 << 64) - 1) if over else fraction
+    rest = np.float32(np.float64(fraction) * float.fromhex("0x1.921fb54442d19p-64"))
+    return (-rest if over != negative else rest), (-(quadrant + over) if negative else quadrant + over)
+
+
+def test_sine_and_cosine_of_large_angles():
+    """The interpreter's sine is NumPy's: what is tested is the angle that it sees, to the bit, and the quadrant."""
+    gen = np.random.default_rng(0)
+    large = [105615.0, 131071.0, 2.0**32 - 256, *gen.integers(105615, 2**20, 1021), *2.0 ** gen.uniform(16.7, 32, 1024)]
+    large = np.array(large, np.float32) * np.where(np.arange(2048) % 7 == 3, np.float32(-1), np.float32(1))
+    assert ((abs(large) >= 105615) & (abs(large) < 2**32)).all()
+    others = np.array([0.0, -0.0, 105614.99, 2.0**32, 1e30, *gen.uniform(-1e5, 1e5, 2043)], np.float32)
+    angles = torch.from_numpy(np.concatenate([large, others]))
+    got = torch.zeros(2, 4096)
+    sin_cos_kernel[(1,)](angles, *got, NUM=4096)
+    turned = [reduced(angle) for angle in large] + [(angle, 0) for angle in others]
+    rest, quadrant = np.array([r for r, _ in turned]), np.array([q for _, q in turned])
+    choices = np.stack([np.sin(rest), np.cos(rest), -np.sin(rest), -np.cos(rest)])
+    for mine, more in zip(got, (0, 1), strict=True):
+        assert same(mine, torch.from_numpy(choices[(quadrant + more) % 4, np.arange(4096)]))
+    assert np.abs(got[0, :2048].numpy() - np.sin(large.astype(np.float64))).max() < 1e-7
+
+
 def test_hadamard_alone_has_the_bits_of_the_reference_at_every_size():
     for dim in (4, 8, 32, 256, 1024):
         x = spread(3, 2, dim, seed=dim)
@@ -183,4 +231,10 @@ def test_compiles_for_hopper(compile_for_hopper):
         assert kernel.shared <= 227 * 1024
         assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx, "the cast is the hardware's"
         assert "cos.approx" not in kernel.ptx, "angles reach a million"
+        waits = "griddepcontrol.wait" in kernel.ptx
+        assert waits == (kernel.name != "_rows_kernel"), "parts of a decoding step are launched before the one ahead ends"
+        if waits:
+            before = kernel.ptx[: kernel.ptx.index("griddepcontrol.wait")]
+            assert "ld.global" not in before
+            assert "st.global" not in before
         assert "div.full" not in kernel.ptx

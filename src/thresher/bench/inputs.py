@@ -115,15 +115,16 @@ def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 
     return AttendInputs(q, latents, slots)
 
 
-def make_new_tokens(case: Case, index: Inputs, seed: int, copy: int = 0) -> NewTokens:
-    """Normal ones, in the slots of the tokens that the queries are of."""
+def make_new_tokens(case: Case, index: Inputs, seed: int, copy: int = 0, pages_back: int = 0) -> NewTokens:
+    """Normal ones, in the slots of the tokens that the queries are of, or of those so many pages before (from a request's end on again)."""
     query, keys = index.query, index.keys
     generator = _draw(seed + 1, copy, query.q.device)
     shapes = ((case.rows, case.heads, case.head_dim), (case.rows, case.heads), (case.rows, case.head_dim), (case.rows, VALUE_DIM))
     q, weights, key, latent, rope = (
         torch.randn(*shape, generator=generator, device=query.q.device).bfloat16() for shape in (*shapes, (case.rows, 64))
     )
-    slots = to_slots(query.positions[:, None].int(), keys.page_table, query.requests, keys.page_size)
+    at = (query.positions - pages_back * keys.page_size) % keys.lengths[query.requests]
+    slots = to_slots(at[:, None].int(), keys.page_table, query.requests, keys.page_size)
     return NewTokens(q, weights, key, latent, rope, slots[:, 0].long())
 
 

@@ -16,8 +16,8 @@ from thresher.bench.floor import floor_us, measure_ceilings, useful_work
 from thresher.bench.inputs import CRUEL, INPUTS
 from thresher.bench.peers import PEERS, Peer, find_peer, module_versions, peer_reason, versions
 from thresher.bench.record import Record, append, ratio_of, results_path, today
-from thresher.bench.timing import Step, in_turns, interleave, num_copies
-from thresher.bench.work import Work, check_inputs, check_op, default_op, make_work, resolved
+from thresher.bench.timing import Step, in_turns, interleave, make_copies, num_copies
+from thresher.bench.work import SHARING, Work, check_inputs, check_op, default_op, make_work, resolved
 from thresher.errors import ThresherError
 from thresher.eval.source import source_state
 from thresher.ops.dispatch import AUTO, check_impl
@@ -112,15 +112,19 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
     lengths = case.lengths(settings.seed)
     flops, moved = useful_work(case, op, selector, lengths)
 
-    def make(copy: int) -> Work:
-        return make_work(case, op, selector, settings.impl, inputs, settings.seed, device, settings.recorded, copy)
+    def make(copy: int, beside: Work | None = None) -> Work:
+        return make_work(case, op, selector, settings.impl, inputs, settings.seed, device, settings.recorded, copy, beside)
 
+    if device.type == "cuda":
+        # Nothing is left of the case before, but what it had stays the allocator's, in its sizes; graphs need the driver's memory.
+        torch.cuda.empty_cache()
     first = make(0)
     why = check_work(first)
     if why is not None:
         raise ThresherError(f"{case.name} under {inputs} inputs must agree with the reference; got: {why}; no time is taken on a red check")
     peak = _peak_bytes(first, device)
-    copies = [first, *(make(copy) for copy in range(1, num_copies(moved, device)))]
+    beside = first if op in SHARING else None
+    copies = make_copies(first, lambda copy: make(copy, beside), num_copies(moved, device), device)
     kernel: dict[str, str] = {}
     ways: dict[str, Sequence[Step]] = {"ours": [work.run for work in copies]}
     if settings.peer is not None:

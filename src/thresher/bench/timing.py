@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from thresher.errors import ThresherError, require
 
 Step = Callable[[], object]
+Copy = TypeVar("Copy")
 MANY = 16  # steps of decoding in a graph, at least
 WARM_UPS = 3
 TIMINGS = ("graph", "events", "clock")
@@ -32,11 +34,41 @@ class Quantiles:
 
 
 def num_copies(bytes_read: float, device: torch.device) -> int:
-    """How many copies of an input to rotate, so that between two uses of a byte at least three times the L2 cache is read."""
+    """How many copies of an input to rotate, so that between two uses of a byte at least three times the L2 cache is read; 256 at most.
+
+    ``make_copies`` makes as many of them as there is room for.
+    """
     if device.type != "cuda":
         return 2
     l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
     return min(-(-3 * l2 // max(int(bytes_read), 1)), 256)
+
+
+def make_copies(first: Copy, make: Callable[[int], Copy], most: int, device: torch.device) -> list[Copy]:
+    """``first`` and ``make(1)``, ``make(2)`` ..., ``most`` in all, or fewer: on a GPU those after the first hold at most a quarter of the
+    memory that is free then, since results, graphs and a peer's own copies need some too. One of them there always is.
+
+    Where they are fewer, a part of the inputs may stay in the L2 cache; a record's ``copies`` times its ``useful_bytes`` says so.
+    """
+    copies, room, before = [first], free_bytes(device) // 4, held_bytes(device)
+    while len(copies) < most:
+        more = len(copies) - 1
+        if more and (held_bytes(device) - before) * (more + 1) > room * more:  # one more, as large as they are
+            break
+        copies.append(make(len(copies)))
+    return copies
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated on a GPU; without end on a CPU."""
+    if device.type != "cuda":
+        return 2**62
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def held_bytes(device: torch.device) -> int:
+    """What tensors hold of a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def in_turns(steps: Sequence[Step]) -> list[Step]:

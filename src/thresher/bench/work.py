@@ -42,6 +42,8 @@ OPS = {
     "sparse_attend_mla_fp8": ("mla-decode", "layer"),
     "sparse_attend_mla": ("mla-decode",),
 }
+# Ops that touch a few bytes of a layer's caches: hundreds of copies differ between two uses of a byte, and share the caches.
+SHARING = ("store", "to_slots")
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,15 @@ def make_work(
     device: torch.device,
     recorded: Path | None = None,
     copy: int = 0,
+    beside: Work | None = None,
 ) -> Work:
     """Make a copy's inputs.
+
+    Args:
+        case, op, selector, impl, inputs: as in ``Work`` and ``INPUTS``.
+        seed, device, recorded, copy: as for ``make_inputs``.
+        beside: for ops of ``SHARING`` another copy, whose index keys and latents this one takes as they lie, with a page table, queries and
+            new tokens of its own; what it stores goes to other slots.
 
     Raises:
         ThresherError: an op that is not timed on this kind of case, and what ``make_inputs`` refuses.
@@ -109,14 +118,19 @@ def make_work(
     check_op(case, op)
     check_inputs(case, inputs)
     needs_attention = case.kind in ("layer", "mla-decode")
-    index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
-    attend = make_attend_inputs(case, seed, device, copy, op != "sparse_attend_mla") if needs_attention else None
+    index: Inputs | None
+    attend: AttendInputs | None
+    if beside is not None:
+        index, attend = _shared(beside)
+    else:
+        index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
+        attend = make_attend_inputs(case, seed, device, copy, op != "sparse_attend_mla") if needs_attention else None
     tokens = contiguous = scores = ends = state = picked = None
     if case.kind == "layer":
         assert index is not None
         assert attend is not None
         assert selector is not None
-        tokens = make_new_tokens(case, index, seed, copy)
+        tokens = make_new_tokens(case, index, seed, copy, 0 if beside is None else copy)
         with using(impl):
             index = Inputs(store_tokens(tokens, index, attend), index.keys)
             picked = selector.select_indices(index.query, index.keys, LayerState(0))
@@ -131,6 +145,15 @@ def make_work(
     if case.kind != "prefill" and op in ("select", "layer"):
         state = LayerState(0)
     return Work(case, op, selector, impl, index, attend, tokens, picked, contiguous, scores, ends, state)
+
+
+def _shared(work: Work) -> tuple[Inputs, AttendInputs]:
+    """A copy's inputs in the same caches: all else has memory of its own."""
+    assert work.index is not None
+    assert work.attend is not None
+    query, keys = work.index.query, work.index.keys
+    query = replace(query, positions=query.positions.clone(), requests=query.requests.clone())
+    return Inputs(query, IndexKeys(keys.pages, keys.page_table.clone(), keys.lengths.clone())), work.attend
 
 
 def check_op(case: Case, op: str) -> None:

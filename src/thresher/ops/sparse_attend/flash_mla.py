@@ -1,7 +1,8 @@
 """Sparse MLA by FlashMLA, through its Python package: over the FP8 cache (its decode kernel) and over bf16 latents (its prefill kernel).
 
 It reads our caches as they lie. Converted are: slots outside the cache to -1; shapes, lse's too; lse +inf of an empty row to -inf; and the
-output, which it rounds to bf16, to fp32. It takes 64 or 128 heads and whole tiles of slots; nothing is padded here.
+output, which it rounds to bf16, to fp32: on a GPU in one launch before the package's and one after (``flash_mla_kernels``). It takes 64 or
+128 heads and whole tiles of slots; nothing is padded here.
 
 The decode kernel wants a schedule over the multiprocessors, which the package makes by a kernel at the first call with a new schedule
 object, from shapes alone. ``sparse_attend_mla_fp8`` makes one at each call, and so may be recorded in a CUDA graph; engines make it once
@@ -13,6 +14,7 @@ Source of the interface: FlashMLA, tokenspeed-flashmla 1.0.0.post20260615.
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -132,11 +134,25 @@ def prefill(q: Tensor, latents: Tensor, slots: Tensor, scale: float) -> tuple[Te
 
 def to_part(out: Tensor, lse: Tensor) -> PartialAttention:
     """fp32, and lse -inf where the package says +inf."""
+    if _has_kernels(out):
+        return PartialAttention(*_kernels().as_part(out, lse))
     return PartialAttention(out.float(), lse.masked_fill(lse == torch.inf, -torch.inf))
 
 
 def _inside(slots: Tensor, num_slots: int) -> Tensor:
+    if _has_kernels(slots):
+        made: Tensor = _kernels().inside(slots, num_slots)
+        return made
     return slots.masked_fill((slots < 0) | (slots >= num_slots), -1).contiguous()
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _kernels() -> ModuleType:
+    """Loaded for tensors on a GPU alone: Triton need not be there without one."""
+    return import_module("thresher.ops.sparse_attend.flash_mla_kernels")
 
 
 def _empty(q: Tensor) -> PartialAttention:
