@@ -159,6 +159,11 @@ inline u32 atomicMin(u32* to, u32 value) {
   *to = std::min(*to, value);
   return before;
 }
+inline u64 atomicMax(u64* to, u64 value) {
+  u64 before = *to;
+  *to = std::max(*to, value);
+  return before;
+}
 inline u32 atomicAnd(u32* to, u32 value) {
   u32 before = *to;
   *to &= value;
@@ -218,6 +223,8 @@ T await_word(const T* from) {
   while (*from == 0) host::yield();
   return *from;
 }
+inline u32 kept_ready(u32 value) { return value; }
+inline void pause() { host::yield(); }
 inline void overlap_launches() {}
 inline void fetch_line(const void*) {}
 template <class T>

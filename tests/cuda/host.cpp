@@ -49,9 +49,9 @@ template <bool HISA>
 using Largest = step::Workspace<128, 64, HISA>;
 extern "C" u32 extra_tiles() { return step::EXTRA; }
 extern "C" u32 bytes_of_tiles() { return offsetof(Largest<false>, query); }
-extern "C" u32 bytes_before_orders(bool in_blocks) {
+extern "C" u32 bytes_before_pairs(bool in_blocks) {
   size_t query = offsetof(Largest<false>, query) + 64 * (128 + 4);
-  return (in_blocks ? offsetof(Largest<true>, orders) : offsetof(Largest<false>, orders)) - query;
+  return (in_blocks ? offsetof(Largest<true>, starts) : offsetof(Largest<false>, starts)) - query;
 }
 extern "C" u32 bytes_of_step() { return sizeof(step::Step); }
 extern "C" u32 bytes_of_hisa() { return sizeof(step::Hisa); }

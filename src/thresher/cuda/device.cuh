@@ -12,6 +12,12 @@ constexpr u32 EVERY = 0xffffffffu;  // lanes of a warp
 __device__ __forceinline__ u32 lane_of() { return threadIdx.x % 32; }
 __device__ __forceinline__ u32 warp_of() { return threadIdx.x / 32; }
 
+// The compiler keeps this in a register, rather than make it again and again.
+__device__ __forceinline__ u32 kept_ready(u32 value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
 struct alignas(16) Four {
   u32 a, b, c, d;
 };
@@ -125,6 +131,7 @@ __device__ __forceinline__ void publish(u64* to, u64 word) { asm volatile("st.re
 __device__ __forceinline__ void publish(u32* to, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory"); }
 __device__ __forceinline__ void look(const u64* from, u64& word) { asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory"); }
 __device__ __forceinline__ void look(const u32* from, u32& word) { asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory"); }
+__device__ __forceinline__ void pause() { __nanosleep(1500); }  // before a thread looks again
 template <class T>
 __device__ __forceinline__ T await_word(const T* from) {
   T word;
@@ -151,46 +158,47 @@ template <u32 DIM>
 __device__ __forceinline__ u32 swizzled(u32 row, u32 piece) {  // where 16 bytes of a row stand
   return row * DIM + (piece ^ (DIM == 128 ? row % 8 : row / 2 % 4)) * 16;
 }
-template <u32 DIM>
-__device__ __forceinline__ u64 described(const void* at) {
-  u64 layout = DIM == 128 ? 1 : 2;
-  return layout << 62 | (u64)(DIM * 8 / 16) << 32 | (u64)1 << 16 | (shared_address(at) & 0x3ffff) / 16;
-}
-__device__ __forceinline__ void multiply_32(float (&d)[8], u64 keys, u64 queries, bool onto) {
+// Where a matrix stands, as the unit is told: of two words the lower. The upper is the same for all.
+__device__ __forceinline__ u32 described(const void* at) { return 1 << 16 | (shared_address(at) & 0x3ffff) / 16; }
+__device__ __forceinline__ void multiply_32(float (&d)[8], u32 keys, u32 queries, u32 high, bool onto) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+      "{ .reg .pred p; .reg .b64 a, b; mov.b64 a, {%8, %10}; mov.b64 b, {%9, %10}; setp.ne.b32 p, %11, 0; "
+      "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7"
-      "}, %8, %9, p, 1, 1; }"
+      "}, a, b, p, 1, 1; }"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-      : "l"(keys), "l"(queries), "r"((int)onto));
+      : "r"(keys), "r"(queries), "r"(high), "r"((int)onto));
 }
-__device__ __forceinline__ void multiply_32(float (&d)[16], u64 keys, u64 queries, bool onto) {
+__device__ __forceinline__ void multiply_32(float (&d)[16], u32 keys, u32 queries, u32 high, bool onto) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+      "{ .reg .pred p; .reg .b64 a, b; mov.b64 a, {%16, %18}; mov.b64 b, {%17, %18}; setp.ne.b32 p, %19, 0; "
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-      "}, %16, %17, p, 1, 1; }"
+      "}, a, b, p, 1, 1; }"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-      : "l"(keys), "l"(queries), "r"((int)onto));
+      : "r"(keys), "r"(queries), "r"(high), "r"((int)onto));
 }
-__device__ __forceinline__ void multiply_32(float (&d)[32], u64 keys, u64 queries, bool onto) {
+__device__ __forceinline__ void multiply_32(float (&d)[32], u32 keys, u32 queries, u32 high, bool onto) {
   asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+      "{ .reg .pred p; .reg .b64 a, b; mov.b64 a, {%32, %34}; mov.b64 b, {%33, %34}; setp.ne.b32 p, %35, 0; "
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-      "}, %32, %33, p, 1, 1; }"
+      "}, a, b, p, 1, 1; }"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
         "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "l"(keys), "l"(queries), "r"((int)onto));
+      : "r"(keys), "r"(queries), "r"(high), "r"((int)onto));
 }
 template <u32 DIM, u32 NUM>  // begin a product
 __device__ __forceinline__ void multiply(float (&d)[NUM], const void* keys, const void* queries) {
-  u64 a = described<DIM>(keys), b = described<DIM>(queries);
+  constexpr u32 HIGH = (DIM == 128 ? 1u : 2u) << 30 | DIM / 2;
+  u32 a = described(keys), b = described(queries);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-  for (u32 k = 0; k < DIM / 32; k++) multiply_32(d, a + 2 * k, b + 2 * k, k > 0);
+  for (u32 k = 0; k < DIM / 32; k++) multiply_32(d, a + 2 * k, b + 2 * k, HIGH, k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <u32 NUM, class Then>  // wait for all products, call then(), and only then read `d`

@@ -2,12 +2,13 @@
 // that is done twice in a launch: of block means, whose keys are blocks, and of the tokens in the blocks chosen (step_hisa.cuh).
 //
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly, so many before each query for what it costs beside: a
-// thread block has a run of them and keeps their scores in its shared memory. A query's tiles may lie in several blocks, its parts. All blocks
-// are at work at once, so they can wait for one another.
-// 1. Four warps fetch tiles through the copy engine, since one alone would be late; four groups of four warps take turns at multiplying them,
-//    and count scores in bins.
+// thread block has a run of them. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for
+// one another.
+// 1. Two warps or four fetch tiles through the copy engine, since one alone would be late; four groups of four warps take turns at multiplying them,
+//    and count scores in bins. What may be selected is kept in shared memory, as pairs (score, key): not what lies below as many of a part's
+//    own as are wanted. One more warp keeps that bound; it rises as scores are counted.
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
-//    all parts, and each finds the cut, a pair of which there is one. Scores are read once: what they are sought for is kept as a mask of keys.
+//    all parts, and each finds the cut, a pair of which there is one. What is kept is read once: what it is sought for stays as a mask of keys.
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
 //    it waits for the first, so that queries which share blocks do not wait for one another in a row; teams of its warps take queries each.
 #include <device.cuh>  // by angles, so that the tests can put their own in its place
@@ -15,8 +16,10 @@
 #include <common.cuh>
 
 constexpr u32 KEYS = 64, STAGES = 8, GROUPS = 4, WARPS = 4;  // of a tile, of the ring, that take turns, of each
-constexpr u32 THREADS = GROUPS * WARPS * 32;                 // that multiply and select; FETCHERS warps more fetch
-constexpr u32 FETCHERS = 4, EXTRA = 24;                      // what a query more costs a block, in tiles
+constexpr u32 THREADS = GROUPS * WARPS * 32, EXTRA = 24;     // that multiply and select; what a query more costs a block, in tiles
+// Beside those warps, some that fetch: a place of the ring is always the same one's to fill. HISA has room for four; else one keeps a bound.
+constexpr u32 FETCHERS = 2, FETCHERS_OF_HISA = 4;
+static_assert(STAGES % FETCHERS == 0 && STAGES % FETCHERS_OF_HISA == 0);
 constexpr u32 BINS = 2048, MOST = 2048, FEW = 64;      // of scores; pairs that are told to all; that are compared with one another
 constexpr u32 ABSENT = 0x7fffabcdu;                          // bits of a scale whose page is not there: a NaN that no cache holds
 constexpr u32 MAX_QUERIES = 1024;
@@ -38,20 +41,22 @@ struct Step {
   const float* weights;        // rows w_row apart
   const long long *owners, *positions, *lengths;
   const int* table;  // rows table_row apart
-  int* indices;      // [queries, width]
+  int* indices;      // [queries, topk]
   long long* taken;  // [queries]
-  float* beside;     // null, or [queries, width]
+  float* beside;     // null, or [queries, topk]
   u32* told;         // [queries, TOLD], zeros before and after: see there
   u64* words;        // [queries, blocks], zeros before and after: see word_of
   u64* pairs;        // [queries, 2 MOST], zeros before and after: as many slots for each part, and what finds none there
-  u32* spilt;        // null, or orders of all tiles that the table has room for and those EXTRA, and their mask: see `held`, `masked`
+  u64* spilt;        // null, or pairs of all tiles that the table has room for, those EXTRA and some more, and their mask: see `held`, `masked`
+  u32* ranks;        // null, or, for `beside`, of each such key its score's
   u32* blocks;       // BLOCKS, IN_BLOCKS: [queries, most_blocks - 1], zeros before and after: see Chosen
   u32 num_queries, num_heads, table_tiles, num_requests, num_pages, topk;
   u32 page_bytes, q_row, q_head, w_row, table_row;
-  u32 held, masked;  // keys of a block, of whose orders and of whose mask shared memory has room
-  u32 width;         // of a row of indices
+  u32 held, masked;  // that shared memory has room for: pairs of a warp, keys of a block's mask
+  u32 parts;         // of a block at most
   u32 row_tiles;     // of a query at most; table_tiles are those of a request's tokens
   u32 block_size, most_blocks;  // tokens of a block; blocks of a query, its own among them
+  u32 spare[15];
 };
 
 // What a block knows of a query, of which it has a part.
@@ -90,7 +95,9 @@ struct Workspace {  // begins at a multiple of 1024
   u32 first_in[OTHERS + 1], own[OTHERS + 1];
   u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
   unsigned char last_in[OTHERS + 4];
-  alignas(16) u32 orders[4];  // of the block's keys: see rank_of
+  u32 never;                                   // no order is as large
+  u64 bound;                                   // the part's, an order: see score_of; and above it the number of its turn: see Bound
+  alignas(16) u32 starts[1][GROUPS * WARPS];  // of parts, and one more: how many pairs each warp kept before; then those pairs
 };
 
 // How many tokens a query sees. Its owner is mostly of its own number: then one load need not wait for another.
@@ -117,11 +124,7 @@ __device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
   if (lane_of() == 0) first[0] = 0;
 }
 
-// `order_of` for any score: 1 for NaN, which ranks below every number, 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
-__device__ __forceinline__ u32 rank_of(float score) {
-  if (score != score) return 1;
-  return __float_as_uint(score) == 0xff800000u ? 0 : order_of(score);
-}
+// Of a score's order, 1 stands for NaN, which ranks below every number, and 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
 __device__ __forceinline__ float score_of(u32 rank) { return rank == 1 ? __uint_as_float(0x7fffffffu) : number_of(rank); }
 
 // Bins of orders, ascending: 32 for each power of two from 2**-16 to 2**16, of either sign. The outer ones hold what lies beyond.
@@ -141,9 +144,11 @@ __device__ __forceinline__ u32 first_order(u32 bin) {
 
 __device__ __forceinline__ void meet_all() { meet(1, THREADS); }
 
-// Add this block's bins to those of all parts, and clear them.
+// Add this block's bins to those of all parts, and clear them. Of a part's `keys` those that are not kept, but for a score below the bound
+// and so below the cut, count in the lowest bin: the cut is in none below the bound's.
 template <class Work>
-__device__ __forceinline__ void tell_bins(u32* told, Work& work) {
+__device__ __forceinline__ void tell_bins(u32* told, Work& work, u32 keys) {
+  if (threadIdx.x == 0) work.bins[0] += keys - work.bins[LOST];
 #pragma unroll
   for (u32 at = 0; at < BINS; at += THREADS) {
     u32 bin = at + threadIdx.x, count = work.bins[bin];
@@ -152,19 +157,19 @@ __device__ __forceinline__ void tell_bins(u32* told, Work& work) {
   if (threadIdx.x == 0 && work.bins[LOST]) atomicAdd(&told[LOST], work.bins[LOST]), work.bins[LOST] = 0;
 }
 
-// Orders of a part: the first in shared memory, those that it has no room for in device memory; of whole tiles.
-struct Orders {
-  u32 *near, *far;
+// The pairs that a warp keeps: the first in shared memory, those that it has no room for in device memory.
+struct Pairs {
+  u64 *near, *far;
   u32 room;
-  __device__ __forceinline__ u32 operator[](u32 at) const {
+  __device__ __forceinline__ u64 operator[](u32 at) const {
     if (at < room) return near[at];
     return far[at];
   }
-  __device__ __forceinline__ void put(u32 at, u32 order) const {
+  __device__ __forceinline__ void put(u32 at, u64 pair) const {
     if (at < room)
-      near[at] = order;
+      near[at] = pair;
     else
-      far[at] = order;
+      far[at] = pair;
   }
 };
 
@@ -180,16 +185,17 @@ struct Run {
     begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
     at = upto = from = begin;
   }
+  template <class Work>  // one of those that multiply; of 16 keys of every fourth tile
+  __device__ __forceinline__ Pairs pairs(const Step& c, Work& work, u32 warp) const {
+    u64* near = (u64*)work.starts[c.parts + 1] + warp * c.held;
+    return {near, c.spilt + ((u64)begin + blockIdx.x * (GROUPS - 1)) * KEYS + warp * ((each + GROUPS - 1) / GROUPS * (KEYS / WARPS)), c.held};
+  }
   template <class Work>  // of the tiles at hand
-  __device__ __forceinline__ Orders orders(const Step& c, Work& work) const {
-    u32 from = (at - begin) * KEYS;
-    return {work.orders + from, c.spilt + (u64)at * KEYS, c.held > from ? c.held - from : 0};
-  }
-  template <class Work>
   __device__ __forceinline__ u32* masks(const Step& c, Work& work) const {
-    u64 all = (u64)c.num_queries * (c.row_tiles + EXTRA) * KEYS;
-    return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : c.spilt + all + (u64)at * (KEYS / 32);
+    u64 all = ((u64)c.num_queries * (c.row_tiles + EXTRA) + gridDim.x * (GROUPS - 1)) * KEYS;
+    return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : (u32*)(c.spilt + all) + (u64)at * (KEYS / 32);
   }
+  __device__ __forceinline__ u32* ranks(const Step& c) const { return c.ranks ? c.ranks + (u64)at * KEYS : nullptr; }
   template <class Work>  // how many keys the query has
   __device__ __forceinline__ u32 end(const Work& work) const {
     return (work.first[query + 1] - from - 1) * KEYS + work.last[query] + 1;
@@ -234,7 +240,7 @@ __device__ __forceinline__ void leave_empty(const Step& c, const Work& work) {
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
     if (threadIdx.x == 0) c.taken[query] = 0;
-    for (u32 at = threadIdx.x; at < c.width; at += THREADS) leave_out(c, query, at);
+    for (u32 at = threadIdx.x; at < c.topk; at += THREADS) leave_out(c, query, at);
   }
 }
 
@@ -258,16 +264,23 @@ __device__ __forceinline__ void step(const Step& c) {
   if (warp_of() == 0) fetch_first(c);
   overlap_launches();
   for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) put_end(work.first, work.last, query, tokens_of(c, query));
-  if (threadIdx.x == 0) begin_barriers(work);
+  for (u32 bin = threadIdx.x; bin <= BINS; bin += blockDim.x) work.bins[bin] = 0;
+  if (threadIdx.x == 0) begin_barriers(work), work.bound = 0, work.never = 0xffffffff;
   __syncthreads();
   if (warp_of() == 0) add_up(work.first, c.num_queries);
   __syncthreads();
   u32 turn = 0;
+  Bound bound{work.bound};
+  if (warp_of() == GROUPS * WARPS + FETCHERS) {
+    bound.keep(work.bins, c.topk);
+    return;
+  }
   if (warp_of() >= GROUPS * WARPS) {
     fetch_tiles<TOKENS>(c, work, warp_of() - GROUPS * WARPS, turn);
     return;
   }
   Scorer<DIM, HEADS, TOKENS>{c, work, turn}.run();
+  if (threadIdx.x == 0) bound.end();
   Selecting<DIM, HEADS, TOKENS, TEAMS>{c, work}.run();
   leave_empty(c, work);
 }
@@ -280,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(640, 1) select_in_blocks(const __gr
   hisa<STEP_DIM, STEP_HEADS, STEP_TEAMS>(h);
 }
 #elif defined STEP_DIM
-extern "C" __global__ void __launch_bounds__(640, 1) select_tokens(const __grid_constant__ Step c) {
+extern "C" __global__ void __launch_bounds__(608, 1) select_tokens(const __grid_constant__ Step c) {
   step<STEP_DIM, STEP_HEADS, STEP_TEAMS>(c);
 }
 #endif

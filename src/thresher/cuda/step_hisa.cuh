@@ -111,7 +111,7 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   if (grown) fence_for_async();
   __syncthreads();
   u32 turn = 0;
-  auto meet_fetchers = [] { meet(15, THREADS + FETCHERS * 32); };
+  auto meet_fetchers = [] { meet(15, THREADS + FETCHERS_OF_HISA * 32); };
   if (warp_of() >= GROUPS * WARPS) {
     fetch_tiles<BLOCKS>(of_blocks, work, warp_of() - GROUPS * WARPS, turn);
     meet_fetchers();

@@ -2,6 +2,7 @@
 
 template <Stage STAGE, u32 DIM, u32 HEADS, bool HISA>
 __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS, HISA>& work, u32 fetcher, u32& turn) {
+  constexpr u32 FETCHING = HISA ? FETCHERS_OF_HISA : FETCHERS;
   Run run(c, work);
   while (run.next(work)) {
     const int* table = c.table + c.owners[run.query] * c.table_row;
@@ -21,7 +22,7 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS,
     for (u32 tile = run.at; tile < run.upto; tile++, turn++) {
       u32 lane = (tile - run.at) % 32;
       if (lane == 0) found = ahead, ahead = look_up(tile + 32);
-      if (turn % FETCHERS != fetcher) continue;
+      if (turn % FETCHING != fetcher) continue;
       int page = __shfl_sync(EVERY, found.page, lane);
       bool there = (u32)page < c.num_pages;
       if (STAGE == IN_BLOCKS && lane_of() == lane && tile - run.begin < MAPPED) work.tiles_in[tile - run.begin] = found.tile;
@@ -42,12 +43,50 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS,
   }
 }
 
+// What a part's keys must not lie below, an order, and above it the turn: even while the part's scores are counted. It is made the least order
+// of the bin that the topk-th best of those counted lies in, as soon as there are so many, by a warp that only does that: any other would be
+// late for the next tile. What that found in an earlier turn is too small a word to change a later one's.
+struct Bound {
+  u64& word;
+  __device__ __forceinline__ u32 turn() const { return changed((const u32*)&word + 1); }
+  __device__ __forceinline__ u32 order() const { return changed((const u32*)&word); }
+  __device__ __forceinline__ void begin() { word = (u64)(turn() | 1) << 32 | 1; }  // a key without a score has an order of 0
+  __device__ __forceinline__ void count() { word = (u64)(turn() + 1) << 32 | 1; }
+  __device__ __forceinline__ void end() { word = ~(u64)0; }
+
+  __device__ __forceinline__ void keep(const u32* bins, u32 topk) {
+    while (true) {
+      u32 now = __shfl_sync(EVERY, turn(), 0);
+      if (now == 0xffffffff) return;
+      if (now && now % 2 == 0) raise(bins, topk, now);
+      pause();
+    }
+  }
+  __device__ __forceinline__ void raise(const u32* bins, u32 want, u32 now) {
+    constexpr u32 EACH = BINS / 32;  // bins of a lane, which begins to read them elsewhere than the next, at other banks
+    static_assert(EACH == 64);
+    u32 sum = 0;
+#pragma unroll
+    for (u32 at = 0; at < EACH; at++) sum += changed(&bins[lane_of() * EACH + (at + lane_of()) % EACH]);
+    u32 upto = sum_upto(sum), total = __shfl_sync(EVERY, upto, 31);
+    u32 found = __ballot_sync(EVERY, total - upto < want && want <= total - upto + sum);
+    if (!found) return;
+    u32 lane = __ffs(found) - 1, first = lane * EACH + 32;
+    want -= __shfl_sync(EVERY, total - upto, lane);
+    u32 low = changed(&bins[first - 32 + lane_of()]), count = changed(&bins[first + lane_of()]);
+    upto = sum_upto(count), total = __shfl_sync(EVERY, upto, 31);
+    if (total < want) want -= total, first -= 32, count = low, upto = sum_upto(low), total = __shfl_sync(EVERY, upto, 31);
+    if (total - upto < want && want <= total - upto + count) atomicMax(&word, (u64)now << 32 | first_order(first + lane_of()));
+  }
+};
+
 template <u32 DIM, u32 HEADS, Stage STAGE>
 struct Scorer {
   const Step& c;
   Workspace<DIM, HEADS, STAGE != TOKENS>& work;
   u32& turn;
   float weights[HEADS / 4];  // half of those of heads 8 j + lane % 4 * 2 and the next
+  u32 kept = 0;              // pairs of this warp
 
   // 16 bytes of a query's heads and a weight: of each thread, while the query before is at work. Zeros where there is none.
   struct Ahead {
@@ -69,64 +108,93 @@ struct Scorer {
     fence_for_async();
   }
 
-  // The score of one of a thread's two keys, in the order of index_score/triton.py: heads onto the sums of their classes modulo 8, ascending;
-  // two of them; lanes two apart, and one.
-  __device__ __forceinline__ float total(const float (&dots)[HEADS / 2], u32 key) const {
+  // A part of the score of one of a thread's two keys, and of one of them the score, in the order of index_score/triton.py: heads onto the
+  // sums of their classes modulo 8, ascending; two of them; lanes two apart, and one.
+  __device__ __forceinline__ float part_of(const float (&dots)[HEADS / 2], u32 key) const {
     float sums[2];
 #pragma unroll
     for (u32 at = 0; at < HEADS / 4; at++) {
       float dot = dots[at / 2 * 4 + key * 2 + at % 2], twice = add_two(dot, fabsf(dot));
       sums[at % 2] = at < 2 ? mul(twice, weights[at]) : fmaf(twice, weights[at], sums[at % 2]);
     }
-    float sum = add_two(sums[0], sums[1]);
-    sum = add_two(sum, __shfl_xor_sync(EVERY, sum, 2));
+    return add_two(sums[0], sums[1]);
+  }
+  __device__ __forceinline__ float total(const float (&dots)[HEADS / 2], u32 key) const {
+    float low = part_of(dots, 0), high = part_of(dots, 1);
+    float sum = add_two(key ? high : low, __shfl_xor_sync(EVERY, key ? low : high, 2));
     return add_two(sum, __shfl_xor_sync(EVERY, sum, 1));
   }
 
-  // Score a tile, whose keys are `first` and on of the query's and have their places in `orders`.
-  __device__ __forceinline__ void take(u32 first, u32 end, const Orders& orders, u32 from) {
-    u32 slot = turn % STAGES, own = lane_of() % 4, key = warp_of() % WARPS * 16 + lane_of() / 4 + own % 2 * 8;
+  // Two threads make the score of one key of a tile, `key`: the first of them has it.
+  u32 key = kept_ready(warp_of() % WARPS * 16 + lane_of() / 4 + lane_of() / 2 % 2 * 8);
+  __device__ __forceinline__ bool has_it() const { return lane_of() % 2 == 0; }
+  // In words, where what an order must reach stands: the bound, or more than any for who has none.
+  u32 bound_at = kept_ready((u32)((has_it() ? (u32*)&work.bound : &work.never) - (u32*)&work));
+
+  // Score the tile of this turn, and keep what may be selected. `word` is the last one of the key's pair, `last` of the last key's less one.
+  __device__ __forceinline__ void take(u32 turn, u32 word, u32 last, const Pairs& pairs, u32* rank) {
+    u32 slot = turn % STAGES;
     await(&work.full[slot], turn / STAGES % 2);
     float dots[HEADS / 2], scale = work.scales[slot][key];
+    u32 bound = STAGE == TOKENS ? changed((const u32*)&work + bound_at) : has_it() ? 1 : 0xffffffff;
     multiply<DIM>(dots, work.tiles[slot], work.query);
     await_products(dots, [&] {
       __syncwarp();
       if (lane_of() == 0) arrive(&work.empty[slot]);  // so that another tile is under way while this one's products are added
     });
-    float low = total(dots, 0), high = total(dots, 1);
-    // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative.
-    u32 order = first + key < end && __float_as_uint(scale) != ABSENT ? rank_of(fmaf(own % 2 ? high : low, scale, 0.0f)) : 0;
-    if (STAGE == BLOCKS && first + key == 0) order = FORCED;
-    if (own < 2) {
-      orders.put(from + key, order);
-      if (first + key < end) atomicAdd(&work.bins[order ? score_bin(order) : LOST], 1u);
+    // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative; and -0.0 becomes 0.0.
+    float score = fmaf(total(dots, lane_of() / 2 % 2), scale, 0.0f);
+    u32 bits = __float_as_uint(score), order = bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
+    bool seen = word > last;
+    if (STAGE == BLOCKS && word == ~0u) {
+      order = FORCED;
+    } else if (!(score > __uint_as_float(0xff800000u) && seen)) {
+      order = seen && __float_as_uint(scale) != ABSENT && score != score;
+      if (has_it() && seen && !order) atomicAdd(&work.bins[LOST], 1u);
     }
+    if (rank && has_it()) *rank = order;
+    bool keep = order >= bound;
+    u32 keeping = __ballot_sync(EVERY, keep);
+    if (!keeping) return;
+    if (keep) {
+      pairs.put(kept + __popc(keeping & ((1u << lane_of()) - 1)), (u64)order << 32 | word);
+      atomicAdd(&work.bins[score_bin(order)], 1u);
+    }
+    kept += __popc(keeping);
   }
 
   __device__ __forceinline__ void run() {
     Run run(c, work);
     if (!run.next(work)) return;
     put(fetch(run.query));
-    for (u32 bin = threadIdx.x; bin <= BINS; bin += THREADS) work.bins[bin] = 0;
-    meet_all();
+    for (u32 bin = threadIdx.x; STAGE != TOKENS && bin <= BINS; bin += THREADS) work.bins[bin] = 0;
+    u32 part = 0;
+    Bound bound{work.bound};
     while (true) {
+      if (lane_of() == 0) work.starts[part][warp_of()] = kept;
+      if (STAGE == TOKENS && threadIdx.x == 0) bound.begin();
+      meet_all();
+      if (STAGE == TOKENS && threadIdx.x == 0) bound.count();  // all bins are zeros
       Run next = run;
       bool more = next.next(work);
       Ahead ahead;
       if (more) ahead = fetch(next.query);
 #pragma unroll
       for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
-      u32 end = run.end(work);
-      Orders orders = run.orders(c, work);
-      for (u32 tile = run.at; tile < run.upto; tile++, turn++)
-        if (turn % GROUPS == warp_of() / WARPS) take((tile - run.from) * KEYS, end, orders, (tile - run.at) * KEYS);
+      u32 end = run.end(work), before = kept, tiles = run.upto - run.at, first = (run.at - run.from) * KEYS;
+      Pairs pairs = run.pairs(c, work, warp_of());
+      u32* ranks = run.ranks(c);
+      for (u32 tile = (warp_of() / WARPS - turn) % GROUPS; tile < tiles; tile += GROUPS)
+        take(turn + tile, ~(first + tile * KEYS + key), ~end, pairs, ranks ? ranks + tile * KEYS + key : nullptr);
+      turn += tiles;
+      if (lane_of() == 0) atomicAdd(&work.bins[0], before - kept);
       meet_all();
-      u32* told = c.told + (u64)run.query * TOLD;
-      tell_bins(told, work);
+      tell_bins(c.told + (u64)run.query * TOLD, work, min(tiles * KEYS, end - first));
+      part++;
       if (!more) break;
       put(ahead);
-      meet_all();
       run = next;
     }
+    if (lane_of() == 0) work.starts[part][warp_of()] = kept;
   }
 };

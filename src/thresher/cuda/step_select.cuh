@@ -4,8 +4,8 @@
 __device__ __forceinline__ u32 shift_of(u64 low, u64 high, u32 bits) { return max(64 - __clzll(high - 1 - low) - (int)bits, 0); }
 
 __device__ __forceinline__ void leave_out(const Step& c, u32 query, u32 at) {
-  c.indices[(u64)query * c.width + at] = -1;
-  if (c.beside) c.beside[(u64)query * c.width + at] = __uint_as_float(0xff800000u);
+  c.indices[(u64)query * c.topk + at] = -1;
+  if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
 }
 
 // What a part publishes: how many keys it takes for certain, how many pairs it tells, and where those begin that find no slot.
@@ -14,10 +14,8 @@ __device__ __forceinline__ u64 word_of(u32 above, u32 within, u32 base) { return
 // What a block has of a query.
 struct Part {
   u32 query, part, parts, first, num, end;  // which of how many parts; its keys, `num` from `first` of the query's on; how many that sees
-  u32 tile;                                 // the first of the block's that is the part's
-  Orders orders;
-  u32* masks;  // of those keys that may be taken
-  __device__ __forceinline__ u64 pair_of(u32 order, u32 at) const { return (u64)order << 32 | ~(first + at); }
+  u32 tile, number;                         // the first of the block's tiles that is the part's; which of its parts it is
+  u32 *masks, *ranks;  // of those keys that may be taken; of all of them, or null
 };
 
 template <u32 DIM, u32 HEADS, Stage STAGE, u32 TEAMS>
@@ -36,21 +34,21 @@ struct Selecting {
 
   __device__ __forceinline__ u32* told(const Part& part) const { return c.told + (u64)part.query * TOLD; }
   __device__ __forceinline__ u64* words(const Part& part) const { return c.words + part.query * gridDim.x; }
-  __device__ __forceinline__ u64* pairs(const Part& part) const { return c.pairs + (u64)part.query * 2 * MOST; }
+  __device__ __forceinline__ u64* shared_pairs(const Part& part) const { return c.pairs + (u64)part.query * 2 * MOST; }
   // Slots of each part, a power of two.
   __device__ __forceinline__ static u32 slots_of(const Part& part) { return 1u << (31 - __clz(MOST / part.parts)); }
-  __device__ __forceinline__ Part part_of(const Run& run) {
+  __device__ __forceinline__ Part part_of(const Run& run, u32 at) {
     u32 behind = work.first[run.query + 1], first = run.from / run.each;
     return {
         run.query, blockIdx.x - first, (behind - 1) / run.each - first + 1, (run.at - run.from) * KEYS, (run.upto - run.at) * KEYS,
-        run.end(work), run.at - run.begin, run.orders(c, work), run.masks(c, work)};
+        run.end(work), run.at - run.begin, at, run.masks(c, work), run.ranks(c)};
   }
   // Calls use(part, what the block knows of its query) for each part that is `wanted`, one after the other in each team.
   template <class Wanted, class Use>
   __device__ __forceinline__ void each_in_teams(const Wanted& wanted, const Use& use) {
     Run run(c, work);
     for (u32 at = 0; run.next(work); at++)
-      if (at % teams == number && wanted(work.sought[at])) use(part_of(run), work.sought[at]);
+      if (at % teams == number && wanted(work.sought[at])) use(part_of(run, at), work.sought[at]);
   }
 
   __device__ __forceinline__ void run() {
@@ -121,6 +119,23 @@ struct Selecting {
     return total;
   }
 
+  // The pairs kept of a part, shared out over the team; zeros among them.
+  template <class Use>
+  __device__ __forceinline__ void each_pair(const Part& part, const Use& use) {
+    constexpr u32 TURN = 4;  // loads ahead
+    for (u32 warp = thread / 32; warp < GROUPS * WARPS; warp += threads / 32) {
+      Pairs pairs = Run(c, work).pairs(c, work, warp);
+      u32 stop = work.starts[part.number + 1][warp];
+      for (u32 base = work.starts[part.number][warp] + lane_of(); base < stop; base += TURN * 32) {
+        u64 ahead[TURN];
+#pragma unroll
+        for (u32 at = 0; at < TURN; at++) ahead[at] = base + at * 32 < stop ? pairs[base + at * 32] : 0;
+#pragma unroll
+        for (u32 at = 0; at < TURN; at++) use(ahead[at]);
+      }
+    }
+  }
+
   // Bins of the pairs from `low` on and below `high`, when they are too many to be told to all. How far they are shifted for that.
   __device__ __forceinline__ u32 divide(const Part& part, u64 low, u64 high, u32& times) {
     auto meet_parts = [&] {
@@ -137,12 +152,11 @@ struct Selecting {
       if (part.part == 0) told(part)[at] = 0;
     }
     meet_parts();
-    for (u32 at = threadIdx.x; at < part.num; at += THREADS) {
-      u64 pair = part.pair_of(part.orders[at], at);
+    each_pair(part, [&](u64 pair) {
       if (pair >= low && pair < high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
-    }
+    });
     meet_all();
-    tell_bins(told(part), work);
+    tell_bins(told(part), work, 0);
     meet_parts();
     return shift;
   }
@@ -152,6 +166,7 @@ struct Selecting {
   __device__ __forceinline__ void seek(const Part& part, Sought& sought) {
     meet_team();  // nobody asks how many pairs the part before told any more
     if (thread == 0) team().num = 0;
+    for (u32 at = thread; at < part.num / 32; at += threads) part.masks[at] = 0;
     u32 total = find_told_bin(part, c.topk, part.end), want = 0, inside = 0, times = 0;
     u64 low = SELECTABLE, high = SELECTABLE;
     if (total > c.topk) {
@@ -175,58 +190,34 @@ struct Selecting {
     tell(part, sought, low, high);
   }
 
-  // The groups of 32 keys of a warp: they stand together, and begin at a multiple of 4 groups.
+  // The groups of 32 keys of a warp: they stand together.
   struct Groups {
     u32 begin, stop;
   };
   __device__ __forceinline__ Groups groups(const Part& part) const {
-    u32 all = part.num / 32, warps = threads / 32, share = (all + 4 * warps - 1) / (4 * warps) * 4, begin = min(thread / 32 * share, all);
+    u32 all = part.num / 32, warps = threads / 32, share = (all + warps - 1) / warps, begin = min(thread / 32 * share, all);
     return {begin, min(begin + share, all)};
   }
 
-  // Keep a mask of the keys from `low` on. Tell all parts how many this one takes for certain, those from `high` on, and the pairs between.
+  // Keep a mask of the keys from `low` on; it is zeros. Tell all parts how many this one takes for certain, those from `high` on, and the pairs between.
   __device__ __forceinline__ void tell(const Part& part, Sought& sought, u64 low, u64 high) {
-    constexpr u32 TURN = 4;  // loads ahead, each of 4 keys a lane
     u32 above = 0;
-    Groups own = groups(part);
-    // Mostly an order tells by itself on which side of both a pair is.
-    bool plain = (u32)low == 0 && ((u32)high == 0 || high == ~(u64)0);
-    u32 least = low >> 32, most = high >> 32;
-    for (u32 group = own.begin; group < own.stop; group += 4 * TURN) {
-      Four fours[TURN];
-#pragma unroll
-      for (u32 at = 0; at < TURN; at++) {
-        u32 key = (group + 4 * at) * 32 + lane_of() * 4;
-        fours[at] = key < own.stop * 32 ? *(const Four*)(key < part.orders.room ? part.orders.near + key : part.orders.far + key) : Four{0, 0, 0, 0};
-      }
-#pragma unroll
-      for (u32 at = 0; at < TURN; at++) {
-        if (group + 4 * at >= own.stop) break;
-        u32 key = (group + 4 * at) * 32 + lane_of() * 4, reach = 0, sure = 0;
-        auto look = [&](u32 order, u32 which) {
-          bool in = order >= least, over = order >= most;
-          if (!plain) in = part.pair_of(order, key + which) >= low, over = part.pair_of(order, key + which) >= high;
-          reach |= (u32)in << which, sure |= (u32)over << which;
-        };
-        look(fours[at].a, 0), look(fours[at].b, 1), look(fours[at].c, 2), look(fours[at].d, 3);
-        above += __popc(sure);
-        u32 mask = reach << lane_of() % 8 * 4;
-#pragma unroll
-        for (u32 step = 1; step < 8; step *= 2) mask |= __shfl_xor_sync(EVERY, mask, step);
-        if (lane_of() % 8 == 0 && key < own.stop * 32) part.masks[key / 32] = mask;
-        for (u32 left = reach & ~sure; left; left &= left - 1) {
-          u32 which = __ffs(left) - 1, order = which == 0 ? fours[at].a : which == 1 ? fours[at].b : which == 2 ? fours[at].c : fours[at].d;
-          near()[atomicAdd(&team().num, 1u)] = part.pair_of(order, key + which);
-        }
-      }
-    }
+    each_pair(part, [&](u64 pair) {
+      if (pair < low) return;
+      u32 key = ~(u32)pair - part.first;
+      atomicOr(&part.masks[key / 32], 1u << key % 32);
+      if (pair >= high)
+        above++;
+      else
+        near()[atomicAdd(&team().num, 1u)] = pair;
+    });
     above = __reduce_add_sync(EVERY, above);
     if (lane_of() == 0) atomicAdd(&sought.above, above);
     meet_team();
     u32 within = team().num, slots = slots_of(part), more = within > slots ? within - slots : 0, base = 0;
     if (more && thread == 0) team().base = MOST + atomicAdd(&told(part)[PAIRS], more);
     if (more) meet_team(), base = team().base;
-    for (u32 at = thread; at < within; at += threads) publish(&pairs(part)[at < slots ? part.part * slots + at : base + at - slots], near()[at]);
+    for (u32 at = thread; at < within; at += threads) publish(&shared_pairs(part)[at < slots ? part.part * slots + at : base + at - slots], near()[at]);
     if (thread == 0) publish(&words(part)[part.part], word_of(sought.above, within, base));
   }
 
@@ -269,17 +260,17 @@ struct Selecting {
     u32 before = 0, slots = slots_of(part), shift = 31 - __clz(slots), all = part.parts << shift;
     u64 ahead[TURN];
 #pragma unroll
-    for (u32 at = 0; at < TURN; at++) ahead[at] = thread + at * threads < all ? fresh(&pairs(part)[thread + at * threads]) : 0;
+    for (u32 at = 0; at < TURN; at++) ahead[at] = thread + at * threads < all ? fresh(&shared_pairs(part)[thread + at * threads]) : 0;
     for (u32 at = thread; at < part.parts; at += threads) {
       u64 word = await_word(&words(part)[at]);
       u32 within = (word >> 32) & 0xffff, base = (word >> 48) & 0x7fff;
       if (at < part.part) before += (u32)word;
       team().within[at] = within;
-      for (u32 more = slots; more < within; more++) near()[atomicAdd(&team().num, 1u)] = await_word(&pairs(part)[base + more - slots]);
+      for (u32 more = slots; more < within; more++) near()[atomicAdd(&team().num, 1u)] = await_word(&shared_pairs(part)[base + more - slots]);
     }
     meet_team();
     auto put = [&](u32 slot, u64 pair) {
-      if ((slot & (slots - 1)) < team().within[slot >> shift]) near()[atomicAdd(&team().num, 1u)] = pair ? pair : await_word(&pairs(part)[slot]);
+      if ((slot & (slots - 1)) < team().within[slot >> shift]) near()[atomicAdd(&team().num, 1u)] = pair ? pair : await_word(&shared_pairs(part)[slot]);
     };
 #pragma unroll
     for (u32 at = 0; at < TURN; at++)
@@ -294,7 +285,7 @@ struct Selecting {
     u32 slots = slots_of(part);
     for (u32 at = thread; at < part.parts; at += threads) {
       u32 within = team().within[at], base = within > slots ? (fresh(&words(part)[at]) >> 48) & 0x7fff : 0;
-      for (u32 pair = 0; pair < within; pair++) pairs(part)[pair < slots ? at * slots + pair : base + pair - slots] = 0;
+      for (u32 pair = 0; pair < within; pair++) shared_pairs(part)[pair < slots ? at * slots + pair : base + pair - slots] = 0;
       words(part)[at] = 0;
     }
     for (u32 at = thread; at < TOLD / 4; at += threads) ((Four*)told(part))[at] = {0, 0, 0, 0};
@@ -336,8 +327,8 @@ struct Selecting {
       if (STAGE == BLOCKS)
         publish(&c.blocks[(u64)part.query * c.topk + place], key + 1);
       else
-        c.indices[(u64)part.query * c.width + place] = key;
-      if (c.beside) c.beside[(u64)part.query * c.width + place] = score_of(part.orders[at]);
+        c.indices[(u64)part.query * c.topk + place] = key;
+      if (c.beside) c.beside[(u64)part.query * c.topk + place] = score_of(part.ranks[at]);
     };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) {
       u32 mask = mask_of(group), upto = sum_upto(__popc(mask)), place = to + upto - __popc(mask), all = __shfl_sync(EVERY, upto, 31);
@@ -361,6 +352,6 @@ struct Selecting {
       return;
     }
     if (thread == 0) c.taken[part.query] = sought.taken;
-    for (u32 at = sought.taken + thread; at < c.width; at += threads) leave_out(c, part.query, at);
+    for (u32 at = sought.taken + thread; at < c.topk; at += threads) leave_out(c, part.query, at);
   }
 };

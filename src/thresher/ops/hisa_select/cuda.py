@@ -17,7 +17,7 @@ from thresher.ops.score_select import cuda as step
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-BEFORE_ORDERS = step.BEFORE_ORDERS + 11264  # as struct Workspace of step.cu has it for HISA
+BEFORE_PAIRS = step.BEFORE_PAIRS + 11264  # as struct Workspace of step.cu has it for HISA
 MEETING = 4  # words of all thread blocks; two are used
 
 
@@ -93,7 +93,7 @@ def select_step(
     pages = held_means(means)
     mean_tiles, tiles = pages.page_table.shape[1], num_blocks * block_size // TILE
     most = step.share(num, max(mean_tiles, tiles), programs)
-    size, held = step.shared_memory(step.rows_of_heads(query), keys.head_dim, most, BEFORE_ORDERS)
+    within = step.shared_memory(step.rows_of_heads(query), keys.head_dim, num, most, BEFORE_PAIRS)
     read = step.readable(query)
     meeting = shared.data_ptr()
     told = meeting + 4 * MEETING
@@ -101,9 +101,9 @@ def select_step(
     blocks = then_told + 4 * step.shared_words(num, programs)
     both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks}
     unscored = Selection(picked.indices, picked.lengths)  # what blocks are chosen by is nobody's to see
-    of_blocks, _kept = step.step_of(read, pages, keys, num_blocks - 1, unscored, mean_tiles, held, told, programs, **both)
-    in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, held, then_told, programs, **both)
+    of_blocks, _kept = step.step_of(read, pages, keys, num_blocks - 1, unscored, mean_tiles, within, told, programs, **both)
+    in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, within, then_told, programs, **both)
     grown = (None, None) if growing is None else (growing.pooled.data_ptr(), pages.lengths.data_ptr())
     arguments = Hisa(of_blocks=of_blocks, in_blocks=in_blocks, pooled=grown[0], counts=grown[1], meeting=meeting)
-    step.launch_step("select_in_blocks", arguments, read, programs, size)
+    step.launch_step("select_in_blocks", arguments, read, programs, within.size)
     return picked

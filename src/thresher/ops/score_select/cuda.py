@@ -7,6 +7,7 @@ no value, so a step can be recorded in a CUDA graph and replayed with other leng
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from thresher.ops.index_score.triton import padded_heads
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-THREADS = 640  # four groups of four warps that multiply and select, and four warps that fetch
+# 16 warps multiply and select; beside them two fetch and one keeps a bound, or four fetch.
+THREADS = {"select_tokens": 608, "select_in_blocks": 640}
 BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 24  # as in step.cu
+GROUPS, WARPS = 4, 16  # that multiply
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
-BEFORE_ORDERS = 17760  # beside those, heads and weights
+BEFORE_PAIRS = 17776  # beside those, heads and weights
 
 
 class Step(ctypes.Structure):
@@ -31,11 +34,11 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "ranks", "blocks")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
-        *((name, ctypes.c_uint) for name in ("width", "row_tiles", "block_size", "most_blocks")),
-        ("spare", ctypes.c_uint),
+        *((name, ctypes.c_uint) for name in ("parts", "row_tiles", "block_size", "most_blocks")),
+        ("spare", ctypes.c_uint * 15),
     ]
 
 
@@ -57,12 +60,25 @@ def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens:
     return num_queries <= 4 * num_requests and room_tokens >= max(8192 if num_queries == 1 else 16384, 256 * num_queries)
 
 
-def shared_memory(heads: int, dim: int, tiles: int, before_orders: int = BEFORE_ORDERS) -> tuple[int, int]:
-    """``(bytes, held)``: of shared memory for a thread block, to begin at a KB, and how many of the orders of ``tiles`` tiles it has room
-    for."""
-    fixed = 1024 + TILES + heads * (dim + 4) + before_orders
-    held = min(tiles, (launch.SHARED - fixed) // (4 * TILE)) * TILE
-    return fixed + 4 * held, held
+class Room(NamedTuple):
+    """Shared memory of a thread block, to begin at a KB: bytes, of how many pairs of a warp, and of how many parts of queries."""
+
+    size: int
+    held: int
+    parts: int
+
+
+def shared_memory(heads: int, dim: int, num: int, tiles: int, before_pairs: int = BEFORE_PAIRS) -> Room:
+    """What a thread block takes for ``tiles`` tiles of ``num`` queries."""
+    parts = min(num, tiles // (EXTRA + 1) + 2)
+    fixed = 1024 + TILES + heads * (dim + 4) + before_pairs + 4 * WARPS * (parts + 1)
+    held = min(of_warp(tiles), (launch.SHARED - fixed) // (8 * WARPS))
+    return Room(fixed + 8 * WARPS * held, held, parts)
+
+
+def of_warp(tiles: int) -> int:
+    """Keys of so many tiles that one warp scores, at most."""
+    return -(-tiles // GROUPS) * TILE * GROUPS // WARPS
 
 
 def shared_words(num: int, programs: int) -> int:
@@ -92,10 +108,10 @@ def select_step(
         return picked
     shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
     tiles = keys.page_table.shape[1]
-    size, held = shared_memory(rows_of_heads(query), keys.head_dim, share(num, tiles, programs))
+    within = shared_memory(rows_of_heads(query), keys.head_dim, num, share(num, tiles, programs))
     read = readable(query)
-    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, held, shared.data_ptr(), programs)
-    launch_step("select_tokens", arguments, read, programs, size)
+    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, within, shared.data_ptr(), programs)
+    launch_step("select_tokens", arguments, read, programs, within.size)
     return picked
 
 
@@ -125,8 +141,8 @@ def readable(query: IndexQuery) -> IndexQuery:
 
 
 def step_of(
-    query: IndexQuery, keys: IndexKeys, seen: IndexKeys, topk: int, picked: Selection, row_tiles: int, held: int, told: int, programs: int,
-    **more: int,
+    query: IndexQuery, keys: IndexKeys, seen: IndexKeys, topk: int, picked: Selection, row_tiles: int, within: Room, told: int,
+    programs: int, **more: int,
 ) -> tuple[Step, tuple[Tensor | None, ...]]:  # fmt: skip
     """A kernel's arguments, and tensors that must be kept until it is launched.
 
@@ -136,27 +152,28 @@ def step_of(
         seen: whose positions queries have: the same, or those of which ``keys`` are means.
         picked: where to; without ``scores`` these are not written.
         row_tiles: of a query at most.
-        held: keys whose orders shared memory has room for.
+        within: what shared memory has room for.
         told: address of ``shared_words`` zeros.
         more: other fields.
     """
     num, dim, device = query.num_queries, keys.head_dim, query.q.device
     pages, table, lengths = keys.pages.contiguous(), unit_rows(keys.page_table), seen.lengths.contiguous()
     pairs = told + 4 * num * TOLD
-    spills = share(num, row_tiles, programs) * TILE > min(held, MASKED)  # orders, and one bit for each
-    tiles = num * (row_tiles + EXTRA)
-    spilt = torch.empty(tiles * (TILE + TILE // 32), dtype=torch.int32, device=device) if spills else None
+    most, room = share(num, row_tiles, programs), (num * (row_tiles + EXTRA) + (GROUPS - 1) * programs) * TILE
+    spills = of_warp(most) > within.held or most * TILE > MASKED  # a pair and a bit for each key
+    spilt = torch.empty(room * 2 + room // 32, dtype=torch.int32, device=device) if spills else None
+    ranks = torch.empty(room, dtype=torch.int32, device=device) if picked.scores is not None else None
     q, weights = query.q, query.weights
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=query.requests.data_ptr(), positions=query.positions.data_ptr(), lengths=lengths.data_ptr(),
         table=table.data_ptr(), indices=picked.indices.data_ptr(), taken=picked.lengths.data_ptr(), beside=_address(picked.scores),
-        told=told, words=pairs + 8 * num * 2 * MOST, pairs=pairs, spilt=_address(spilt), num_queries=num, num_heads=query.num_heads,
-        table_tiles=seen.page_table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4),
-        q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=held, masked=MASKED,
-        width=picked.indices.shape[1], row_tiles=row_tiles, **more,
+        told=told, words=pairs + 8 * num * 2 * MOST, pairs=pairs, spilt=_address(spilt), ranks=_address(ranks), num_queries=num,
+        num_heads=query.num_heads, table_tiles=seen.page_table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk,
+        page_bytes=TILE * (dim + 4), q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0),
+        held=within.held, masked=MASKED, parts=within.parts, row_tiles=row_tiles, **more,
     )  # fmt: skip
-    return arguments, (pages, table, lengths, spilt)
+    return arguments, (pages, table, lengths, spilt, ranks)
 
 
 def launch_step(name: str, arguments: ctypes.Structure, query: IndexQuery, programs: int, size: int) -> None:
@@ -164,7 +181,7 @@ def launch_step(name: str, arguments: ctypes.Structure, query: IndexQuery, progr
     teams = 1 if query.num_queries == 1 else 2
     values = {"DIM": query.q.shape[2], "HEADS": rows_of_heads(query), "TEAMS": teams, "HISA": int(name == "select_in_blocks")}
     defines = tuple(f"STEP_{key}={value}" for key, value in values.items())
-    launch.launch("step", name, arguments, programs, THREADS, size, query.q.device, together=True, defines=defines)
+    launch.launch("step", name, arguments, programs, THREADS[name], size, query.q.device, together=True, defines=defines)
 
 
 def _address(tensor: Tensor | None) -> int | None:
