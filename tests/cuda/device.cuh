@@ -145,6 +145,7 @@ inline u32 __ballot_sync(u32, bool value) {
     return word;
   });
 }
+inline bool __any_sync(u32, bool value) { return __ballot_sync(0, value) != 0; }
 inline void __syncwarp() { host::meet(host::current->block->warps[threadIdx.x / 32].barrier, 32); }
 inline u32 __reduce_max_sync(u32, u32 value) {
   return host::exchange(value, [&](u32, auto from) {
@@ -236,9 +237,15 @@ T fresh(const T* from) {
   return *from;
 }
 
+struct Matrix {
+  const unsigned char* at;
+  explicit Matrix(const void* at) : at((const unsigned char*)at) {}
+  Matrix operator+(u32 bytes) const { return Matrix(at + bytes); }
+};
 // Products are of values that add up exactly in any order, and made when they are awaited.
 template <u32 DIM, u32 NUM>
-void multiply(float (&d)[NUM], const void* keys, const void* queries) {
+void multiply(float (&d)[NUM], Matrix keys_at, Matrix queries_at) {
+  const unsigned char *keys = keys_at.at, *queries = queries_at.at;
   static const std::vector<float> numbers = [] {
     std::vector<float> all;
     for (u32 code = 0; code < 256; code++) all.push_back(from_e4m3(code).a);

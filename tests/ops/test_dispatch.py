@@ -18,6 +18,7 @@ from thresher import ops
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.errors import ThresherError
 from thresher.ops import dispatch
+from thresher.ops.sparse_attend import flash_mla
 from thresher.types import IndexKeys, IndexQuery, PartialAttention
 
 CPU = torch.device("cpu")
@@ -302,6 +303,26 @@ def test_auto_goes_down_the_row_past_what_cannot_run(monkeypatch):
     assert chosen() is None
     with pytest.raises(ThresherError, match="must be able to run; got: needs 64 or 128 heads"):
         dispatch.choose("sparse_attend_mla_fp8", "flash_mla", GPU, lambda module: takes[module.name])
+
+
+def test_auto_goes_past_what_another_is_faster_than_and_a_name_does_not(monkeypatch):
+    modules = {name: SimpleNamespace(sparse_attend_mla_fp8=f"by {name}", name=name) for name in ("flash_mla", "triton")}
+    monkeypatch.setattr(dispatch, "reason", lambda operation, name, device: None)
+    monkeypatch.setattr(dispatch, "_module", lambda operation, name: modules[name])
+
+    def chosen(impl, worthwhile):
+        return dispatch.choose("sparse_attend_mla_fp8", impl, GPU, worthwhile=worthwhile)
+
+    assert chosen("auto", lambda module: True) == "by flash_mla"
+    assert chosen("auto", lambda module: module.name != "flash_mla") == "by triton"
+    assert chosen("flash_mla", lambda module: False) == "by flash_mla"
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_flash_mla_stands_back_for_the_kernel_for_hopper(ours, monkeypatch):
+    device = pytest.importorskip("thresher.cache.device")
+    monkeypatch.setattr(device, "runs_gluon", lambda tensor: ours)
+    assert flash_mla.worthwhile(torch.zeros(1, 64, 576)) is not ours
 
 
 def test_arguments_are_checked_before_an_implementation_is_chosen(kernel, monkeypatch):

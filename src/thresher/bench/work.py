@@ -26,7 +26,8 @@ from thresher.ops import (
     store_latents,
     to_slots,
 )
-from thresher.ops.dispatch import AUTO, TABLE, choose, preferred, using
+from thresher.ops.dispatch import AUTO, TABLE, preferred, using
+from thresher.ops.sparse_attend import kernel_over_fp8
 from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -181,7 +182,7 @@ def resolved(work: Work) -> str:
         assert work.attend is not None
         assert work.attend.slots is not None
         q, cache, slots = work.attend.q, work.attend.latents, work.attend.slots
-        kernel = choose(work.op, AUTO, q.device, lambda module: module.unsupported_mla_fp8(q, cache, slots))
+        kernel = kernel_over_fp8(q, cache, slots, AUTO, q.device)
         return "reference" if kernel is None else kernel.__module__.rpartition(".")[2]
     device = work.device
     return "+".join(sorted({preferred(operation, device) for operation in TABLE if operation != "sparse_attend_mla_fp8"}))

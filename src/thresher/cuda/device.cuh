@@ -158,8 +158,13 @@ template <u32 DIM>
 __device__ __forceinline__ u32 swizzled(u32 row, u32 piece) {  // where 16 bytes of a row stand
   return row * DIM + (piece ^ (DIM == 128 ? row % 8 : row / 2 % 4)) * 16;
 }
-// Where a matrix stands, as the unit is told: of two words the lower. The upper is the same for all.
-__device__ __forceinline__ u32 described(const void* at) { return 1 << 16 | (shared_address(at) & 0x3ffff) / 16; }
+// Where a matrix stands, as the unit is told: the lower of two words, of which the upper is the same for all.
+struct Matrix {
+  u32 word;
+  __device__ __forceinline__ Matrix(u32 word) : word(word) {}
+  __device__ __forceinline__ explicit Matrix(const void* at) : word(kept_ready(1 << 16 | (shared_address(at) & 0x3ffff) / 16)) {}
+  __device__ __forceinline__ Matrix operator+(u32 bytes) const { return word + bytes / 16; }  // so many times 1024
+};
 __device__ __forceinline__ void multiply_32(float (&d)[8], u32 keys, u32 queries, u32 high, bool onto) {
   asm volatile(
       "{ .reg .pred p; .reg .b64 a, b; mov.b64 a, {%8, %10}; mov.b64 b, {%9, %10}; setp.ne.b32 p, %11, 0; "
@@ -193,12 +198,11 @@ __device__ __forceinline__ void multiply_32(float (&d)[32], u32 keys, u32 querie
       : "r"(keys), "r"(queries), "r"(high), "r"((int)onto));
 }
 template <u32 DIM, u32 NUM>  // begin a product
-__device__ __forceinline__ void multiply(float (&d)[NUM], const void* keys, const void* queries) {
+__device__ __forceinline__ void multiply(float (&d)[NUM], Matrix keys, Matrix queries) {
   constexpr u32 HIGH = (DIM == 128 ? 1u : 2u) << 30 | DIM / 2;
-  u32 a = described(keys), b = described(queries);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-  for (u32 k = 0; k < DIM / 32; k++) multiply_32(d, a + 2 * k, b + 2 * k, HIGH, k > 0);
+  for (u32 k = 0; k < DIM / 32; k++) multiply_32(d, keys.word + 2 * k, queries.word + 2 * k, HIGH, k > 0);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <u32 NUM, class Then>  // wait for all products, call then(), and only then read `d`

@@ -96,7 +96,7 @@ struct Workspace {  // begins at a multiple of 1024
   u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
   unsigned char last_in[OTHERS + 4];
   u32 never;                                   // no order is as large
-  u64 bound;                                   // the part's, an order: see score_of; and above it the number of its turn: see Bound
+  u64 bound;                                   // the part's, an order; and above it the number of its turn: see Bound
   alignas(16) u32 starts[1][GROUPS * WARPS];  // of parts, and one more: how many pairs each warp kept before; then those pairs
 };
 
@@ -124,7 +124,7 @@ __device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
   if (lane_of() == 0) first[0] = 0;
 }
 
-// Of a score's order, 1 stands for NaN, which ranks below every number, and 0 for -inf, which is never selected. And back, NaN as Hopper makes it.
+// A score by its rank (see rank_of), NaN as Hopper makes it.
 __device__ __forceinline__ float score_of(u32 rank) { return rank == 1 ? __uint_as_float(0x7fffffffu) : number_of(rank); }
 
 // Bins of orders, ascending: 32 for each power of two from 2**-16 to 2**16, of either sign. The outer ones hold what lies beyond.

@@ -43,15 +43,15 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS,
   }
 }
 
-// What a part's keys must not lie below, an order, and above it the turn: even while the part's scores are counted. It is made the least order
+// What a part's keys must lie above, an order, and above it the turn: even while the part's scores are counted. It is made the one below those
 // of the bin that the topk-th best of those counted lies in, as soon as there are so many, by a warp that only does that: any other would be
 // late for the next tile. What that found in an earlier turn is too small a word to change a later one's.
 struct Bound {
   u64& word;
   __device__ __forceinline__ u32 turn() const { return changed((const u32*)&word + 1); }
   __device__ __forceinline__ u32 order() const { return changed((const u32*)&word); }
-  __device__ __forceinline__ void begin() { word = (u64)(turn() | 1) << 32 | 1; }  // a key without a score has an order of 0
-  __device__ __forceinline__ void count() { word = (u64)(turn() + 1) << 32 | 1; }
+  __device__ __forceinline__ void begin() { word = (u64)(turn() | 1) << 32; }  // a key without a score has an order of 0
+  __device__ __forceinline__ void count() { word = (u64)(turn() + 1) << 32; }
   __device__ __forceinline__ void end() { word = ~(u64)0; }
 
   __device__ __forceinline__ void keep(const u32* bins, u32 topk) {
@@ -76,7 +76,7 @@ struct Bound {
     u32 low = changed(&bins[first - 32 + lane_of()]), count = changed(&bins[first + lane_of()]);
     upto = sum_upto(count), total = __shfl_sync(EVERY, upto, 31);
     if (total < want) want -= total, first -= 32, count = low, upto = sum_upto(low), total = __shfl_sync(EVERY, upto, 31);
-    if (total - upto < want && want <= total - upto + count) atomicMax(&word, (u64)now << 32 | first_order(first + lane_of()));
+    if (total - upto < want && want <= total - upto + count) atomicMax(&word, (u64)now << 32 | (first_order(first + lane_of()) - 1));
   }
 };
 
@@ -128,39 +128,45 @@ struct Scorer {
   // Two threads make the score of one key of a tile, `key`: the first of them has it.
   u32 key = kept_ready(warp_of() % WARPS * 16 + lane_of() / 4 + lane_of() / 2 % 2 * 8);
   __device__ __forceinline__ bool has_it() const { return lane_of() % 2 == 0; }
-  // In words, where what an order must reach stands: the bound, or more than any for who has none.
+  // In words, where what an order must lie above stands: the bound, or what none lies above for who has none.
   u32 bound_at = kept_ready((u32)((has_it() ? (u32*)&work.bound : &work.never) - (u32*)&work));
+  Matrix tiles{work.tiles}, query{work.query};
 
-  // Score the tile of this turn, and keep what may be selected. `word` is the last one of the key's pair, `last` of the last key's less one.
-  __device__ __forceinline__ void take(u32 turn, u32 word, u32 last, const Pairs& pairs, u32* rank) {
-    u32 slot = turn % STAGES;
-    await(&work.full[slot], turn / STAGES % 2);
+  // An order, but for what is no number: 1 for NaN, which ranks below every number, 0 for -inf and where there is no page.
+  static __device__ __forceinline__ u32 rank_of(u32 order, float score, float scale) {
+    if (order == FORCED || (score == score && __float_as_uint(score) != 0xff800000u)) return order;
+    return score != score && __float_as_uint(scale) != ABSENT;
+  }
+
+  // Score the tile in a place of the ring, and keep what may be selected. `word` is the last one of the key's pair, `last` of the last key's
+  // less one.
+  __device__ __forceinline__ void take(u32 slot, u32 parity, u32 word, u32 last, const Pairs& pairs, u32* ranks) {
+    await(&work.full[slot], parity);
     float dots[HEADS / 2], scale = work.scales[slot][key];
-    u32 bound = STAGE == TOKENS ? changed((const u32*)&work + bound_at) : has_it() ? 1 : 0xffffffff;
-    multiply<DIM>(dots, work.tiles[slot], work.query);
+    u32 bound = STAGE == TOKENS ? changed((const u32*)&work + bound_at) : has_it() ? 0 : 0xffffffff;
+    multiply<DIM>(dots, tiles + slot * (KEYS * DIM), query);
     await_products(dots, [&] {
       __syncwarp();
       if (lane_of() == 0) arrive(&work.empty[slot]);  // so that another tile is under way while this one's products are added
     });
     // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative; and -0.0 becomes 0.0.
     float score = fmaf(total(dots, lane_of() / 2 % 2), scale, 0.0f);
-    u32 bits = __float_as_uint(score), order = bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
-    bool seen = word > last;
-    if (STAGE == BLOCKS && word == ~0u) {
-      order = FORCED;
-    } else if (!(score > __uint_as_float(0xff800000u) && seen)) {
-      order = seen && __float_as_uint(scale) != ABSENT && score != score;
-      if (has_it() && seen && !order) atomicAdd(&work.bins[LOST], 1u);
+    u32 bits = __float_as_uint(score), order = bits ^ ((u32)((int)bits >> 31) | 0x80000000u);  // NaN's is above all
+    if (STAGE == BLOCKS && word == ~0u) order = FORCED;
+    bool keep = order > bound;
+    if (__any_sync(EVERY, keep)) {
+      bool seen = word > last;
+      if (keep) order = rank_of(order, score, scale);
+      if (keep && seen && !order) atomicAdd(&work.bins[LOST], 1u);
+      keep = seen && order > bound;
+      u32 keeping = __ballot_sync(EVERY, keep);
+      if (keep) {
+        pairs.put(kept + __popc(keeping & ((1u << lane_of()) - 1)), (u64)order << 32 | word);
+        atomicAdd(&work.bins[score_bin(order)], 1u);
+      }
+      kept += __popc(keeping);
     }
-    if (rank && has_it()) *rank = order;
-    bool keep = order >= bound;
-    u32 keeping = __ballot_sync(EVERY, keep);
-    if (!keeping) return;
-    if (keep) {
-      pairs.put(kept + __popc(keeping & ((1u << lane_of()) - 1)), (u64)order << 32 | word);
-      atomicAdd(&work.bins[score_bin(order)], 1u);
-    }
-    kept += __popc(keeping);
+    if (ranks && has_it()) ranks[~word] = word > last ? rank_of(order, score, scale) : 0;
   }
 
   __device__ __forceinline__ void run() {
@@ -181,11 +187,15 @@ struct Scorer {
       if (more) ahead = fetch(next.query);
 #pragma unroll
       for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
-      u32 end = run.end(work), before = kept, tiles = run.upto - run.at, first = (run.at - run.from) * KEYS;
+      u32 end = run.end(work), before = kept, tiles = run.upto - run.at, first = (run.at - run.from) * KEYS, last = kept_ready(~end);
       Pairs pairs = run.pairs(c, work, warp_of());
-      u32* ranks = run.ranks(c);
-      for (u32 tile = (warp_of() / WARPS - turn) % GROUPS; tile < tiles; tile += GROUPS)
-        take(turn + tile, ~(first + tile * KEYS + key), ~end, pairs, ranks ? ranks + tile * KEYS + key : nullptr);
+      u32* ranks = c.ranks ? run.ranks(c) - first : nullptr;
+      u32 tile = (warp_of() / WARPS - turn) % GROUPS, slot = (turn + tile) % STAGES, parity = (turn + tile) / STAGES % 2;
+      for (u32 word = ~(first + tile * KEYS + key); tile < tiles; tile += GROUPS, word -= GROUPS * KEYS) {
+        take(slot, parity, word, last, pairs, ranks);
+        static_assert(STAGES == 2 * GROUPS);
+        parity ^= slot / GROUPS, slot ^= GROUPS;
+      }
       turn += tiles;
       if (lane_of() == 0) atomicAdd(&work.bins[0], before - kept);
       meet_all();

@@ -2,7 +2,8 @@
 
 ``impl="auto"`` takes the first implementation of the operation's row in ``TABLE`` that can run for the tensors at hand:
 
-- on a CUDA device of compute capability 8.9 or newer "triton", and before it, for attention over the FP8 latent cache, "flash_mla";
+- on a CUDA device of compute capability 8.9 or newer "triton"; for attention over the FP8 latent cache before it "flash_mla", but where the
+  kernel for Hopper can run, which is faster (``worthwhile`` there);
 - on an older one, on a CPU, and where a kernel cannot take the arguments, "reference". Never a kernel for tensors on a CPU, whether Triton
   interprets there or not: only a name asks for that;
 - for ``score_select``, of kernels for compute capability 9.0 alone, "cuda" (a step of decoding) and "triton" (prefill) only for as many
@@ -122,7 +123,11 @@ _auto_means: ContextVar[str] = ContextVar("auto_means", default=AUTO)
 
 
 def choose(
-    operation: str, impl: str, device: torch.device, unsupported: Callable[[ModuleType], str | None] = lambda module: None
+    operation: str,
+    impl: str,
+    device: torch.device,
+    unsupported: Callable[[ModuleType], str | None] = lambda module: None,
+    worthwhile: Callable[[ModuleType], bool] = lambda module: True,
 ) -> Callable[..., Any] | None:
     """What runs ``operation``: a kernel's function, with the public function's arguments, or None for the reference.
 
@@ -131,6 +136,7 @@ def choose(
         impl: "auto", or an implementation of that operation.
         device: where the tensors are.
         unsupported: given the implementation's module, one line on why it cannot take these arguments, or None when it can.
+        worthwhile: given it, whether "auto" takes it, if it can run, before those that follow.
 
     Raises:
         ThresherError: an unknown name, or a named implementation that cannot run, with the reason.
@@ -144,7 +150,7 @@ def choose(
         if why is None:
             module = _module(operation, name)
             why = unsupported(module)
-            if why is None:
+            if why is None and (impl != AUTO or worthwhile(module)):
                 function: Callable[..., Any] = getattr(module, operation)
                 return function
         if impl != AUTO:

@@ -12,6 +12,9 @@ out = torch.einsum("qnk,qknd->qnd", torch.exp(score - lse[..., None]), v_sel)  #
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -112,10 +115,20 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
     require(cache_data.shape[1] >= 1, "the page_size of cache_data must be at least 1", tuple(cache_data.shape), "64 is usual")
     device = _check(q, (torch.bfloat16,), slots, scale, LATENT_DIM + ROPE_DIM, cache_data=cache_data)
     _check_slots(slots, cache_data.shape[0] * cache_data.shape[1])
-    kernel = choose(
-        "sparse_attend_mla_fp8", impl, device, lambda module: no_gradient(q) or module.unsupported_mla_fp8(q, cache_data, slots)
-    )
+    kernel = kernel_over_fp8(q, cache_data, slots, impl, device)
     return attend_fp8_reference(q, cache_data, slots, scale) if kernel is None else kernel(q, cache_data, slots, scale)
+
+
+def kernel_over_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, impl: str, device: torch.device) -> Callable[..., Any] | None:
+    """What runs ``sparse_attend_mla_fp8`` for these arguments: a kernel, or None for the reference.
+
+    Raises:
+        ThresherError: a named implementation that cannot run.
+    """
+    return choose(
+        "sparse_attend_mla_fp8", impl, device, lambda module: no_gradient(q) or module.unsupported_mla_fp8(q, cache_data, slots),
+        lambda module: module.worthwhile(q) if hasattr(module, "worthwhile") else True,
+    )  # fmt: skip
 
 
 def _check(q: Tensor, q_dtypes: str | tuple[torch.dtype, ...], slots: Tensor, scale: float, dim: int, **memory: Tensor) -> torch.device:
