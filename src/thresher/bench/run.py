@@ -123,7 +123,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
     if why is not None:
         raise ThresherError(f"{case.name} under {inputs} inputs must agree with the reference; got: {why}; no time is taken on a red check")
     peak = _peak_bytes(first, device)
-    beside = first if op in SHARING else None
+    beside = first if case.kind == "layer" and op in SHARING else None
     copies = make_copies(first, lambda copy: make(copy, beside), num_copies(moved, device), device)
     kernel: dict[str, str] = {}
     ways: dict[str, Sequence[Step]] = {"ours": [work.run for work in copies]}

@@ -43,8 +43,8 @@ OPS = {
     "sparse_attend_mla_fp8": ("mla-decode", "layer"),
     "sparse_attend_mla": ("mla-decode",),
 }
-# Ops that touch a few bytes of a layer's caches: hundreds of copies differ between two uses of a byte, and share the caches.
-SHARING = ("store", "to_slots")
+# Ops that touch a few bytes of a layer's caches, and in every copy others: hundreds of copies share the caches.
+SHARING = ("store", "to_slots", "sparse_attend_mla_fp8")
 
 
 @dataclass(frozen=True)
