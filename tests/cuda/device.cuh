@@ -207,7 +207,11 @@ inline unsigned char to_e4m3(float value) {
   u32 steps = (u32)std::nearbyint(std::ldexp(size, 10 - (int)exponent));  // of the last place; 16 of them are the next exponent's 8
   return (unsigned char)(sign | std::min((exponent - 1) * 8 + steps, 126u));
 }
-inline float fmaf(float a, float b, float c) { return std::fma(a, b, c); }
+// NaN as Hopper makes it.
+inline float fmaf(float a, float b, float c) {
+  float made = std::fma(a, b, c);
+  return made == made ? made : __uint_as_float(0x7fffffffu);
+}
 inline float mul(float a, float b) { return a * b; }
 inline float add_two(float a, float b) { return a + b; }
 
