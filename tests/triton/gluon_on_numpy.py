@@ -40,6 +40,13 @@ class Pointer:
     def __add__(self, count: Any) -> Pointer:
         return Pointer(self.memory, self.at + np.asarray(count, np.int64) * self.dtype.itemsize, self.dtype)
 
+    def __getitem__(self, key: Any) -> Pointer:
+        return Pointer(self.memory, np.asarray(self.at)[key], self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.at.shape
+
     def to(self, kind: Any) -> Array:
         assert kind is np.int64
         return self.at

@@ -1,7 +1,7 @@
 """Sparse MLA decode over FP8 latents on Hopper: rounded where ``triton.py``'s kernel rounds, and faster.
 
-Written in Gluon, Triton's layer below its tile language, for what the tile language does not say on Hopper: some warps convert latents to
-bf16 while others multiply. Without that the tensor cores wait for every conversion.
+Written in Gluon, Triton's layer below its tile language, for what the tile language does not say on Hopper: some warps fetch latents and
+some convert them to bf16 while others multiply. Without that the tensor cores wait for every conversion.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor
 from thresher.ops.sparse_attend.gluon_kernels import decode_kernel
 
 HEADS, TILE = 64, 64  # of a program: fewer heads are padded; slots
-PRODUCERS = 4  # warps that load and convert; eight multiply
-REGISTERS = 120  # a thread of theirs, for a tile of FP8 rows in flight; the others have the rest, 128 of them for accumulators
+REGISTERS = (224, 88, 32)  # a thread, of those that multiply 384 dims (192 for accumulators), that convert and that load; the rest have 168
 
 
 def launcher(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> Callable[[int, int, int, Tensor, Tensor, Tensor], None]:
     """``launch(grid, shares, share_tiles, out, lse, total)`` for checked arguments; q and slots have rows of stride 1."""
     words = cache_data.view(torch.int32)
-    layout = (cache_data.shape[1], cache_data.stride(0) // 16, cache_data.stride(1) // 16)
+    units = (cache_data.stride(0) // 16, cache_data.stride(1) // 16)
     num_slots = cache_data.shape[0] * cache_data.shape[1]
 
     def launch(grid: int, shares: int, share_tiles: int, out: Tensor, lse: Tensor, total: Tensor) -> None:
         decode_kernel[(grid,)](
             q, words, slots, out, lse, total, scale * math.log2(math.e), num_slots, q.shape[1], slots.shape[1], shares, share_tiles,
-            *layout, *q.stride()[:2], slots.stride(0),
-            SPLIT=shares > 1, TILE=TILE, PRODUCERS=PRODUCERS, REGISTERS=REGISTERS, num_warps=8,
+            *units, *q.stride()[:2], slots.stride(0),
+            # Pages of a size that the compiler knows, so that no division stands before a row's address.
+            SPLIT=shares > 1, PAGE=cache_data.shape[1], TILE=TILE, REGISTERS=REGISTERS, num_warps=4, launch_pdl=True,
         )  # fmt: skip
 
     return launch

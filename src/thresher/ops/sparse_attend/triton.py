@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thresher.cache.device import INTERPRET, on_device, runs_gluon, unit_rows
+from thresher.cache.device import INTERPRET, on_device, overlapped, runs_gluon, unit_rows
 from thresher.cache.latents import FP8_BYTES, LATENT_DIM, ROPE_DIM
 from thresher.errors import ThresherError, require
 from thresher.ops.sparse_attend.triton_kernels import combine_kernel, gqa_kernel, mla_kernel
@@ -40,7 +40,6 @@ MLA_FP8 = {16: (64, 8, 2), 32: (64, 8, 2), 64: (64, 8, 2)}
 MLA_BF16 = {16: (64, 8, 3), 32: (64, 8, 3), 64: (64, 8, 2)}
 GQA_HALF = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 8, 3)}
 GQA_FLOAT = {16: (32, 8, 2)}  # no tensor cores; larger tiles spill
-
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -247,7 +246,7 @@ def _combine(parts: Tensor, peaks: Tensor, totals: Tensor, out: Tensor, lse: Ten
     block, wide = triton.next_power_of_2(dim), triton.next_power_of_2(shares)
     combine_kernel[(lse.numel(),)](
         parts, peaks, totals, out, lse, heads, shares,
-        DIM=dim, BLOCK=block, SHARES=wide, STEP=min(wide, 32), num_warps=max(block // 128, 1),
+        DIM=dim, BLOCK=block, SHARES=wide, STEP=min(wide, 32), num_warps=max(block // 128, 1), **overlapped(parts),
     )  # fmt: skip
 
 

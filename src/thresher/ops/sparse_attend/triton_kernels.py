@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thresher.cache.device import wait_for_inputs
+
 
 @triton.jit
 def _program(tiles, shares):
@@ -225,7 +227,7 @@ def gqa_kernel(
 @triton.jit(do_not_specialize=["shares"])
 def combine_kernel(
     part_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, heads, shares,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query and head: the sum over the shares, ``STEP`` of them loaded at once and added in the order of a fixed tree.
 
@@ -233,6 +235,7 @@ def combine_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
+    wait_for_inputs(OVERLAP)
     peak = float("-inf")
     total = 0.0
     acc = tl.zeros([BLOCK], tl.float32)
