@@ -120,6 +120,8 @@ def test_the_table_keeps_the_newest_of_each_and_marks_uncommitted_ones():
     assert len(lines) == 4
     assert lines[2] == "| decode-1x1m-h64 | select | dsa | 32.4* | deep_gemm+vllm | 64.8 | 2.00 | 32.4 | 2026-01-03 | 01234567 |"
     assert "| 50.0 | - | - | - | - |" in lines[3]
+    layer = {"case": "layer-1x1m-h64", **ALONE}
+    assert table([make(), make(op="layer", **layer), make(op="store", **layer)]).count("layer-1x1m-h64") == 1, "parts are in a picture"
     more = table([make(), make(settings={"topk": 512, "timing": "graph"}), make(gpu="NVIDIA H100")]).splitlines()
     assert len(more) == 7, "other settings are another row, and so is another GPU"
     assert more[4].count("|") == more[2].count("|") == 9

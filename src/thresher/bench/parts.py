@@ -62,7 +62,7 @@ def draw(bars: Bars, title: str) -> Figure:
         axes.text(max(start, whole) + 0.01 * longest, row, f"{whole:.1f}", va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), list(bars), fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.1 * longest)
+    axes.set_xlim(0, 1.1 * max(longest, *(bar["layer"].time_us["p50"] for bar in bars.values())))
     axes.set_xlabel("time, us, median")
     axes.set_title(title, fontsize=11)
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))

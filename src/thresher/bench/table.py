@@ -8,6 +8,7 @@ from pathlib import Path
 
 from thresher.bench.cases import parse_case
 from thresher.bench.record import HOW, Record, read
+from thresher.bench.work import default_op
 from thresher.errors import require
 
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
@@ -25,9 +26,9 @@ def load(folder: Path) -> list[Record]:
 def table(records: Sequence[Record]) -> str:
     """A Markdown table: the newest record of everything that was timed, medians. A record of an uncommitted tree is marked with *.
 
-    What is the same in every row stands in a line above it.
+    What is the same in every row stands in a line above it. Parts of a layer's step are left to the picture that stacks them (``parts``).
     """
-    newest = {_key(record): record for record in records}
+    newest = {_key(record): record for record in records if record.op == default_op(parse_case(record.case)) or "layer" not in record.case}
     rows = [_cells(record) for _, record in sorted(newest.items(), key=lambda item: (_place(item[1]), item[0]))]
     same = [at for at, name in enumerate(COLUMNS) if name in SHARED and len({row[at] for row in rows}) == 1]
     said = ", ".join(f"{COLUMNS[at]} {rows[0][at]}" for at in same if rows[0][at] != "-")
