@@ -4,9 +4,9 @@
 // The tiles of 64 keys of all queries, one after the other, are shared out evenly, so many before each query for what it costs beside: a
 // thread block has a run of them. A query's tiles may lie in several blocks, its parts. All blocks are at work at once, so they can wait for
 // one another.
-// 1. Two warps or four fetch tiles through the copy engine, since one alone would be late; four groups of four warps take turns at multiplying them,
-//    and count scores in bins. What may be selected is kept in shared memory, as pairs (score, key): not what lies below as many of a part's
-//    own as are wanted. One more warp keeps that bound; it rises as scores are counted.
+// 1. Two warps or four fetch tiles through the copy engine, since one alone would be late; four groups of four warps take turns at
+//    multiplying them, and count scores in bins. What may be selected is kept in shared memory, as pairs (score, key): not what lies below as
+//    many of a part's own as are wanted. One more warp keeps that bound; it rises as scores are counted.
 // 2. The parts of a query add up their bins. What lies above the bin of the topk-th best is taken; the pairs (score, key) in it are told to
 //    all parts, and each finds the cut, a pair of which there is one. What is kept is read once: what it is sought for stays as a mask of keys.
 // 3. Each part writes what it takes behind what the parts before it take, in the order of keys. A block seeks the cuts of all its queries before
