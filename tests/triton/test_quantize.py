@@ -214,11 +214,9 @@ from thresher.ops.quantize import triton as kernels
 
 for num in (1, 1024):
     zeros = torch.zeros(num, dtype=torch.int64)
-    for dtype in (torch.bfloat16, torch.float32):
-        for dim, style in ((64, "half"), (128, "half"), (128, "interleaved")):
-            for heads in (8, 64):
-                kernels.quantize_queries(torch.zeros(num, heads, dim, dtype=dtype), torch.zeros(num, heads), zeros, 1e4, 64, style, 0.1)
-            kernels.store_index_keys(IndexKeyCache(16, dim).pages, zeros, torch.zeros(num, dim, dtype=dtype), zeros, 1e4, 64, style)
+    for dtype, dim, style in ((torch.bfloat16, 64, "half"), (torch.bfloat16, 128, "interleaved"), (torch.float32, 128, "half")):
+        kernels.quantize_queries(torch.zeros(num, 64, dim, dtype=dtype), torch.zeros(num, 64), zeros, 1e4, 64, style, 0.1)
+        kernels.store_index_keys(IndexKeyCache(16, dim).pages, zeros, torch.zeros(num, dim, dtype=dtype), zeros, 1e4, 64, style)
         kernels.store_latents(LatentCache(16).data, zeros, torch.zeros(num, 512, dtype=dtype), torch.zeros(num, 64, dtype=dtype), zeros)
         kernels.quantize_fp8(torch.zeros(num, 128, dtype=dtype))
 """

@@ -223,7 +223,7 @@ for dim in (64, 128):
     key = torch.zeros(100, dim, dtype=torch.float8_e4m3fn), torch.ones(100)
     keys = pack_keys([key])
     many = [(key[0].repeat(8, 1), key[1].repeat(8))]
-    for dtype, counts in ((torch.float8_e4m3fn, (8, 32, 64, 128)), (torch.bfloat16, (8, 64, 128))):
+    for dtype, counts in ((torch.float8_e4m3fn, (8, 64, 128)), (torch.bfloat16, (64,))):
         for heads in counts:
             query = IndexQuery(torch.zeros(32, heads, dim).to(dtype), torch.zeros(32, heads), zeros, zeros)
             kernels.routed_heads(query, keys, keys, 1024, min(heads, 8))

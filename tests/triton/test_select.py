@@ -201,7 +201,7 @@ def test_any_guess_gives_the_same_set(cut_small, want, room):
     check(rows[1:2], 200)  # the ties of several chunks
 
 
-@pytest.mark.parametrize("zeros", [0.05, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("zeros", [0.5, 0.97, 1.0])
 def test_a_plateau_that_the_last_place_falls_into(cut_small, zeros):
     """Ties run out of places in some chunk in the middle; greater scores stand before, in and after it."""
     cut_small(14, 1024)
