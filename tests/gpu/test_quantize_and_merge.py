@@ -18,6 +18,7 @@ from .draw import generator
 from .machine import DEVICE, INTERPRET, sized
 
 quantizing = importlib.import_module("thresher.ops.quantize.triton")
+turning = importlib.import_module("thresher.ops.quantize.triton_kernels")
 merging = importlib.import_module("thresher.ops.merge.triton")
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -124,7 +125,7 @@ def sin_cos_kernel(angles, got, want, num, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = at < num
     angle = tl.load(angles + at, mask=ok, other=0.0)
-    sin, cos = quantizing._sin_cos(angle)
+    sin, cos = turning.sin_cos(angle)
     tl.store(got + at, sin, mask=ok)
     tl.store(got + num + at, cos, mask=ok)
     tl.store(want + at, tl.sin(angle), mask=ok)

@@ -11,6 +11,7 @@ import triton.language as tl
 from thresher.cache import IndexKeyCache, LatentCache
 from thresher.ops import apply_rope, hadamard, quantize_fp8
 from thresher.ops.quantize import triton as kernels
+from thresher.ops.quantize.triton_kernels import sin_cos
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 GARBAGE = [-(2**63), -(2**31), -1, 15, 16, 2**31 - 1, 2**62]
@@ -103,7 +104,7 @@ def test_keys_and_queries(dtype, rotary, style, dim, heads):
 @triton.jit
 def sin_cos_kernel(angles, sines, cosines, NUM: tl.constexpr):
     at = tl.arange(0, NUM)
-    sin, cos = kernels._sin_cos(tl.load(angles + at))
+    sin, cos = sin_cos(tl.load(angles + at))
     tl.store(sines + at, sin)
     tl.store(cosines + at, cos)
 
@@ -224,13 +225,13 @@ for num in (1, 1024):
 
 def test_compiles_for_hopper(compile_for_hopper):
     found = compile_for_hopper(COMPILE)
-    assert {kernel.name for kernel in found} == {"_queries_kernel", "_keys_kernel", "_latents_kernel", "_rows_kernel"}
+    assert {kernel.name for kernel in found} == {"queries_kernel", "keys_kernel", "latents_kernel", "rows_kernel"}
     for kernel in found:
         assert kernel.shared <= 227 * 1024
         assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx, "the cast is the hardware's"
         assert "cos.approx" not in kernel.ptx, "angles reach a million"
         waits = "griddepcontrol.wait" in kernel.ptx
-        assert waits == (kernel.name != "_rows_kernel"), "parts of a decoding step are launched before the one ahead ends"
+        assert waits == (kernel.name != "rows_kernel"), "parts of a decoding step are launched before the one ahead ends"
         if waits:
             before = kernel.ptx[: kernel.ptx.index("griddepcontrol.wait")]
             assert "ld.global" not in before

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from thresher.bench.cases import parse_case
 from thresher.bench.record import HOW, Record, read
-from thresher.bench.work import default_op
 from thresher.errors import require
 
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
@@ -28,7 +27,7 @@ def table(records: Sequence[Record]) -> str:
 
     What is the same in every row stands in a line above it. Parts of a layer's step are left to the picture that stacks them (``parts``).
     """
-    newest = {_key(record): record for record in records if record.op == default_op(parse_case(record.case)) or "layer" not in record.case}
+    newest = {_key(record): record for record in records if record.op == "layer" or parse_case(record.case).kind != "layer"}
     rows = [_cells(record) for _, record in sorted(newest.items(), key=lambda item: (_place(item[1]), item[0]))]
     same = [at for at, name in enumerate(COLUMNS) if name in SHARED and len({row[at] for row in rows}) == 1]
     said = ", ".join(f"{COLUMNS[at]} {rows[0][at]}" for at in same if rows[0][at] != "-")

@@ -177,17 +177,14 @@ def one_or_steps(
     meant = meaning()
 
     def why_not(module: ModuleType) -> str | None:
-        if meant == "triton" and module.__name__.endswith(".cuda"):
-            return "triton was asked for"
-        why = unsupported(module)
-        return "the steps, or another kernel, are faster" if why is None and not worthwhile(module) else why
+        return "triton was asked for" if meant == "triton" and module.__name__.endswith(".cuda") else unsupported(module)
 
     if meant == "cuda":
         return choose(operation, AUTO, device, unsupported)
     if meant not in (AUTO, "triton"):
         return None
     with using(AUTO):
-        return choose(operation, AUTO, device, why_not)
+        return choose(operation, AUTO, device, why_not, worthwhile)
 
 
 def reason(operation: str, impl: str, device: torch.device) -> str | None:

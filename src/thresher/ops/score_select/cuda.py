@@ -159,10 +159,10 @@ def step_of(
     num, dim, device = query.num_queries, keys.head_dim, query.q.device
     pages, table, lengths = keys.pages.contiguous(), unit_rows(keys.page_table), seen.lengths.contiguous()
     pairs = told + 4 * num * TOLD
-    most, room = share(num, row_tiles, programs), (num * (row_tiles + EXTRA) + (GROUPS - 1) * programs) * TILE
+    most, num_keys = share(num, row_tiles, programs), (num * (row_tiles + EXTRA) + (GROUPS - 1) * programs) * TILE
     spills = of_warp(most) > within.held or most * TILE > MASKED  # a pair and a bit for each key
-    spilt = torch.empty(room * 2 + room // 32, dtype=torch.int32, device=device) if spills else None
-    ranks = torch.empty(room, dtype=torch.int32, device=device) if picked.scores is not None else None
+    spilt = torch.empty(num_keys * 2 + num_keys // 32, dtype=torch.int32, device=device) if spills else None
+    ranks = torch.empty(num_keys, dtype=torch.int32, device=device) if picked.scores is not None else None
     q, weights = query.q, query.weights
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),

@@ -70,8 +70,8 @@ def unsupported_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor | None = No
 
 def worthwhile(q: Tensor) -> bool:
     """Whether "auto" takes ``sparse_attend_mla_fp8`` from here: not where our own kernel for Hopper can run. On an H200, for 1, 32 and 128
-    queries of 128 heads, this one takes 34, 83 and 221 us with its schedule, which engines make once for all layers, and 18, 63 and 183
-    without; ours 13, 68 and 209 (docs/lab-log.md)."""
+    queries of 128 heads, this one takes 34, 83 and 221 us with its schedule, which engines make once for all layers, and 18, 62 and 184
+    without; ours 13, 67 and 209 (docs/lab-log.md)."""
     return not import_module("thresher.cache.device").runs_gluon(q)
 
 
