@@ -60,6 +60,7 @@ def world(kind: str, lengths: list[int], num: int, heads: int, dim: int) -> tupl
         weights = weights.abs()
     if kind == "nan":
         weights[::5], weights[1::5, 0] = torch.nan, torch.inf
+        weights[2::5], weights[3::5, 0] = -1e38, -1e38  # of all keys that are not orthogonal, or of half, the least score
     return IndexQuery(q, weights, positions.clamp(min=-1).to(DEVICE), requests.to(DEVICE)), keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -41,12 +42,15 @@ def two_steps(query, keys, topk):
 def test_auto_takes_the_kernels_where_they_can_run_and_are_faster(module):
     query, keys = world(5)
     assert ops.score_select(query, keys, 7) == "from the kernels"
-    assert module.asked == module.step.asked == [(3, 5, 1, ROOM)]
+    assert module.asked == module.step.asked == [(3, 5, 1, ROOM, True)]
     assert ops.score_select(query, keys, 7, with_scores=False) == "from the kernels"
     assert [given[2:] for given in module.seen] == [(7, True, None), (7, False, None)]
     assert all(given[0] is query and given[1] is keys for given in module.seen)
     query, keys = world(7)
     assert ops.score_select(query, keys, 7) == "in one launch"
+    for topk, with_scores, scored in ((ROOM, False, False), (ROOM, True, True), (ROOM - 1, False, True)):
+        ops.score_select(query, keys, topk, with_scores=with_scores)
+        assert module.step.asked[-1] == (3, 7, 1, ROOM, scored)
     module.step.why = "the moon is full"
     assert ops.score_select(query, keys, 7) == "from the kernels"
 
@@ -93,13 +97,26 @@ def test_inside_using(module):
     assert dispatch.meaning() == "auto"
 
 
+@pytest.mark.parametrize("weight", [1.0, -math.inf, math.inf, math.nan, -3e38])
+def test_a_query_that_sees_no_more_than_topk_selects_all_of_it(weight):
+    """Whatever its scores are."""
+    query, keys = world(7)
+    query.weights[:] = weight
+    query.positions[:] = torch.tensor([-1, 3, 64, 70, 90, 99, 10**9])
+    got = ops.score_select(query, keys, ROOM - 20)
+    ends = [0, 4, 65, 71, 91, 100, ROOM - 20]
+    assert [row[row >= 0].tolist() for row in got.indices] == [list(range(end)) for end in ends]
+    assert got.lengths.tolist() == ends
+
+
 def test_worthwhile_for_a_step_of_decoding():
     kernel = importlib.import_module("thresher.ops.score_select.cuda")
-    assert kernel.worthwhile(64, 1, 1, 8192)
-    assert not kernel.worthwhile(64, 1, 1, 4096)
-    assert not kernel.worthwhile(64, 32, 32, 8192)
-    assert kernel.worthwhile(64, 32, 32, 16384)
-    assert kernel.worthwhile(64, 128, 128, 32768)
-    assert not kernel.worthwhile(64, 128, 128, 16384)
-    assert kernel.worthwhile(64, 32, 8, 131072)
-    assert not kernel.worthwhile(64, 1024, 1, 2**20), "a prefill"
+    assert kernel.worthwhile(64, 1, 1, 8192, True)
+    assert not kernel.worthwhile(64, 1, 1, 4096, True)
+    assert not kernel.worthwhile(64, 32, 32, 8192, True)
+    assert kernel.worthwhile(64, 32, 32, 16384, True)
+    assert kernel.worthwhile(64, 128, 128, 32768, True)
+    assert not kernel.worthwhile(64, 128, 128, 16384, True)
+    assert kernel.worthwhile(64, 32, 8, 131072, True)
+    assert not kernel.worthwhile(64, 1024, 1, 2**20, True), "a prefill"
+    assert kernel.worthwhile(64, 1024, 1, 2048, False), "nothing to score"

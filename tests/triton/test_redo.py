@@ -15,7 +15,7 @@ from thresher.ops.select.triton import select_topk
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 from .test_index_score import bits, world
-from .test_score_select import sampled
+from .test_score_select import LEAST, sampled
 
 kernels = importlib.import_module("thresher.ops.score_select.triton")
 scores_of = importlib.import_module("thresher.ops.index_score.triton")
@@ -93,7 +93,7 @@ def test_the_keys_that_a_row_sees_are_those_the_scores_see():
     plan = kernels.make_plan(23, 5, 448, 50, 132)
     kernels.find_levels(query, keys, plan, ends, levels, level_keys)
     assert torch.equal(ends, (scores > -math.inf).sum(1))
-    assert levels.tolist() == [-math.inf] * 23
+    assert levels.tolist() == [LEAST] * 23
     assert level_keys.tolist() == [-1] * 23
 
 
@@ -113,7 +113,7 @@ def test_levels_are_those_of_the_sample():
     assert torch.equal(ends, torch.minimum(query.positions + 1, torch.tensor([640, 500, 0, 0])[query.requests]))
     short = ends <= plan.lists * plan.room
     assert 0 < short.sum() < 18
-    assert (levels[short] == -math.inf).all()
+    assert (levels[short] == LEAST).all()
     assert (level_keys[short] == -1).all()
     key = sampled(room // stride, stride)
     for row in (~short).nonzero()[:, 0]:

@@ -22,11 +22,12 @@ settling = importlib.import_module("thresher.ops.score_select.settle")
 collecting = importlib.import_module("thresher.ops.score_select.gluon_lists")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRET, reason="the kernels were imported before the interpreter was asked for")
 WHOLE = 200  # keys, up to which a row has no level
-ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "short", "empty")
+LEAST = torch.finfo(torch.float32).min
+ROWS = ("normal", "rounded", "equal", "relu", "nan", "ascending", "descending", "zeros", "some least", "least", "short", "empty")
 
 
 def rows_of(width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One row of each kind, and how much of it is seen."""
+    """One row of each kind, and how much of it is seen. Collecting sees -inf where the least score is meant."""
     scores = torch.randn(len(ROWS), width, generator=torch.Generator().manual_seed(width))
     scores[1], scores[2] = scores[1].round(), 1.5
     scores[3].relu_()
@@ -34,7 +35,9 @@ def rows_of(width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     scores[5], scores[6] = scores[5].sort().values, scores[6].sort(descending=True).values
     scores[7] = 0.0
     scores[7, ::2] = -0.0
-    return scores, torch.tensor([width, width, width, width - 5, width, width, width, width, topk - 3, 0])
+    scores[8, ::4], scores[8, 1::8] = -math.inf, LEAST
+    scores[9, topk // 2 :], scores[9, -9:] = -math.inf, LEAST
+    return scores, torch.tensor([width] * 3 + [width - 5] + [width] * 6 + [topk - 3, 0])
 
 
 def sampled(columns: int, stride: int) -> torch.Tensor:
@@ -49,8 +52,8 @@ def sampled(columns: int, stride: int) -> torch.Tensor:
 def find_levels(scores, ends, plan):
     width = kernels.sampled_columns(scores.shape[1], plan.stride)
     key = sampled(width, plan.stride)
-    sample = scores[:, key.clamp(max=scores.shape[1] - 1)].masked_fill(key >= ends[:, None], -math.inf)
-    levels, level_keys = torch.full(ends.shape, -math.inf), torch.full(ends.shape, -1, dtype=torch.int32)
+    sample = scores[:, key.clamp(max=scores.shape[1] - 1)].clamp(min=LEAST).masked_fill(key >= ends[:, None], -math.inf)
+    levels, level_keys = torch.full(ends.shape, LEAST), torch.full(ends.shape, -1, dtype=torch.int32)
     parts.level_kernel[(len(ends),)](
         sample, ends, levels, level_keys, width, plan.stride, plan.want, plan.slack, WHOLE, sample.stride(0),
         BLOCK=1 << (width - 1).bit_length(), WARPS=1,
@@ -102,23 +105,25 @@ def settle(monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize(("with_scores", "held"), [(True, None), (False, None), (True, 100)])
 @pytest.mark.parametrize(("runs", "lists", "room"), [(2, 128, 16), (3, 96, 24), (1, 64, 40)])
-@pytest.mark.parametrize(("width", "topk", "stride", "again"), [(1500, 200, 2, ("nan",)), (2050, 200, 4, ("nan",)), (180, 64, 2, ("nan",))])
-def test_levels_and_lists_hold_the_answer(width, topk, stride, again, runs, lists, room, with_scores, held, settle):
-    """Every row but those with NaN is settled at once, plateaus included, and as two steps would have it."""
+@pytest.mark.parametrize(("width", "topk", "stride"), [(1500, 200, 2), (2050, 200, 4), (180, 64, 2)])
+def test_levels_and_lists_hold_the_answer(width, topk, stride, runs, lists, room, with_scores, held, settle):
+    """Every row but those with NaN or too many of the least score is settled at once, plateaus included, and as two steps would have it."""
     hits = topk / stride
     plan = kernels.Plan(stride, math.ceil(hits + 6 * math.sqrt(hits) + 4), 2, runs, lists, room, lists * room)
     scores, ends = rows_of(width, topk)
     levels, level_keys = find_levels(scores, ends, plan)
-    assert (levels[0] > -math.inf) == (width > WHOLE)
+    assert (levels[0] > LEAST) == (width > WHOLE)
+    assert levels[9] == LEAST
     found, counts = collect(scores, ends, levels, level_keys, plan)
     indices, lengths, beside, redo = settle(found, counts, ends, topk, with_scores, held)
-    want = select_topk(scores.masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
+    want = select_topk(scores.clamp(min=LEAST).masked_fill(torch.arange(width) >= ends[:, None], -math.inf), topk, impl="reference")
     for row, name in enumerate(ROWS):
         if redo[row]:
-            assert name in again
+            assert name in ("nan", "least")
             assert lengths[row] == 0
             assert (indices[row] == -1).all()
             continue
+        assert name != "least"
         assert torch.equal(indices[row], want.indices[row]), name
         assert lengths[row] == want.lengths[row], name
         assert not with_scores or torch.equal(beside[row], want.scores[row]), name
@@ -132,7 +137,7 @@ def test_a_sample_too_poor_for_a_level_lets_all_pass(settle):
     scores[0, sampled(750, 2)] = math.nan
     scores[0, 5:25] = 9.0
     levels, level_keys = find_levels(scores, ends, plan)
-    assert (levels[0], level_keys[0]) == (-math.inf, -1)
+    assert (levels[0], level_keys[0]) == (LEAST, -1)
     indices, lengths, _, redo = settle(*collect(scores, ends, levels, level_keys, plan), ends, 64, True)
     want = select_topk(scores, 64, impl="reference")
     assert redo.tolist() == [0, 0]
@@ -162,7 +167,7 @@ def test_rows_and_the_sample_are_prepared(dim, stride):
     known = (requests >= 0) & (requests < 2)
     want = (torch.minimum(positions + 1, lengths.clamp(max=room)[requests.where(known, 0)])).where(known, 0)
     assert torch.equal(ends, want)
-    assert (levels == -math.inf).all()
+    assert (levels == LEAST).all()
     assert (level_keys == -1).all()
     if not stride:
         return
@@ -201,11 +206,11 @@ def test_the_sample_of_what_stands_together_is_no_worse():
 def test_a_full_list_is_done_again(settle):
     plan = kernels.Plan(2, 30, 2, 2, 128, 8, 1024)
     scores, ends = rows_of(1500, 64)
-    levels = torch.full(ends.shape, -math.inf)
+    levels = torch.full(ends.shape, LEAST)
     found, counts = collect(scores, ends, levels, torch.full(ends.shape, -1), plan)
     *_, redo = settle(found, counts, ends, 64, True)
     full = counts.amax(1) > 8
-    assert full.sum() == 7, "all but the short ones and the one with NaN"
+    assert full.sum() == 8, "all but the short ones, the one with NaN and the one that is mostly of the least score"
     assert torch.equal(redo[full], torch.ones_like(redo[full]))
 
 
@@ -273,13 +278,13 @@ def test_units_keep_the_multiprocessors_busy():
 
 
 def test_few_queries_and_short_rows_are_left_to_the_two_steps():
-    assert kernels.worthwhile(8, 64, 1, 20000)
-    assert kernels.worthwhile(32, 64, 1, 70000)
-    assert not kernels.worthwhile(8, 63, 1, 2**20)
-    assert not kernels.worthwhile(8, 4096, 1, 16384)
-    assert not kernels.worthwhile(32, 4096, 1, 20000)
-    assert kernels.worthwhile(64, 64, 1, 70000)
-    assert not kernels.worthwhile(64, 4096, 1, 2**15)
+    assert kernels.worthwhile(8, 64, 1, 20000, True)
+    assert kernels.worthwhile(32, 64, 1, 70000, True)
+    assert not kernels.worthwhile(8, 63, 1, 2**20, True)
+    assert not kernels.worthwhile(8, 4096, 1, 16384, True)
+    assert not kernels.worthwhile(32, 4096, 1, 20000, True)
+    assert kernels.worthwhile(64, 64, 1, 70000, True)
+    assert not kernels.worthwhile(64, 4096, 1, 2**15, True)
 
 
 @pytest.mark.parametrize("with_scores", [True, False])

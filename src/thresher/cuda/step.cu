@@ -234,13 +234,23 @@ struct Chosen {
 #include <step_score.cuh>
 #include <step_select.cuh>
 
-// Rows of queries that see nothing.
+// Rows of queries that have no tiles: all that they see is selected. By a warp.
 template <class Work>
-__device__ __forceinline__ void leave_empty(const Step& c, const Work& work) {
+__device__ __forceinline__ void take_whole(const Step& c, const Work& work) {
   for (u32 query = blockIdx.x; query < c.num_queries; query += gridDim.x) {
     if (work.first[query] < work.first[query + 1]) continue;
-    if (threadIdx.x == 0) c.taken[query] = 0;
-    for (u32 at = threadIdx.x; at < c.topk; at += THREADS) leave_out(c, query, at);
+    u32 end = tokens_of(c, query), taken = 0;
+    for (u32 base = 0; base < end; base += 32 * KEYS) {
+      u32 tile = base / KEYS + lane_of();
+      bool there = tile * KEYS < end && (u32)c.table[c.owners[query] * c.table_row + tile] < c.num_pages;
+      for (u32 pages = __ballot_sync(EVERY, there); pages; pages &= pages - 1) {
+        u32 first = base + (__ffs(pages) - 1) * KEYS, num = min(end - first, KEYS);
+        for (u32 at = lane_of(); at < num; at += 32) c.indices[(u64)query * c.topk + taken + at] = first + at;
+        taken += num;
+      }
+    }
+    if (lane_of() == 0) c.taken[query] = taken;
+    for (u32 at = taken + lane_of(); at < c.topk; at += 32) leave_out(c, query, at);
   }
 }
 
@@ -263,7 +273,10 @@ __device__ __forceinline__ void step(const Step& c) {
   auto& work = *(Workspace<DIM, HEADS, false>*)aligned_memory<1024>();
   if (warp_of() == 0) fetch_first(c);
   overlap_launches();
-  for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) put_end(work.first, work.last, query, tokens_of(c, query));
+  for (u32 query = threadIdx.x; query < c.num_queries; query += blockDim.x) {
+    u32 end = tokens_of(c, query);
+    put_end(work.first, work.last, query, end <= c.topk && !c.beside ? 0 : end);  // that few need no scores
+  }
   for (u32 bin = threadIdx.x; bin <= BINS; bin += blockDim.x) work.bins[bin] = 0;
   if (threadIdx.x == 0) begin_barriers(work), work.bound = 0, work.never = 0xffffffff;
   __syncthreads();
@@ -272,6 +285,7 @@ __device__ __forceinline__ void step(const Step& c) {
   u32 turn = 0;
   Bound bound{work.bound};
   if (warp_of() == GROUPS * WARPS + FETCHERS) {
+    take_whole(c, work);
     bound.keep(work.bins, c.topk);
     return;
   }
@@ -282,7 +296,6 @@ __device__ __forceinline__ void step(const Step& c) {
   Scorer<DIM, HEADS, TOKENS>{c, work, turn}.run();
   if (threadIdx.x == 0) bound.end();
   Selecting<DIM, HEADS, TOKENS, TEAMS>{c, work}.run();
-  leave_empty(c, work);
 }
 
 #include <step_hisa.cuh>

@@ -116,6 +116,7 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
     fetch_tiles<BLOCKS>(of_blocks, work, warp_of() - GROUPS * WARPS, turn);
     meet_fetchers();
     fetch_tiles<IN_BLOCKS>(in_blocks, work, warp_of() - GROUPS * WARPS, turn);
+    if (warp_of() == GROUPS * WARPS) take_whole(in_blocks, work);
     return;
   }
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();
@@ -127,5 +128,4 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   meet_fetchers();
   Scorer<DIM, HEADS, IN_BLOCKS>{in_blocks, work, turn}.run();
   Selecting<DIM, HEADS, IN_BLOCKS, TEAMS>{in_blocks, work}.run();
-  leave_empty(in_blocks, work);
 }

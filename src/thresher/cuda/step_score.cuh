@@ -132,10 +132,10 @@ struct Scorer {
   u32 bound_at = kept_ready((u32)((has_it() ? (u32*)&work.bound : &work.never) - (u32*)&work));
   Matrix tiles{work.tiles}, query{work.query};
 
-  // An order, but for what is no number: 1 for NaN, which ranks below every number, 0 for -inf and where there is no page.
+  // An order, at least that of the least number; but 1 for NaN, which ranks below every number, and 0 where there is no page.
   static __device__ __forceinline__ u32 rank_of(u32 order, float score, float scale) {
-    if (order == FORCED || (score == score && __float_as_uint(score) != 0xff800000u)) return order;
-    return score != score && __float_as_uint(scale) != ABSENT;
+    if (order == FORCED || score == score) return max(order, ~0xff7fffffu);
+    return __float_as_uint(scale) != ABSENT;
   }
 
   // Score the tile in a place of the ring, and keep what may be selected. `word` is the last one of the key's pair, `last` of the last key's

@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from thresher.ops.index_score.gluon_share import share
 from thresher.ops.index_score.gluon_tiles import (
-    ABSENT,
     KEYS,
     NO_REQUEST,
     absent,
@@ -28,6 +27,7 @@ from thresher.ops.index_score.gluon_tiles import (
     ring,
     scale_ring,
     sight,
+    there,
     whole_sums,
 )
 
@@ -94,8 +94,7 @@ def _store(
     """
     n0 = tile * KEYS
     # Times the scale and + 0.0 in one: the bits of (sum + 0.0) * scale.
-    score = gl.fma(sums, scale[:, None], 0.0)
-    score = gl.where((scale.to(gl.int32, bitcast=True) == ABSENT)[:, None], float("-inf"), score)
+    score = there(gl.fma(sums, scale[:, None], 0.0), scale[:, None])
     if inner:
         gl.store(block_out + n0 + at, score)
     else:

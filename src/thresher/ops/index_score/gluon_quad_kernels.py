@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from thresher.ops.index_score.gluon_kernels import fetch_tiles, fill
 from thresher.ops.index_score.gluon_quads import BLOCK, GROUPS, QUERIES, lanes, load_queries, places, scales_of, sums_of_heads
 from thresher.ops.index_score.gluon_share import share
-from thresher.ops.index_score.gluon_tiles import ABSENT, COLUMNS, KEYS, NO_REQUEST, live, ring, scale_ring, sight
+from thresher.ops.index_score.gluon_tiles import COLUMNS, KEYS, NO_REQUEST, live, ring, scale_ring, sight, there
 
 
 @gluon.jit
@@ -61,9 +61,7 @@ def _consumer(
                 scale = scales_of(scale_buffers.index(turn & (2 * STAGES - 1)), PLACE)
                 dots = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(slot))
-                score = gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0)
-                # A page that is not there is seen by nobody.
-                score = gl.where(scale.to(gl.int32, bitcast=True) == ABSENT, float("-inf"), score)
+                score = there(gl.fma(sums_of_heads(dots, w, lane, zero), scale, 0.0), scale)
                 if (n0 >= inner_low) & (n0 + KEYS <= inner_high):
                     gl.store(block_out + n0 + at, score)
                 else:

@@ -8,6 +8,7 @@ its queries, in eight classes modulo 8, and adds them up in the order of ``trito
 
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
@@ -15,7 +16,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 NO_REQUEST = gl.constexpr(2**31 - 1)
 KEYS = gl.constexpr(64)
 COLUMNS = gl.constexpr(128)  # of a chunk
+LEAST_SCORE = gl.constexpr(-3.4028234663852886e38)  # of a key that is there: -inf stands for one that is not
 ABSENT = gl.constexpr(0x7FFFABCD)  # bits of a scale whose page is not there: a NaN that no cache holds
+
+
+@gluon.jit
+def there(score, scale):
+    """Scores beside scales that lend themselves to their shape: -inf where there is no page, and only there."""
+    least = gl.maximum(score, LEAST_SCORE, propagate_nan=tl.PropagateNan.ALL)
+    return gl.where(scale.to(gl.int32, bitcast=True) == ABSENT, float("-inf"), least)
 
 
 @gluon.jit

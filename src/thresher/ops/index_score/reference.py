@@ -7,6 +7,8 @@ from torch import Tensor
 
 from thresher.cache.fp8 import decode_e4m3
 
+LEAST_SCORE = torch.finfo(torch.float32).min  # of a key that is there: -inf stands for one that is not
+
 
 def chunk_elements(device: torch.device) -> int:
     """How many dot products to hold at once: what stays in a CPU's cache, and on other devices a few hundred MiB."""
@@ -22,7 +24,7 @@ def score_pairs(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor) -> Tens
     """THE score; every form goes through here.
 
     A dot product of e4m3 vectors is exact in fp64 in any order, so neither the tile nor the batch can show in the result. The sum over
-    heads starts from +0.0, so an all-zero score is never -0.0.
+    heads starts from +0.0, so an all-zero score is never -0.0. A score that falls below all finite numbers is the least of them.
 
     Args:
         q: fp64 ``[Q, H, D]``.
@@ -40,7 +42,7 @@ def score_pairs(q: Tensor, weights: Tensor, k: Tensor, k_scales: Tensor) -> Tens
     total = terms.new_zeros(num, dots.shape[-1])
     for head in range(heads):
         total.add_(terms[:, head])
-    return total.mul_(k_scales)
+    return total.mul_(k_scales).clamp_(min=LEAST_SCORE)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from thresher.cache.device import as_mask, wait_for_inputs
 
 STAGES = tl.constexpr(5)  # named at the loop, so that the scales are prefetched too and not the product's operands alone
 NO_REQUEST = tl.constexpr(2**31 - 1)
+LEAST_SCORE = tl.constexpr(-3.4028234663852886e38)
 FILL = tl.constexpr(1024)  # columns written at once where there is nothing to score
 
 
@@ -32,7 +33,7 @@ def score_tile(keys, scales, queries, weights, HEADS: tl.constexpr, BN: tl.const
     """THE score: keys ``[BN, D]``, scales ``[BN]``, queries ``[BQ * HEADS, D]``, half of weights ``[1, BQ, HEADS]`` to fp32 ``[BN, BQ]``.
 
     ``dot + |dot|`` is twice its relu, NaN where it is: a multiprocessor adds 128 numbers a clock, but takes the maximum of 64. Products
-    with halved weights have the same bits, as halves and doubles are exact (but for weights below 2**-125).
+    with halved weights have the same bits, as halves and doubles are exact (but for weights below 2**-125). -inf stands for no key.
     """
     if INTERPRET:  # bf16 products are wrong there
         keys = keys.to(tl.float32)
@@ -40,7 +41,7 @@ def score_tile(keys, scales, queries, weights, HEADS: tl.constexpr, BN: tl.const
     dots = tl.dot(keys, tl.trans(queries))
     dots = dots + tl.abs(dots)
     sums = _head_sums(tl.reshape(dots, [BN, BQ, HEADS]), weights, 0.0, HEADS, BN, BQ, True)
-    return (tl.sum(sums, axis=2) + 0.0) * scales[:, None]
+    return tl.maximum((tl.sum(sums, axis=2) + 0.0) * scales[:, None], LEAST_SCORE, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

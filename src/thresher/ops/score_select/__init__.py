@@ -6,6 +6,7 @@ selection = select_topk(scores, topk)
 ```
 
 "auto" takes kernels that do both at once where they can run and are faster, and the two steps, each by its own row of the table, elsewhere.
+A query that sees at most topk tokens selects them all. The kernel for a step of decoding scores none of them, unless scores are asked for.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def score_select(
     if scratch is not None:
         check_kind("scratch", scratch, Scratch, "pass a Scratch, or None")
     if impl == AUTO:
-        kernel = one_pass(query, keys, topk)
+        kernel = one_pass(query, keys, topk, with_scores)
     else:
         kernel = choose("score_select", impl, device, lambda module: module.unsupported(query, keys, topk))
     if kernel is None:
@@ -60,9 +61,9 @@ def score_select(
     return kernel(query, keys, topk, with_scores, scratch)
 
 
-def one_pass(query: IndexQuery, keys: IndexKeys, topk: int) -> Callable[..., Selection] | None:
+def one_pass(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True) -> Callable[..., Selection] | None:
     """The kernels that "auto" takes for these arguments, which hold no matrix of scores; None where it takes the two steps."""
-    sizes = query.num_heads, query.num_queries, keys.num_requests, keys.room
+    sizes = query.num_heads, query.num_queries, keys.num_requests, keys.room, with_scores or keys.room > topk
 
     def unsupported(module: ModuleType) -> str | None:
         why: str | None = module.unsupported(query, keys, topk)

@@ -54,10 +54,10 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     return None if keys.pages.data_ptr() % 16 == 0 else "needs pages at a multiple of 16 bytes"
 
 
-def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int) -> bool:
-    """Whether this kernel is taken before others: on an H200 it is the faster one from 8k keys on for one query, from 16k on for 32, from
+def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int, scored: bool) -> bool:
+    """Whether this kernel is taken before others: where nothing is to be scored; else on an H200 it is the faster one from 8k keys on for one query, from 16k on for 32, from
     32k on for 128, and as fast for drafts of four tokens, each of which reads the keys again (docs/lab-log.md)."""
-    return num_queries <= 4 * num_requests and room_tokens >= max(8192 if num_queries == 1 else 16384, 256 * num_queries)
+    return not scored or num_queries <= 4 * num_requests and room_tokens >= max(8192 if num_queries == 1 else 16384, 256 * num_queries)
 
 
 class Room(NamedTuple):

@@ -165,11 +165,11 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
     return None
 
 
-def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int) -> bool:
+def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int, scored: bool) -> bool:
     """Whether these kernels are taken before the two steps (docs/lab-log.md). When last compared, some of their parts a tenth slower than
     now, 1024 queries over 128k keys took 1.03 of the two steps' time at 64 heads, 0.99 at 32, half at 16 and at 8, and a fifth of the
     memory; over 32k keys they took longer at 64. Where that begins is a guess."""
-    return num_heads <= 64 and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
+    return scored and num_heads <= 64 and num_queries >= 64 and room_tokens > (16384 if num_heads <= 16 else 65536)
 
 
 def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool = True, scratch: object = None) -> Selection:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from thresher.ops.index_score.triton_kernels import LEAST_SCORE
 from thresher.ops.select.triton_find import find, normal_guess
 from thresher.ops.select.triton_search import LOWEST, key_number
 
@@ -30,7 +31,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """What the others ask of rows, and the sample: keys of ``sampled_key``, ``columns`` a request, in pages of its own one after another.
 
-    ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass. ``last_seen``: the last of the sample's
+    ``ends``: keys that a row sees, none of a request that is not there. Levels that let all pass but the least score: a row that needs keys
+    of that is done again, where those are known from absent ones. ``last_seen``: the last of the sample's
     columns that a row sees. Values of keys come as WORDS of four, int32; a page is ``page_words``, keys before scales. A key that
     its request does not hold, or whose page is not there, has a scale of NaN.
     """
@@ -41,7 +43,7 @@ def prepare_kernel(
     held = tl.minimum(tl.load(lengths + tl.where(known, request, 0), mask=known, other=0), room_tokens)
     end = tl.maximum(tl.minimum(tl.load(positions + at, mask=here, other=-1), held - 1) + 1, 0)
     tl.store(ends + at, end, mask=here)
-    tl.store(levels + at, tl.full([BLOCK], float("-inf"), tl.float32), mask=here)
+    tl.store(levels + at, tl.full([BLOCK], LEAST_SCORE, tl.float32), mask=here)
     tl.store(level_keys + at, tl.full([BLOCK], -1, tl.int32), mask=here)
     if SAMPLED:
         column = (end // stride).to(tl.int32)
@@ -68,8 +70,8 @@ def level_kernel(
 ):
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
-    A row of up to ``whole`` keys keeps -inf: all of it is collected. So does one whose sample has too few scores, which its lists will not
-    hold.
+    A row of up to ``whole`` keys keeps the one it has: all of it is collected. So does one whose sample has too few scores above that, which
+    its lists will not hold.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -84,6 +86,8 @@ def level_kernel(
     if low < LOWEST:
         return
     level = key_number(low)
+    if level == LEAST_SCORE:
+        return
     level_key = want * 0 + _SIGN
     if count > want + slack:
         # A plateau is cut at a key, so that not all of it passes: a column stands for as many keys as the stride.
