@@ -190,10 +190,11 @@ struct Run {
     u64* near = (u64*)work.starts[c.parts + 1] + warp * c.held;
     return {near, c.spilt + ((u64)begin + blockIdx.x * (GROUPS - 1)) * KEYS + warp * ((each + GROUPS - 1) / GROUPS * (KEYS / WARPS)), c.held};
   }
+  __device__ __forceinline__ bool near_masks(const Step& c) const { return each * KEYS <= c.masked; }
   template <class Work>  // of the tiles at hand
   __device__ __forceinline__ u32* masks(const Step& c, Work& work) const {
     u64 all = ((u64)c.num_queries * (c.row_tiles + EXTRA) + gridDim.x * (GROUPS - 1)) * KEYS;
-    return each * KEYS <= c.masked ? work.masks + (at - begin) * (KEYS / 32) : (u32*)(c.spilt + all) + (u64)at * (KEYS / 32);
+    return near_masks(c) ? work.masks + (at - begin) * (KEYS / 32) : (u32*)(c.spilt + all) + (u64)at * (KEYS / 32);
   }
   __device__ __forceinline__ u32* ranks(const Step& c) const { return c.ranks ? c.ranks + (u64)at * KEYS : nullptr; }
   template <class Work>  // how many keys the query has

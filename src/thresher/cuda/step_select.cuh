@@ -119,20 +119,28 @@ struct Selecting {
     return total;
   }
 
-  // The pairs kept of a part, shared out over the team; zeros among them.
+  // The pairs kept of a part, shared out over the team; zeros among them. `use` is also told where the part's masks are: where these and a
+  // warp's pairs have room in shared memory, the compiler knows that it is there.
   template <class Use>
   __device__ __forceinline__ void each_pair(const Part& part, const Use& use) {
     constexpr u32 TURN = 4;  // loads ahead
-    for (u32 warp = thread / 32; warp < GROUPS * WARPS; warp += threads / 32) {
-      Pairs pairs = Run(c, work).pairs(c, work, warp);
-      u32 stop = work.starts[part.number + 1][warp];
-      for (u32 base = work.starts[part.number][warp] + lane_of(); base < stop; base += TURN * 32) {
+    auto each_of = [&](const auto& pairs, u32 begin, u32 stop, u32* masks) {
+      for (u32 base = begin + lane_of(); base < stop; base += TURN * 32) {
         u64 ahead[TURN];
 #pragma unroll
         for (u32 at = 0; at < TURN; at++) ahead[at] = base + at * 32 < stop ? pairs[base + at * 32] : 0;
 #pragma unroll
-        for (u32 at = 0; at < TURN; at++) use(ahead[at]);
+        for (u32 at = 0; at < TURN; at++) use(ahead[at], masks);
       }
+    };
+    Run run(c, work);
+    for (u32 warp = thread / 32; warp < GROUPS * WARPS; warp += threads / 32) {
+      Pairs pairs = run.pairs(c, work, warp);
+      u32 begin = work.starts[part.number][warp], stop = work.starts[part.number + 1][warp];
+      if (stop <= pairs.room && run.near_masks(c))
+        each_of(pairs.near, begin, stop, work.masks + part.tile * (KEYS / 32));
+      else
+        each_of(pairs, begin, stop, part.masks);
     }
   }
 
@@ -152,7 +160,7 @@ struct Selecting {
       if (part.part == 0) told(part)[at] = 0;
     }
     meet_parts();
-    each_pair(part, [&](u64 pair) {
+    each_pair(part, [&](u64 pair, u32*) {
       if (pair >= low && pair < high) atomicAdd(&work.bins[(pair - low) >> shift], 1u);
     });
     meet_all();
@@ -202,10 +210,10 @@ struct Selecting {
   // Keep a mask of the keys from `low` on; it is zeros. Tell all parts how many this one takes for certain, those from `high` on, and the pairs between.
   __device__ __forceinline__ void tell(const Part& part, Sought& sought, u64 low, u64 high) {
     u32 above = 0;
-    each_pair(part, [&](u64 pair) {
+    each_pair(part, [&](u64 pair, u32* masks) {
       if (pair < low) return;
       u32 key = ~(u32)pair - part.first;
-      atomicOr(&part.masks[key / 32], 1u << key % 32);
+      atomicOr(&masks[key / 32], 1u << key % 32);
       if (pair >= high)
         above++;
       else
