@@ -160,9 +160,9 @@ inline u32 atomicMin(u32* to, u32 value) {
   *to = std::min(*to, value);
   return before;
 }
-inline u64 atomicMax(u64* to, u64 value) {
+inline u64 atomicCAS(u64* to, u64 expected, u64 value) {
   u64 before = *to;
-  *to = std::max(*to, value);
+  if (before == expected) *to = value;
   return before;
 }
 inline u32 atomicAnd(u32* to, u32 value) {
@@ -229,6 +229,7 @@ T await_word(const T* from) {
   return *from;
 }
 inline u32 kept_ready(u32 value) { return value; }
+inline u32 uniform(u32 value) { return __shfl_sync(EVERY, value, 0); }
 inline void pause() { host::yield(); }
 inline void overlap_launches() {}
 inline void fetch_line(const void*) {}
@@ -244,7 +245,7 @@ T fresh(const T* from) {
 struct Matrix {
   const unsigned char* at;
   explicit Matrix(const void* at) : at((const unsigned char*)at) {}
-  Matrix operator+(u32 bytes) const { return Matrix(at + bytes); }
+  Matrix operator+(u32 pieces) const { return Matrix(at + pieces * 1024); }
 };
 // Products are of values that add up exactly in any order, and made when they are awaited.
 template <u32 DIM, u32 NUM>

@@ -12,6 +12,9 @@ constexpr u32 EVERY = 0xffffffffu;  // lanes of a warp
 __device__ __forceinline__ u32 lane_of() { return threadIdx.x % 32; }
 __device__ __forceinline__ u32 warp_of() { return threadIdx.x / 32; }
 
+// What a warp's lanes have alike; so the compiler knows that they do.
+__device__ __forceinline__ u32 uniform(u32 value) { return __shfl_sync(EVERY, value, 0); }
+
 // The compiler keeps this in a register, rather than make it again and again.
 __device__ __forceinline__ u32 kept_ready(u32 value) {
   asm("" : "+r"(value));
@@ -163,7 +166,7 @@ struct Matrix {
   u32 word;
   __device__ __forceinline__ Matrix(u32 word) : word(word) {}
   __device__ __forceinline__ explicit Matrix(const void* at) : word(kept_ready(1 << 16 | (shared_address(at) & 0x3ffff) / 16)) {}
-  __device__ __forceinline__ Matrix operator+(u32 bytes) const { return word + bytes / 16; }  // so many times 1024
+  __device__ __forceinline__ Matrix operator+(u32 pieces) const { return word + pieces * 64; }  // of 1024 bytes
 };
 __device__ __forceinline__ void multiply_32(float (&d)[8], u32 keys, u32 queries, u32 high, bool onto) {
   asm volatile(

@@ -95,8 +95,7 @@ struct Workspace {  // begins at a multiple of 1024
   u32 first_in[OTHERS + 1], own[OTHERS + 1];
   u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
   unsigned char last_in[OTHERS + 4];
-  u32 never;                                   // no order is as large
-  u64 bound;                                   // the part's, an order; and above it the number of its turn: see Bound
+  u64 bound;                                   // the part's, and above it the number of its turn: see Bound
   alignas(16) u32 starts[1][GROUPS * WARPS];  // of parts, and one more: how many pairs each warp kept before; then those pairs
 };
 
@@ -279,7 +278,7 @@ __device__ __forceinline__ void step(const Step& c) {
     put_end(work.first, work.last, query, end <= c.topk && !c.beside ? 0 : end);  // that few need no scores
   }
   for (u32 bin = threadIdx.x; bin <= BINS; bin += blockDim.x) work.bins[bin] = 0;
-  if (threadIdx.x == 0) begin_barriers(work), work.bound = 0, work.never = 0xffffffff;
+  if (threadIdx.x == 0) begin_barriers(work), work.bound = 0;
   __syncthreads();
   if (warp_of() == 0) add_up(work.first, c.num_queries);
   __syncthreads();

@@ -43,26 +43,28 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS,
   }
 }
 
-// What a part's keys must lie above, an order, and above it the turn: even while the part's scores are counted. It is made the one below those
-// of the bin that the topk-th best of those counted lies in, as soon as there are so many, by a warp that only does that: any other would be
-// late for the next tile. What that found in an earlier turn is too small a word to change a later one's.
+// What a part's scores must not lie below, even while they are counted, and above it the number of the turn; NaN as long as any may be
+// selected. It is made the least number of the bin that the topk-th best of those counted lies in, as soon as there are so many, by a warp that
+// only does that: any other would be late for the next tile. What that found in an earlier turn does not change a later one's.
 struct Bound {
   u64& word;
+  static constexpr u32 NONE_YET = 0x7fffffff;
   __device__ __forceinline__ u32 turn() const { return changed((const u32*)&word + 1); }
-  __device__ __forceinline__ u32 order() const { return changed((const u32*)&word); }
-  __device__ __forceinline__ void begin() { word = (u64)(turn() | 1) << 32; }  // a key without a score has an order of 0
-  __device__ __forceinline__ void count() { word = (u64)(turn() + 1) << 32; }
+  __device__ __forceinline__ float number() const { return __uint_as_float(changed((const u32*)&word)); }
+  __device__ __forceinline__ void begin() { word = (u64)(turn() | 1) << 32 | NONE_YET; }
+  __device__ __forceinline__ void count() { word = (u64)(turn() + 1) << 32 | NONE_YET; }
   __device__ __forceinline__ void end() { word = ~(u64)0; }
 
   __device__ __forceinline__ void keep(const u32* bins, u32 topk) {
     while (true) {
-      u32 now = __shfl_sync(EVERY, turn(), 0);
-      if (now == 0xffffffff) return;
-      if (now && now % 2 == 0) raise(bins, topk, now);
+      u64 now = __shfl_sync(EVERY, changed(&word), 0);
+      u32 counting = now >> 32;
+      if (counting == 0xffffffff) return;
+      if (counting && counting % 2 == 0) raise(bins, topk, now);
       pause();
     }
   }
-  __device__ __forceinline__ void raise(const u32* bins, u32 want, u32 now) {
+  __device__ __forceinline__ void raise(const u32* bins, u32 want, u64 now) {
     constexpr u32 EACH = BINS / 32;  // bins of a lane, which begins to read them elsewhere than the next, at other banks
     static_assert(EACH == 64);
     u32 sum = 0;
@@ -76,7 +78,9 @@ struct Bound {
     u32 low = changed(&bins[first - 32 + lane_of()]), count = changed(&bins[first + lane_of()]);
     upto = sum_upto(count), total = __shfl_sync(EVERY, upto, 31);
     if (total < want) want -= total, first -= 32, count = low, upto = sum_upto(low), total = __shfl_sync(EVERY, upto, 31);
-    if (total - upto < want && want <= total - upto + count) atomicMax(&word, (u64)now << 32 | (first_order(first + lane_of()) - 1));
+    u32 bin = first + lane_of();
+    if (total - upto < want && want <= total - upto + count && bin > 0)
+      atomicCAS(&word, now, now >> 32 << 32 | __float_as_uint(number_of(first_order(bin))));
   }
 };
 
@@ -119,46 +123,44 @@ struct Scorer {
     }
     return add_two(sums[0], sums[1]);
   }
-  __device__ __forceinline__ float total(const float (&dots)[HEADS / 2], u32 key) const {
+  u32 second = kept_ready(lane_of() & 2);  // whether the score is of the thread's second key
+  __device__ __forceinline__ float total(const float (&dots)[HEADS / 2]) const {
     float low = part_of(dots, 0), high = part_of(dots, 1);
-    float sum = add_two(key ? high : low, __shfl_xor_sync(EVERY, key ? low : high, 2));
+    float sum = add_two(second ? high : low, __shfl_xor_sync(EVERY, second ? low : high, 2));
     return add_two(sum, __shfl_xor_sync(EVERY, sum, 1));
   }
 
   // Two threads make the score of one key of a tile, `key`: the first of them has it.
   u32 key = kept_ready(warp_of() % WARPS * 16 + lane_of() / 4 + lane_of() / 2 % 2 * 8);
   __device__ __forceinline__ bool has_it() const { return lane_of() % 2 == 0; }
-  // In words, where what an order must lie above stands: the bound, or what none lies above for who has none.
-  u32 bound_at = kept_ready((u32)((has_it() ? (u32*)&work.bound : &work.never) - (u32*)&work));
   Matrix tiles{work.tiles}, query{work.query};
 
-  // An order, at least that of the least number; but 1 for NaN, which ranks below every number, and 0 where there is no page.
-  static __device__ __forceinline__ u32 rank_of(u32 order, float score, float scale) {
-    if (order == FORCED || score == score) return max(order, ~0xff7fffffu);
-    return __float_as_uint(scale) != ABSENT;
+  // The order of a key's score, at least the least number's; but 1 for NaN, which ranks below every number, and 0 where there is no page.
+  static __device__ __forceinline__ u32 rank_of(float score, float scale, u32 word) {
+    if (STAGE == BLOCKS && word == ~0u) return FORCED;
+    u32 bits = __float_as_uint(score), order = bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
+    return score == score ? max(order, ~0xff7fffffu) : __float_as_uint(scale) != ABSENT;
   }
 
-  // Score the tile in a place of the ring, and keep what may be selected. `word` is the last one of the key's pair, `last` of the last key's
-  // less one.
+  // Score the tile in a place of the ring, and keep what may be selected. `word` is the last one of the key's pair; that of one to be kept is
+  // above `last`.
   __device__ __forceinline__ void take(u32 slot, u32 parity, u32 word, u32 last, const Pairs& pairs, u32* ranks) {
     await(&work.full[slot], parity);
     float dots[HEADS / 2], scale = work.scales[slot][key];
-    u32 bound = STAGE == TOKENS ? changed((const u32*)&work + bound_at) : has_it() ? 0 : 0xffffffff;
-    multiply<DIM>(dots, tiles + slot * (KEYS * DIM), query);
+    float bound = STAGE == TOKENS ? Bound{work.bound}.number() : __uint_as_float(Bound::NONE_YET);
+    multiply<DIM>(dots, tiles + slot * (KEYS * DIM / 1024), query);
     await_products(dots, [&] {
       __syncwarp();
       if (lane_of() == 0) arrive(&work.empty[slot]);  // so that another tile is under way while this one's products are added
     });
     // Times the scale and + 0.0 in one: (sum + 0.0) * scale has the same bits, since no scale is negative; and -0.0 becomes 0.0.
-    float score = fmaf(total(dots, lane_of() / 2 % 2), scale, 0.0f);
-    u32 bits = __float_as_uint(score), order = bits ^ ((u32)((int)bits >> 31) | 0x80000000u);  // NaN's is above all
-    if (STAGE == BLOCKS && word == ~0u) order = FORCED;
-    bool keep = order > bound;
+    float score = fmaf(total(dots), scale, 0.0f);
+    bool keep = !(score < bound);
     if (__any_sync(EVERY, keep)) {
-      bool seen = word > last;
-      if (keep) order = rank_of(order, score, scale);
-      if (keep && seen && !order) atomicAdd(&work.bins[LOST], 1u);
-      keep = seen && order > bound;
+      keep = keep && word > last;
+      u32 order = rank_of(score, scale, word);
+      if (keep && !order) atomicAdd(&work.bins[LOST], 1u);
+      keep = keep && order > (bound == bound);  // NaN where there is no bound yet
       u32 keeping = __ballot_sync(EVERY, keep);
       if (keep) {
         pairs.put(kept + __popc(keeping & ((1u << lane_of()) - 1)), (u64)order << 32 | word);
@@ -166,7 +168,7 @@ struct Scorer {
       }
       kept += __popc(keeping);
     }
-    if (ranks && has_it()) ranks[~word] = word > last ? rank_of(order, score, scale) : 0;
+    if (ranks && has_it()) ranks[~word] = word > last ? rank_of(score, scale, word) : 0;
   }
 
   __device__ __forceinline__ void run() {
@@ -187,10 +189,12 @@ struct Scorer {
       if (more) ahead = fetch(next.query);
 #pragma unroll
       for (u32 at = 0; at < HEADS / 4; at++) weights[at] = work.weights[at / 2 * 8 + lane_of() % 4 * 2 + at % 2];
-      u32 end = run.end(work), before = kept, tiles = run.upto - run.at, first = (run.at - run.from) * KEYS, last = kept_ready(~end);
+      u32 end = run.end(work), before = kept, tiles = uniform(run.upto - run.at), first = (run.at - run.from) * KEYS;
+      u32 last = kept_ready(has_it() ? ~end : ~0u);
       Pairs pairs = run.pairs(c, work, warp_of());
       u32* ranks = c.ranks ? run.ranks(c) - first : nullptr;
-      u32 tile = (warp_of() / WARPS - turn) % GROUPS, slot = (turn + tile) % STAGES, parity = (turn + tile) / STAGES % 2;
+      u32 tile = uniform((warp_of() / WARPS - turn) % GROUPS), slot = uniform((turn + tile) % STAGES);
+      u32 parity = uniform((turn + tile) / STAGES % 2);
       for (u32 word = ~(first + tile * KEYS + key); tile < tiles; tile += GROUPS, word -= GROUPS * KEYS) {
         take(slot, parity, word, last, pairs, ranks);
         static_assert(STAGES == 2 * GROUPS);
