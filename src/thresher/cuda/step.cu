@@ -93,6 +93,7 @@ struct Workspace {  // begins at a multiple of 1024
   // HISA: first and last of IN_BLOCKS, while those above are of BLOCKS, and each query's own block.
   static constexpr u32 OTHERS = HISA ? MAX_QUERIES : 0;
   u32 first_in[OTHERS + 1], own[OTHERS + 1];
+  u32 begins_in, in_begins_in;      // the query that the block's first tile is of; of IN_BLOCKS
   u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
   unsigned char last_in[OTHERS + 4];
   u64 bound;                                   // the part's, and above it the number of its turn: see Bound
@@ -112,7 +113,11 @@ __device__ __forceinline__ u32 tokens_of(const Step& c, u32 query) {
 __device__ __forceinline__ void put_end(u32* first, unsigned char* last, u32 query, u32 end) {
   first[query + 1] = end > 0 ? (end + KEYS - 1) / KEYS + EXTRA : 0, last[query] = (end + KEYS - 1) % KEYS;
 }
-__device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
+// Tiles of a block, of `total`, and the first of them.
+__device__ __forceinline__ u32 share_of(u32 total) { return max((total + gridDim.x - 1) / gridDim.x, 1u); }
+__device__ __forceinline__ u32 begin_of(u32 total) { return min(blockIdx.x * share_of(total), total); }
+// By a warp: tiles before each query, and which query the block's first tile is of. Not each thread should look through the queries for that.
+__device__ __forceinline__ void add_up(u32* first, u32& begins_in, u32 num) {
   u32 carried = 0;
   for (u32 base = 0; base < num; base += 32) {
     u32 query = base + lane_of(), tiles = query < num ? first[query + 1] : 0;
@@ -120,7 +125,12 @@ __device__ __forceinline__ void add_up(u32* first, u32 num) {  // by a warp
     if (query < num) first[query + 1] = carried + tiles;
     carried += __shfl_sync(EVERY, tiles, 31);
   }
-  if (lane_of() == 0) first[0] = 0;
+  if (lane_of() == 0) first[0] = 0, begins_in = 0;
+  if (num == 1) return;
+  __syncwarp();
+  u32 begin = begin_of(carried);
+  for (u32 query = lane_of(); query < num; query += 32)
+    if (first[query] <= begin && begin < first[query + 1]) begins_in = query;
 }
 
 // A score by its rank (see rank_of), NaN as Hopper makes it.
@@ -175,14 +185,13 @@ struct Pairs {
 // A run of tiles: those of one query after another.
 struct Run {
   u32 each, begin, stop;          // tiles of a block, and this block's
-  u32 query = 0, at, upto, from;  // at hand: tiles at .. upto - 1 of all; the first of the query's
+  u32 query, at, upto, from;      // at hand: tiles at .. upto - 1 of all; the first of the query's
 
   template <class Work>
   __device__ __forceinline__ Run(const Step& c, const Work& work) {
     u32 total = work.first[c.num_queries];
-    each = max((total + gridDim.x - 1) / gridDim.x, 1u);
-    begin = min(blockIdx.x * each, total), stop = min(begin + each, total);
-    at = upto = from = begin;
+    each = share_of(total), begin = begin_of(total), stop = min(begin + each, total);
+    query = work.begins_in, at = upto = from = begin;
   }
   template <class Work>  // one of those that multiply; of 16 keys of every fourth tile
   __device__ __forceinline__ Pairs pairs(const Step& c, Work& work, u32 warp) const {
@@ -280,7 +289,7 @@ __device__ __forceinline__ void step(const Step& c) {
   for (u32 bin = threadIdx.x; bin <= BINS; bin += blockDim.x) work.bins[bin] = 0;
   if (threadIdx.x == 0) begin_barriers(work), work.bound = 0;
   __syncthreads();
-  if (warp_of() == 0) add_up(work.first, c.num_queries);
+  if (warp_of() == 0) add_up(work.first, work.begins_in, c.num_queries);
   __syncthreads();
   u32 turn = 0;
   Bound bound{work.bound};

@@ -105,8 +105,8 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   }
   if (threadIdx.x == 0) begin_barriers(work);
   grown = __syncthreads_or(grown);
-  if (warp_of() == 0) add_up(work.first, num);
-  if (warp_of() == 1) add_up(work.first_in, num);
+  if (warp_of() == 0) add_up(work.first, work.begins_in, num);
+  if (warp_of() == 1) add_up(work.first_in, work.in_begins_in, num);
   if (grown) grow_means<DIM>(h, work);
   if (grown) fence_for_async();
   __syncthreads();
@@ -124,6 +124,7 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   meet_all();
   for (u32 query = threadIdx.x; query < num; query += THREADS)
     work.first[query + 1] = work.first_in[query + 1], work.last[query] = work.last_in[query];
+  if (threadIdx.x == 0) work.begins_in = work.in_begins_in;
   fence_for_async();  // tiles come where masks were
   meet_fetchers();
   Scorer<DIM, HEADS, IN_BLOCKS>{in_blocks, work, turn}.run();

@@ -17,7 +17,7 @@ from thresher.ops.score_select import cuda as step
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
-BEFORE_PAIRS = step.BEFORE_PAIRS + 11248  # as struct Workspace of step.cu has it for HISA
+BEFORE_PAIRS = step.BEFORE_PAIRS + 11264  # as struct Workspace of step.cu has it for HISA
 MEETING = 4  # words of all thread blocks; two are used
 
 
