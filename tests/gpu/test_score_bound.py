@@ -138,8 +138,8 @@ def test_paged_within_the_bound_that_bench_uses(heads, page_size):
 
 
 def test_zeros_and_nan():
-    """A sum of zeros is +0.0 whatever the weights' signs, one below all numbers the least of them; NaN in a query spoils its own row, where it
-    sees."""
+    """A sum of zeros is +0.0 whatever the weights' signs, one below all numbers the least of them; NaN in a query spoils its own row alone,
+    where it sees."""
     heads, dim = 16, sized(128, 64)
     q, weights, k, scales = inputs("normal", heads, dim)
     zero = kernels.index_score(torch.zeros_like(q.float()).to(FP8), -weights.abs(), k, scales, *ends(NUM, KEYS))

@@ -115,4 +115,5 @@ def test_what_the_kernel_takes(monkeypatch):
     assert cuda.worthwhile(1, 1)
     assert cuda.worthwhile(64, 16)
     assert not cuda.worthwhile(64, 15)
-    assert not cuda.worthwhile(65, 128)
+    assert cuda.worthwhile(256, 128)
+    assert not cuda.worthwhile(257, 128)

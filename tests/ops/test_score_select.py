@@ -111,12 +111,13 @@ def test_a_query_that_sees_no_more_than_topk_selects_all_of_it(weight):
 
 def test_worthwhile_for_a_step_of_decoding():
     kernel = importlib.import_module("thresher.ops.score_select.cuda")
-    assert kernel.worthwhile(64, 1, 1, 8192, True)
-    assert not kernel.worthwhile(64, 1, 1, 4096, True)
-    assert not kernel.worthwhile(64, 32, 32, 8192, True)
-    assert kernel.worthwhile(64, 32, 32, 16384, True)
-    assert kernel.worthwhile(64, 128, 128, 32768, True)
-    assert not kernel.worthwhile(64, 128, 128, 16384, True)
+    assert kernel.worthwhile(64, 1, 1, 16384, True)
+    assert not kernel.worthwhile(64, 1, 1, 8192, True)
+    assert kernel.worthwhile(64, 2, 2, 8192, True)
+    assert not kernel.worthwhile(64, 2, 2, 4096, True)
+    assert kernel.worthwhile(64, 32, 32, 4096, True)
+    assert not kernel.worthwhile(64, 32, 32, 4032, True)
+    assert kernel.worthwhile(64, 128, 128, 4096, True)
     assert kernel.worthwhile(64, 32, 8, 131072, True)
     assert not kernel.worthwhile(64, 1024, 1, 2**20, True), "a prefill"
     assert kernel.worthwhile(64, 1024, 1, 2048, False), "nothing to score"

@@ -70,8 +70,8 @@ def level_kernel(
 ):
     """One row's level: the pair (score, key) that ``want`` to ``want + slack`` of the sample's pairs do not lie below.
 
-    A row of up to ``whole`` keys keeps the one it has: all of it is collected. So does one whose sample has too few scores above that, which
-    its lists will not hold.
+    A row of up to ``whole`` keys keeps the one it has: all of it is collected. So does one whose sample has too few scores above that,
+    which its lists will not hold.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
