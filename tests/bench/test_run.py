@@ -305,6 +305,10 @@ def test_useful_work_of_known_cases():
     assert moved > 132 * 131072 + 4 * 1024 * 130000
     assert useful_work(case, "select", HISA(), [131072])[0] < useful_work(case, "select", MISA(), [131072])[0] < flops
 
+    short = parse_case("decode-2x2k-h64")
+    assert useful_work(short, "select", DSA(topk=2048), [2048, 2048]) == (0, 2 * (64 * 132 + 4 * 2048)), "few enough to be taken whole"
+    assert useful_work(short, "index_score", None, [2048, 2048])[0] > 0
+
     one, four = parse_case("decode-2x1k-h64"), parse_case("decode-2x1k-h64-q4")
     (flops, moved), (more, as_much) = (useful_work(x, "index_score", None, [1024, 1024]) for x in (one, four))
     assert more == flops * (4 - (1 + 2 + 3) / 1024), "drafts see a token fewer each"

@@ -111,11 +111,9 @@ def test_a_query_that_sees_no_more_than_topk_selects_all_of_it(weight):
 
 def test_worthwhile_for_a_step_of_decoding():
     kernel = importlib.import_module("thresher.ops.score_select.cuda")
-    assert kernel.worthwhile(64, 1, 1, 16384, True)
-    assert not kernel.worthwhile(64, 1, 1, 8192, True)
-    assert kernel.worthwhile(64, 2, 2, 8192, True)
-    assert not kernel.worthwhile(64, 2, 2, 4096, True)
-    assert kernel.worthwhile(64, 32, 32, 4096, True)
+    assert kernel.worthwhile(64, 1, 1, 8192, True)
+    assert not kernel.worthwhile(64, 3, 3, 8128, True)
+    assert kernel.worthwhile(64, 4, 4, 4096, True)
     assert not kernel.worthwhile(64, 32, 32, 4032, True)
     assert kernel.worthwhile(64, 128, 128, 4096, True)
     assert kernel.worthwhile(64, 32, 8, 131072, True)

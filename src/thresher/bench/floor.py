@@ -68,7 +68,7 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
     """
     flops = moved = 0.0
     if op in ("select", "index_score", "layer"):
-        add = _index_work(case, selector, lengths)
+        add = _index_work(case, selector, lengths, 0 if op == "index_score" else case.topk)
         flops, moved = flops + add[0], moved + add[1]
     if op in ("index_score", "select_topk"):  # the scores between the two, written or read
         moved += 4.0 * sum(_contexts(case, lengths))
@@ -98,10 +98,12 @@ def _contexts(case: Case, lengths: list[int]) -> list[int]:
     return [length - case.each + 1 + row for length in lengths for row in range(case.each)]
 
 
-def _index_work(case: Case, selector: Selector | None, lengths: list[int]) -> tuple[float, float]:
-    """Of the indexer: a selector's own count, or every key with every head. The rows of a prefill share what they read."""
+def _index_work(case: Case, selector: Selector | None, lengths: list[int], whole: int) -> tuple[float, float]:
+    """Of the indexer: a selector's own count, or every key with every head. The rows of a prefill share what they read. Contexts of up to
+    ``whole`` tokens need no scores."""
     heads, dim = case.heads, case.head_dim
-    seen = _contexts(case, lengths)
+    seen = [length for length in _contexts(case, lengths) if length > whole]
+    lengths = [length for length in lengths if length > whole]
     if selector is None:
         flops, moved = 2.0 * heads * dim * sum(seen), float((dim + 4) * sum(lengths))
     else:

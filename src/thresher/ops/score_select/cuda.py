@@ -55,11 +55,10 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int, scored: bool) -> bool:
-    """Whether this kernel is taken before others: where nothing is to be scored; else on an H200 it is the faster one above 8k keys for one
-    query, from 8k on for up to four, from 4k on for more, and as fast for drafts of four tokens, each of which reads the keys again
-    (docs/lab-log.md)."""
-    least = 4096 if num_queries > 4 else 8192 if num_queries > 1 else 8193
-    return not scored or (num_queries <= 4 * num_requests and room_tokens >= least)
+    """Whether this kernel is taken before others: where nothing is to be scored; else on an H200 it is the faster one from 8k keys on for one
+    query, from 4k on for four, and as fast for drafts of four tokens, each of which reads the keys again (benchmarks/results/auto,
+    docs/lab-log.md)."""
+    return not scored or (num_queries <= 4 * num_requests and room_tokens >= (8192 if num_queries < 4 else 4096))
 
 
 class Room(NamedTuple):
