@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thresher.bench.cases import Case
-from thresher.cache import IndexKeyCache, LatentCache, PageTable
+from thresher.cache import IndexKeyCache, LatentCache, PageTable, pack_keys
 from thresher.errors import ThresherError, require
 from thresher.ops.quantize import quantize_fp8
 from thresher.ops.to_slots import to_slots
@@ -86,11 +86,9 @@ def make_inputs(case: Case, name: str, seed: int, device: torch.device, recorded
     for request, length in enumerate(lengths):
         cache.store(table.append(request, length), *quantize_fp8(source.keys(request, length).to(device)))
     q_QHD, weights_QH = (x.to(device) for x in source.queries())
-    q, q_scales = quantize_fp8(q_QHD)
-    weights = weights_QH.float() * q_scales * (case.heads * case.head_dim) ** -0.5
     positions = (torch.tensor(lengths, device=device)[:, None] + torch.arange(-case.each, 0, device=device)).flatten()
     requests = torch.arange(len(lengths), device=device).repeat_interleave(case.each)
-    return Inputs(IndexQuery(q, weights, positions, requests), cache.view(table.table, table.lengths))
+    return Inputs(_folded(q_QHD, weights_QH, positions, requests), cache.view(table.table, table.lengths))
 
 
 def make_attend_inputs(case: Case, seed: int, device: torch.device, copy: int = 0, fp8: bool = False) -> AttendInputs:
@@ -168,35 +166,84 @@ class _Drawn:
         return torch.randn(shape, generator=self.generator, device=self.device)
 
 
+def recorded_inputs(path: Path, device: torch.device) -> list[Inputs]:
+    """Each request of a file of recorded inputs by itself, with all its queries; requests without queries are left out.
+
+    Args:
+        path: the file.
+        device: where to make them.
+
+    Raises:
+        ThresherError: what ``read_recorded`` refuses, or tensors whose shapes do not fit one another.
+    """
+    held, counts = read_recorded(path)
+    q, k, weights = (held[name].float().to(device) for name in ("q", "k", "weights"))
+    ok = q.dim() == 3 and k.dim() == 3 and weights.shape == q.shape[:2] and len(counts) == len(k) and q.shape[2] == k.shape[2]
+    ok = ok and sum(counts) == len(q) > 0 and min(counts) >= 0 and max(counts) <= k.shape[1]
+    must = "recorded inputs must be q [sum(rows), H, D], weights [sum(rows), H], k [requests, N, D] and rows up to N"
+    require(ok, must, recorded_shapes(held, counts), "record them again")
+    made = []
+    for request, (q_QHD, weights_QH) in enumerate(zip(q.split(counts), weights.split(counts), strict=True)):
+        rows, length = len(q_QHD), k.shape[1]
+        if rows:
+            positions = torch.arange(length - rows, length, device=device)
+            query = _folded(q_QHD, weights_QH, positions, torch.zeros_like(positions))
+            made.append(Inputs(query, pack_keys([quantize_fp8(k[request])])))
+    return made
+
+
+def _folded(q_QHD: Tensor, weights_QH: Tensor, positions: Tensor, requests: Tensor) -> IndexQuery:
+    """Queries quantised, and every factor folded into their weights."""
+    q, scales = quantize_fp8(q_QHD)
+    return IndexQuery(q, weights_QH.float() * scales * (q.shape[1] * q.shape[2]) ** -0.5, positions, requests)
+
+
+def read_recorded(path: Path | None) -> tuple[dict[str, Tensor], list[int]]:
+    """A file of recorded inputs as it stands.
+
+    Returns:
+        its tensors, with ``q`` ``[sum(counts), H, D]`` and ``weights`` ``[sum(counts), H]`` where they are of a known form, and the counts:
+        queries of each request, none where the form is not known.
+
+    Raises:
+        ThresherError: no file, one that cannot be read, or one without q, k or weights.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path is None:
+        raise ThresherError("recorded inputs must come from a file; got none; pass --recorded FILE")
+    try:
+        held = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ThresherError(f"recorded inputs must be a safetensors file; got {path} ({error}); record them first") from None
+    missing = {"q", "k", "weights"} - set(held)
+    require(not missing, "recorded inputs must hold q, k and weights", f"{path} without {', '.join(sorted(missing))}", "record them")
+    q, weights = held["q"], held["weights"]
+    if "rows" in held:
+        return held, held["rows"].flatten().tolist()
+    if q.dim() == 4 and weights.shape == q.shape[:3]:
+        return {**held, "q": q.flatten(0, 1), "weights": weights.flatten(0, 1)}, [q.shape[1]] * len(q)
+    return held, []
+
+
+def recorded_shapes(held: dict[str, Tensor], counts: list[int]) -> str:
+    """What ``read_recorded`` gave, for a message."""
+    got = ", ".join(f"{name} {tuple(held[name].shape)}" for name in ("q", "k", "weights"))
+    return f"{got}, rows {counts}" if counts else got
+
+
 class _Recorded:
     def __init__(self, path: Path | None, case: Case, lengths: list[int]) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if path is None:
-            raise ThresherError("recorded inputs must come from a file; got none; pass --recorded FILE")
-        try:
-            held = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ThresherError(f"recorded inputs must be a safetensors file; got {path} ({error}); record them first") from None
-        missing = {"q", "k", "weights"} - set(held)
-        require(not missing, "recorded inputs must hold q, k and weights", f"{path} without {', '.join(sorted(missing))}", "record them")
+        held, counts = read_recorded(path)
         q, self.k, weights = held["q"], held["k"], held["weights"]
-        if "rows" in held:
-            counts = held["rows"].flatten().tolist()
-        elif q.dim() == 4 and weights.shape == q.shape[:3]:
-            counts = [q.shape[1]] * len(q)
-            q, weights = q.flatten(0, 1), weights.flatten(0, 1)
-        else:
-            counts = []
         requests, rows = len(lengths), case.each
         need = f"q [{requests}+, {rows}+, {case.heads}, {case.head_dim}], k [{requests}+, {max(lengths)}+, {case.head_dim}]"
         ok = q.dim() == 3 and self.k.dim() == 3 and weights.shape == q.shape[:2] and len(counts) == len(self.k)
         ok = ok and sum(counts) == len(q) and min(counts, default=-1) >= 0 and len(counts) >= requests and min(counts[:requests]) >= rows
         ok = ok and q.shape[1:] == (case.heads, case.head_dim)
         ok = ok and self.k.shape[1] >= max(lengths) and self.k.shape[2] == case.head_dim
-        got = ", ".join(f"{name} {tuple(held[name].shape)}" for name in ("q", "k", "weights"))
-        got += f", rows {counts}" if "rows" in held else ""
+        got = recorded_shapes(held, counts)
         require(ok, f"{case.name} needs {need}, and weights like q", got, "choose a smaller case")
         self.q, self.weights = (torch.cat([part[-rows:] for part in x.split(counts)[:requests]]).float() for x in (q, weights))
 

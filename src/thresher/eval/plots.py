@@ -134,6 +134,74 @@ def loss_curve(path: str | Path, losses: Mapping[str, Sequence[tuple[int, float]
     return _save(figure, path)
 
 
+def missing_by_ranks(
+    path: str | Path, panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], promise: float, title: str
+) -> Path:
+    """One panel for each text: the share of rows that lose a token against ranks, a line for each placement, dotted the promise.
+
+    Args:
+        path: the PNG to write (atomically).
+        panels: text -> placement -> (ranks, share in [0, 1]) pairs, ranks rising.
+        promise: the share that the rule for m allows, above 0; below it the axis is linear, so that 0 has a place.
+        title: above the picture.
+
+    Raises:
+        ThresherError: when there is nothing to draw.
+    """
+    require(bool(panels) and all(panels.values()), "missing_by_ranks needs a text and a placement", "none", "pass each")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(1.5 + 3.2 * columns, 0.9 + 2.8 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, (text, lines) in zip(grid, panels.items(), strict=False):
+        for i, (name, points) in enumerate(lines.items()):
+            ranks, shares = zip(*points, strict=True)
+            axes.plot(ranks, shares, label=name, markersize=4, linewidth=1.3, **_line_style(i))
+        axes.axhline(promise, color="black", linestyle=":", linewidth=1.2, label=f"promised ({promise:g})")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("symlog", linthresh=promise)
+        axes.set_ylim(-promise / 4, 2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_title(text, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[: len(panels)][-columns:]:  # the lowest of its column, where the last row is not full too
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("ranks", fontsize=9)
+    figure.supylabel("share of rows that lose a token", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def error_by_budget(path: str | Path, errors: Mapping[str, Sequence[tuple[int, float]]], scale: Mapping[str, float], title: str) -> Path:
+    """One line for each text over m, and in its colour, dotted, the error of DSA itself.
+
+    Args:
+        path: the PNG to write (atomically).
+        errors: text -> (m, relative error against DSA) pairs, m rising.
+        scale: text -> relative error of DSA against dense attention.
+        title: above the picture.
+
+    Raises:
+        ThresherError: when there is nothing to draw.
+    """
+    require(bool(errors) and all(len(line) > 0 for line in errors.values()), "error_by_budget needs values", "none", "pass a line")
+    figure = _figure(8.0, 4.2)
+    axes = figure.add_subplot()
+    for i, (name, points) in enumerate(errors.items()):
+        style = _line_style(i)
+        budgets, values = zip(*points, strict=True)
+        axes.plot(budgets, values, label=name, markersize=4, linewidth=1.4, **style)
+        axes.axhline(scale[name], color=style["color"], linestyle=":", linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    _finish(axes, "m, tokens that each rank keeps", "relative error (dotted: of DSA against dense)", title, outside=True)
+    return _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     """A figure with its own Agg canvas: the caller's pyplot state and backend stay as they are."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
