@@ -354,6 +354,7 @@ def test_info_says_what_can_run(capsys, monkeypatch):
     assert "paged_index_score       deep_gemm: " in out
     assert f"torch {torch.__version__}" in out
     assert "peers of thresher bench:" in out
+    assert "gloo: ok" in out
     monkeypatch.setattr(dispatch, "reason", lambda operation, impl, device: None if impl == "reference" else "the moon is full")
     monkeypatch.setattr("thresher.bench.info.reason", dispatch.reason)
     assert cli.main(["info"]) == 0

@@ -25,7 +25,8 @@ from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
 from thresher.ops.sparse_attend import flash_mla_kernels, triton as sparse_attend
 from thresher.ops.to_slots import triton as to_slots
-from thresher.types import IndexQuery
+from thresher.distributed.symmetric import SymmetricMemory
+from thresher.types import IndexQuery, PartialAttention
 
 zeros, half = torch.zeros(8, dtype=torch.int64), torch.bfloat16
 values, scales = torch.zeros(2048, 128).to(torch.float8_e4m3fn), torch.ones(2048)
@@ -52,6 +53,11 @@ sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), Latent
 flash_mla_kernels.inside(slots, 2112)
 flash_mla_kernels.as_part(torch.zeros(8, 128, 512, dtype=half), torch.zeros(8, 128))
 merge.merge_stacked(torch.zeros(2, 8, 128, 512), torch.zeros(2, 8, 128))
+ranks = object.__new__(SymmetricMemory)
+ranks.__dict__.update(rank=0, ranks=2, room=2**30, _begin=1024, _turn=0, _patience=10**10, _turns=zeros.int())
+ranks._addresses = torch.zeros(2, dtype=torch.int64)
+ranks.gather(torch.zeros(2**16))
+ranks.merge_heads(PartialAttention(torch.zeros(8, 128, 512), torch.zeros(8, 128)), [64, 64])
 x = torch.zeros(8, 128, dtype=half)
 quantize.quantize_fp8(x)
 quantize.store_index_keys(IndexKeyCache(2, 128).pages, zeros, x, zeros, 1e4, 64, "half")

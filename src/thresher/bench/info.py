@@ -6,9 +6,11 @@ import os
 import platform
 
 import torch
+import torch.distributed as dist
 
 import thresher
 from thresher.bench.peers import PEERS, module_versions, peer_reason
+from thresher.distributed.symmetric import unreadable
 from thresher.ops.dispatch import TABLE, VLLM_OPS, absent, implementations, interpreting, preferred, reason
 
 # Module -> what it is for.
@@ -39,6 +41,8 @@ def info() -> str:
         *(f"  {module}: {_version(module)} ({what})" for module, what in OPTIONAL.items()),
         f"operations, for tensors on {device.type} (* is what auto takes):",
         *(f"  {line}" for operation in TABLE for line in _operation(operation, device)),
+        "exchanges between ranks on this host (* is what torchrun's processes take with --device cuda):",
+        *(f"  {line}" for line in _exchanges()),
         "peers of thresher bench:",
         *(f"  {name}: {peer_reason(name, device) or 'ok'}" for name in PEERS),
     ]
@@ -59,6 +63,18 @@ def _version(module: str) -> str:
     if module == "vllm" and os.environ.get(VLLM_OPS):
         return f"the object file that {VLLM_OPS} names"
     return ", ".join(f"{dist} {number}" if dist != module else number for dist, number in module_versions(module).items()) or "installed"
+
+
+def _exchanges() -> list[str]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    built = "PyTorch was built without it"
+    reasons = {
+        "gloo": None if dist.is_gloo_available() else built,
+        "nccl": (None if dist.is_nccl_available() else built) if count > 1 else f"needs 2 GPUs, has {count}",
+        "symmetric memory": unreadable(count),
+    }
+    taken = next((name for name in ("symmetric memory", "nccl") if reasons[name] is None), None)
+    return [f"{name}{'*' if name == taken else ''}: {why or 'ok'}" for name, why in reasons.items()]
 
 
 def _operation(operation: str, device: torch.device) -> list[str]:
