@@ -103,7 +103,7 @@ def refused(capsys):
         (["--selector", "0=dense"], ["each of the 2 layers must have a selector"]),
         (["--selector", "0-2=dsa"], ["below 2"]),
         (["--compare", "bogus"], ["a selector must be one of"]),
-        (["--placement", "ring:ranks=2"], ["a placement must be one of single, idsa, exact", "'ring'"]),
+        (["--placement", "ring:ranks=2"], ["a placement must be one of single, replicated, idsa, exact", "'ring'"]),
         (["--placement", "idsa"], ["idsa needs ranks"]),
         (["--placement", "idsa:ranks=0"], ["ranks must be at least 1"]),
         (["--placement", "idsa:ranks=4,local_topk=100"], ["local_topk must lie in [128, 512]", "100"]),

@@ -119,8 +119,8 @@ def test_paths_are_seen(tmp_path):
 
 
 HOMES = (
-    "ops", "ops.sparse_attend.compiled", "cache", "selectors", "selectors.compiled", "distributed", "models.decoder", "models.indexer",
-    "eval.probe", "eval.recall",
+    "ops", "ops.sparse_attend.compiled", "cache", "selectors", "selectors.compiled", "distributed", "distributed.group", "models.decoder",
+    "models.indexer", "eval.probe", "eval.recall",
 )  # fmt: skip
 SIGNATURE = re.compile(r"(?<![\w.])(\.?\w+)\(((?:[^()]|\([^()]*\))*)\)")
 FACTORY = "<factory>"

@@ -42,10 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="thresher", description="Decides which tokens of a long context a DSA model attends to.")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
+    _add_eval(commands)
     _add_generate(commands)
     _add_train(commands)
     _add_bench(commands)
     _add_record(commands)
+    _add_plan(commands)
     info = commands.add_parser("info", help="versions, devices, and which implementations can run here")
     info.set_defaults(run=_info, device="cpu")
     return parser
@@ -67,11 +69,31 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--selector", default="dsa", help="name:option=value,... or a layer plan such as '0-1=dense;2-29=dsa' (default: %(default)s)"
     )
-    parser.add_argument("--placement", default="single", help="single, idsa:ranks=R or exact:ranks=R (default: %(default)s)")
+    where = "single, idsa:ranks=R, exact:ranks=R or replicated:ranks=R, or without :ranks=R under torchrun (default: %(default)s)"
+    parser.add_argument("--placement", default="single", help=where)
     parser.add_argument("--max-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--compare", metavar="SELECTOR", help="decode again under this selector and say where the texts part")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that ranks wait for one another (default: %(default)s)")
     _add_model(parser)
     parser.set_defaults(run=_generate)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parts = commands.add_parser("eval", help="what a choice of tokens keeps").add_subparsers(required=True, metavar="part")
+    parser = parts.add_parser("coverage", help="whether IDSA's local sets hold the global top-k on real text, and what m would do")
+    parser.add_argument("--out", default="runs/coverage", help="run directory (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run there")
+    parser.add_argument("--text", dest="files", action="append", metavar="FILE", help="a UTF-8 text to measure besides; may be repeated")
+    parser.add_argument("--texts", nargs="*", metavar="NAME", help="prose code table numbers short_period long_period (default: all)")
+    parser.add_argument("--recorded", type=Path, metavar="FILE", help="what thresher record wrote, instead of texts and model")
+    parser.add_argument("--topk", type=int, help="k (default: 256)")
+    parser.add_argument("--length", type=int, help="tokens of each text (default: 2048)")
+    parser.add_argument("--queries", type=int, help="of the last tokens, to count (default: 336)")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="R", help="(default: 2 4 8 16 32 64)")
+    parser.add_argument("--granularity", type=int, nargs="+", metavar="G", help="neighbours on one rank (default: 1 4 16 64)")
+    parser.add_argument("--error-ranks", type=int, metavar="R", help="ranks of the part that attends; 0 leaves it out (default: 8)")
+    _add_model(parser)
+    parser.set_defaults(run=_coverage)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -88,13 +110,21 @@ def _demo(args: argparse.Namespace) -> None:
     print(run_demo(args.out, args.lengths or LENGTHS, args.depths or DEPTHS, args.device, args.overwrite, _weights(args)))
 
 
+def _coverage(args: argparse.Namespace) -> None:
+    from thresher.eval.coverage_run import Settings, run_coverage
+
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if getattr(args, field.name) is not None}
+    print(run_coverage(args.out, Settings(**given), args.device, args.overwrite, _weights(args)))
+
+
 def _generate(args: argparse.Namespace) -> None:
     from thresher.models.generate import run_generate
 
     def write(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    run_generate(args.selector, args.placement, args.prompt_file, args.max_tokens, args.compare, args.device, write, _weights(args))
+    asked = args.selector, args.placement, args.prompt_file, args.max_tokens, args.compare, args.device
+    run_generate(*asked, write, _weights(args), args.timeout)
 
 
 def _weights(args: argparse.Namespace) -> Path:
@@ -196,6 +226,32 @@ def _record(args: argparse.Namespace) -> None:
 
     sizes = (LENGTH if args.length is None else args.length, QUERIES if args.queries is None else args.queries)
     print(record_inputs(args.out, args.layers or LAYERS, *sizes, args.device, _weights(args)))
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("plan", help="memory and time of decoding over several GPUs, from the records of one")
+    parser.add_argument("--model", required=True, help="deepseek-v3.2, glm-5 or glm-5.2")
+    parser.add_argument("--gpus", type=int, default=8, help="of all nodes together (default: %(default)s)")
+    parser.add_argument("--gpu", default="h200", help="part of a GPU's name in the records (default: %(default)s)")
+    parser.add_argument("--context", default="1m", help="tokens of each request; 1k is 1024 (default: %(default)s)")
+    parser.add_argument("--batch", default="1..64", help="requests: 8, or 1,4,16, or the powers of two in 1..64 (default: %(default)s)")
+    parser.add_argument("--selector", nargs="+", default=["dsa", "misa", "hisa"], help="(default: dsa misa hisa)")
+    parser.add_argument("--nodes", type=int, default=1, help="hosts that the GPUs are spread over (default: %(default)s)")
+    parser.add_argument("--link-latency-us", type=float, metavar="US", help="of the link between nodes")
+    parser.add_argument("--link-bandwidth-gbs", type=float, metavar="GB/S", help="of it, 10**9 bytes a second for each GPU")
+    parser.add_argument("--exchange", default="symmetric", help="symmetric (memory) or nccl (default: %(default)s)")
+    parser.add_argument("--memory-share", type=float, default=0.9, help="of a GPU for weights and caches (default: %(default)s)")
+    parser.add_argument("--records", type=Path, default=Path("benchmarks/results"), help="a folder or a file (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here too")
+    parser.set_defaults(run=_plan, device="cpu")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from thresher.bench.plan import run_plan
+    from thresher.bench.plan_rows import Settings
+
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name != "selector"}
+    run_plan(Settings(selector=tuple(args.selector), **given), print)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -55,7 +55,7 @@ def test_the_keys_are_the_bytes_of_the_models_own_cache(model, indexers, recorde
     made["prefill"] = make_inputs(parse_case(PREFILL), "recorded", 0, CPU, recorded).keys
     halved = 0
     for kind, request, layer in (("decode", 0, 2), ("decode", 1, 0), ("prefill", 0, 2)):
-        values, scales = load_keys(decoder._keys(0, decoder.layers[layer][0]), 0)
+        values, scales = load_keys(decoder._keys(decoder.layers[layer][0]), 0)
         got = load_keys(made[kind], request)
         assert same_bytes(got[0], values)
         assert torch.equal(got[1], scales)

@@ -11,6 +11,10 @@ def dealt(placement: Placement, length: int) -> list[list[int]]:
     """Logical positions of each rank, dealt one by one."""
     ranks = [[] for _ in range(placement.ranks)]
     for position in range(length):
+        if placement.kind == "replicated":
+            for mine in ranks:
+                mine.append(position)
+            continue
         if placement.kind == "contiguous":
             rank = position // -(-placement.capacity // placement.ranks)
         else:
@@ -22,6 +26,7 @@ def dealt(placement: Placement, length: int) -> list[list[int]]:
 PLACEMENTS = st.one_of(
     st.builds(Placement, st.integers(1, 9), st.integers(1, 6)),
     st.builds(lambda r, c: Placement(r, kind="contiguous", capacity=c), st.integers(1, 9), st.integers(70, 90)),
+    st.builds(lambda r: Placement(r, kind="replicated"), st.integers(1, 9)),
 )
 
 
@@ -32,7 +37,12 @@ def test_every_map_agrees_with_dealing_one_by_one(placement, length):
     for rank, mine in enumerate(dealt(placement, length)):
         logical = torch.tensor(mine, dtype=torch.int64)
         local = torch.arange(len(mine))
-        assert placement.owner(logical).tolist() == [rank] * len(mine)
+        if placement.kind == "replicated":
+            with pytest.raises(ThresherError, match="must live on one rank"):
+                placement.owner(logical)
+        else:
+            assert placement.owner(logical).tolist() == [rank] * len(mine)
+        assert placement.holds(every, rank).tolist() == [position in mine for position in range(length)]
         assert torch.equal(placement.to_local(logical), local)
         assert torch.equal(placement.to_logical(rank, local), logical)
         assert placement.local_length(torch.tensor([length]), rank).tolist() == [len(mine)]
@@ -55,6 +65,7 @@ def test_no_token_stays_no_token():
     none = torch.tensor([[-1, 5], [-1, -1]])
     for placement in (Placement(3, 2), Placement(3, kind="contiguous", capacity=9)):
         assert (placement.owner(none)[none < 0] == -1).all()
+        assert not placement.holds(none, 2)[none < 0].any()
         assert (placement.to_local(none)[none < 0] == -1).all()
         assert placement.to_logical(1, torch.tensor([-1, 0])).tolist()[0] == -1
         assert placement.local_end(torch.tensor([-1]), 0).tolist() == [-1]

@@ -5,7 +5,7 @@ import torch
 from thresher.cache import pack_keys
 from thresher.cache.fp8 import quantize_fp8
 from thresher.cache.index_keys import load_keys
-from thresher.distributed import Shard, split_keys
+from thresher.distributed import Shard, share_heads, split_keys
 from thresher.ops.sparse_attend import sparse_attend
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, PartialAttention, Selection
 
@@ -38,14 +38,17 @@ class Layer:
         """Coarse values are whole numbers of few sizes, so many scores are equal."""
         return torch.randint(-1, 2, shape, generator=made).float() if coarse else torch.randn(shape, generator=made)
 
-    def attend_over(self, k: list[torch.Tensor], v: list[torch.Tensor]):
-        """``attend(selection)`` over keys and values laid out request after request."""
+    def attend_over(self, k: list[torch.Tensor], v: list[torch.Tensor], heads: slice = slice(None)):
+        """``attend(selection)`` over keys and values laid out request after request, for some of the heads that they have."""
         starts = torch.tensor([0, *[x.shape[0] for x in k]]).cumsum(0)[self.query.requests]
-        flat_k, flat_v = torch.cat(k), torch.cat(v)
+        flat_k, flat_v, alike = torch.cat(k)[:, heads], torch.cat(v)[:, heads], ATTN_HEADS // KV_HEADS
+        q = self.q.unflatten(1, (KV_HEADS, alike))[:, heads].flatten(1, 2)
 
         def attend(selection: Selection) -> PartialAttention:
             slots = torch.where(selection.indices >= 0, selection.indices + starts[:, None], -1).int()
-            return sparse_attend(self.q, flat_k, flat_v, slots, self.attention.scale)
+            if not q.shape[1]:
+                return PartialAttention(q, q[..., 0])
+            return sparse_attend(q, flat_k, flat_v, slots, self.attention.scale)
 
         return attend
 
@@ -53,7 +56,14 @@ class Layer:
         made = []
         for rank, keys in enumerate(split_keys(self.keys, placement)):
             mine = [[p for p in range(len(k)) if (p // placement.granularity) % placement.ranks == rank] for k in self.k]
-            attend = self.attend_over([k[m] for k, m in zip(self.k, mine, strict=True)], [v[m] for v, m in zip(self.v, mine, strict=True)])
+            heads = slice(None)
+            if placement.kind == "replicated":
+                mine = [list(range(len(k))) for k in self.k]
+                shares = share_heads(KV_HEADS, placement.ranks)
+                heads = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+            attend = self.attend_over(
+                [k[m] for k, m in zip(self.k, mine, strict=True)], [v[m] for v, m in zip(self.v, mine, strict=True)], heads
+            )
             made.append(Shard(keys, None, attend))
         return made
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from thresher.cache import LayerState
-from thresher.distributed import IDSA, ExactMerge, Single, expected_coverage, local_topk, run
+from thresher.distributed import IDSA, ExactMerge, Replicated, Single, expected_coverage, local_topk, run
 from thresher.errors import ThresherError
 from thresher.selectors import DSA, HISA, MISA, Dense, MISARerank, Oracle, Random, Shared, Window
 
@@ -73,6 +73,8 @@ def over_ranks():
             yield IDSA(selector, ranks, granularity=granularity)
         for selector in (DSA(12), MISARerank(2, 8, 20, 12), HISA(4, 8, 12), Oracle(12), Dense()):
             yield ExactMerge(selector, ranks, granularity)
+        for selector in (DSA(12), MISA(2, 8, 12), Oracle(12), Dense()):
+            yield Replicated(selector, ranks)
     yield Single(DSA(12))
     yield Single(Oracle(12))
 
@@ -169,6 +171,7 @@ def test_rows_do_not_depend_on_the_batch(kind):
         (lambda: IDSA(DSA(12), 2, 5), r"local_topk must lie in \[6, 12\], so that 2 ranks hold topk=12 tokens; got 5"),
         (lambda: IDSA(DSA(12), 2, 13), "local_topk must lie in"),
         (lambda: ExactMerge(DSA(12), 0), "ranks must be at least 1"),
+        (lambda: Replicated(DSA(12), 0), "ranks must be at least 1"),
         (lambda: ExactMerge(DSA(12), 2, 0), "granularity must be at least 1"),
         (lambda: ExactMerge(Window(4), 2).select(Layer([9]).query, Layer([9]).keys), "needs a selector that returns scores; got Window"),
         (lambda: run(IDSA(DSA(12), 2), Layer([9]).query, []), "one shard for each of the 2 ranks; got 0"),

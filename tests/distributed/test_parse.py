@@ -2,7 +2,7 @@
 
 import pytest
 
-from thresher.distributed import IDSA, ExactMerge, Single
+from thresher.distributed import IDSA, ExactMerge, Replicated, Single
 from thresher.distributed.parse import PLACEMENTS, place
 from thresher.errors import ThresherError
 from thresher.selectors import DSA, HISA, Dense
@@ -16,6 +16,7 @@ from thresher.selectors import DSA, HISA, Dense
         ("idsa:ranks=1", lambda s: IDSA(s, 1)),
         (" idsa : ranks = 4 , local_topk = 200 , granularity=64", lambda s: IDSA(s, 4, 200, 64)),
         ("exact:ranks=3", lambda s: ExactMerge(s, 3)),
+        ("replicated:ranks=3", lambda s: Replicated(s, 3)),
         ("exact:granularity=2,ranks=3", lambda s: ExactMerge(s, 3, 2)),
     ],
 )
@@ -24,15 +25,21 @@ def test_every_layer_is_placed(text, make):
     assert place(text, selectors) == [make(s) for s in selectors]
 
 
+def test_ranks_that_are_not_named_are_those_there_are():
+    assert place("idsa", [DSA(512)], 4) == [IDSA(DSA(512), 4)]
+    assert place("exact:ranks=2", [DSA(512)], 4) == [ExactMerge(DSA(512), 2)]
+    assert place("single", [DSA(512)], 4) == [Single(DSA(512))]
+
+
 def test_every_placement_has_a_name():
-    assert set(PLACEMENTS.values()) == {Single, IDSA, ExactMerge}
+    assert set(PLACEMENTS.values()) == {Single, Replicated, IDSA, ExactMerge}
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ring:ranks=4", "a placement must be one of single, idsa, exact; got 'ring'"),
-        ("", "a placement must be one of single, idsa, exact"),
+        ("ring:ranks=4", "a placement must be one of single, replicated, idsa, exact; got 'ring'"),
+        ("", "a placement must be one of single, replicated, idsa, exact"),
         ("IDSA:ranks=4", "a placement must be one of"),
         ("idsa", "idsa needs ranks"),
         ("exact", "exact needs ranks"),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
+from thresher.distributed.collectives import Collectives
 from thresher.distributed.shards import Shard, local_attention, local_query, localise, union
 from thresher.distributed.simulate import select_over_ranks
 from thresher.errors import require
@@ -101,6 +102,16 @@ class ExactMerge:
     def owned(self, all_scores: Tensor, all_logical: Tensor, rank: int) -> Selection:
         """The part of ``merged`` that ``rank`` holds: a local ``Selection`` of k columns."""
         return localise(self.merged(all_scores, all_logical), self.placement, rank)
+
+    def own_set(
+        self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """The part of the global top-k that the rank holds, after all ranks' candidates are gathered."""
+        if self.topk is None:
+            picked = self.selector.select(self.local_query(query, ranks.rank), shard.keys, shard.state, attention)
+            return replace(picked, space="local")
+        scores, logical = self.candidates(query, shard, ranks.rank, attention)
+        return self.owned(ranks.gather(scores), ranks.gather(logical), ranks.rank)
 
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
         """Every rank's local selection, in one process; ``attention`` holds all keys."""

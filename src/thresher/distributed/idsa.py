@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
 from thresher.distributed import coverage
+from thresher.distributed.collectives import Collectives
 from thresher.distributed.shards import Shard, local_attention, local_query
 from thresher.distributed.simulate import select_over_ranks
 from thresher.errors import require
@@ -87,6 +88,12 @@ class IDSA:
         """
         picked = self.local_selector.select(self.local_query(query, rank), shard.keys, shard.state, attention)
         return replace(picked, space="local")
+
+    def own_set(
+        self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """``local_select`` on the rank that ``ranks`` is: nothing is exchanged."""
+        return self.local_select(query, shard, ranks.rank, attention)
 
     def local_step(
         self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
+from thresher.distributed.collectives import Collectives, stack_parts
 from thresher.distributed.shards import Shard, split_keys, union
 from thresher.errors import require
 from thresher.ops.merge import merge
@@ -15,7 +17,7 @@ from thresher.types import AttentionInputs, IndexKeys, IndexQuery, PartialAttent
 
 
 class OverRanks(Protocol):
-    """What ``Single``, ``IDSA`` and ``ExactMerge`` have in common."""
+    """What ``Single``, ``Replicated``, ``IDSA`` and ``ExactMerge`` have in common."""
 
     @property
     def selector(self) -> Selector: ...
@@ -26,7 +28,15 @@ class OverRanks(Protocol):
     @property
     def width(self) -> int | None: ...
 
-    def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]: ...
+    def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
+        """Every rank's local selection, in one process; ``attention`` holds all keys."""
+        ...
+
+    def own_set(
+        self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """One rank's, the same; ``attention`` holds its own keys."""
+        ...
 
 
 def run(
@@ -35,9 +45,9 @@ def run(
     """Select and attend on every rank, then merge.
 
     Args:
-        over: a ``Single``, ``IDSA`` or ``ExactMerge``.
+        over: a ``Single``, ``Replicated``, ``IDSA`` or ``ExactMerge``.
         query: Q queries of logical positions.
-        shards: one per rank, in rank order, each with ``attend``.
+        shards: one per rank, in rank order, each with ``attend``: over all heads, or over the rank's own where tokens are replicated.
         attention: the attention's inputs with all keys, for selectors that look at true mass.
 
     Returns:
@@ -50,6 +60,8 @@ def run(
     require(len(shards) == ranks, f"there must be one shard for each of the {ranks} ranks", len(shards), "pass them in rank order")
     sets = over.local_sets(query, shards, attention)
     parts = [shard.attend_to(picked) for shard, picked in zip(shards, sets, strict=True)]
+    if over.placement.kind == "replicated":
+        return stack_parts(parts), replace(sets[0], space="logical")
     return merge(parts), union(sets, over.placement, over.width)
 
 

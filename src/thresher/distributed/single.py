@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
+from thresher.distributed.collectives import Collectives
 from thresher.distributed.shards import Shard
 from thresher.selectors.base import Selector
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
@@ -41,6 +42,12 @@ class Single:
     ) -> Selection:
         """The selector's own selection."""
         return self.selector.select(query, keys, state, attention)
+
+    def own_set(
+        self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """The selection of the one shard, called local."""
+        return self.local_sets(query, [shard], attention)[0]
 
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
         """The selection of the one shard, called local."""

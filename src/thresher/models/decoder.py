@@ -1,4 +1,4 @@
-"""A small paged decoder: one request of a Llama with DSA, on one device or dealt over simulated ranks.
+"""A small paged decoder: one request of a Llama with DSA, on one device or over ranks, simulated or processes of their own.
 
 The context is prefilled densely; what follows runs under a plan that says, layer by layer, which tokens are attended to.
 """
@@ -17,6 +17,8 @@ from thresher.cache.kv import KVCache
 from thresher.cache.pages import PageTable
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
+from thresher.distributed.collectives import Collectives, check_ranks, share_heads
+from thresher.distributed.ranks import run_on_rank
 from thresher.distributed.shards import Shard
 from thresher.distributed.simulate import OverRanks, run
 from thresher.errors import require
@@ -36,8 +38,10 @@ class Observer(Protocol):
 
 @dataclass
 class RankLayer:
-    """One rank's piece of one layer: index keys, attention keys and values, and what selectors keep."""
+    """One rank's piece of one layer: where its tokens lie, index keys, attention keys and values, and what selectors keep."""
 
+    rank: int
+    table: PageTable
     index: IndexKeyCache
     kv: KVCache
     state: LayerState
@@ -49,29 +53,43 @@ class Decoder:
     Args:
         model: the dense model.
         indexers: one ``Indexer`` a layer.
-        placement: how tokens are dealt over ranks; every rank is simulated in this process.
+        placement: where tokens live.
         capacity: tokens the request may reach; the model's own limit if None.
+        ranks: the ranks, of which this process is one and holds one's tokens alone; None to simulate all of them.
     """
 
-    def __init__(self, model: Llama, indexers: nn.ModuleList, placement: Placement | None = None, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        indexers: nn.ModuleList,
+        placement: Placement | None = None,
+        capacity: int | None = None,
+        ranks: Collectives | None = None,
+    ) -> None:
         config = model.config
         capacity = capacity or config.max_position_embeddings
         self.model, self.indexers, self.capacity = model, indexers, capacity
-        self.placement = placement or Placement(1)
+        self.placement, self.ranks = placement or Placement(1), ranks
+        if ranks is not None:
+            check_ranks(self.placement.ranks, ranks)
         self.length = 0
         per_rank = int(self.placement.local_length(torch.tensor([capacity]), 0)[0])
         pages = -(-per_rank // PAGE_SIZE)
-        self.tables = [PageTable(1, pages, PAGE_SIZE, model.device) for _ in range(self.placement.ranks)]
-        selections: list[dict[int, Selection]] = [{} for _ in self.tables]
+        held = range(self.placement.ranks) if ranks is None else [ranks.rank]
+        self.tables = {rank: PageTable(1, pages, PAGE_SIZE, model.device) for rank in held}
+        selections: dict[int, dict[int, Selection]] = {rank: {} for rank in held}
+        self.shares = share_heads(config.num_key_value_heads, self.placement.ranks)
         dim = indexer_at(indexers, 0).config.head_dim
         self.layers = [
             [
                 RankLayer(
+                    rank,
+                    self.tables[rank],
                     IndexKeyCache(pages, dim, PAGE_SIZE, model.device),
                     KVCache(pages, config.num_key_value_heads, config.head_dim, config.head_dim, model.dtype, PAGE_SIZE, model.device),
                     LayerState(layer, selections[rank]),
                 )
-                for rank in range(self.placement.ranks)
+                for rank in held
             ]
             for layer in range(config.num_hidden_layers)
         ]
@@ -91,7 +109,7 @@ class Decoder:
         require(self.length == 0, "prefill starts a request", f"{self.length} tokens held", "call rollback(0) first")
         require(len(ids) > 0, "the context must hold a token", 0, "pass a text")
 
-        def attend(given: LayerInput, slots: list[Tensor]) -> Tensor:
+        def attend(given: LayerInput, slots: dict[int, Tensor]) -> Tensor:
             self._store(given, slots)
             return causal_attention(given)
 
@@ -102,7 +120,8 @@ class Decoder:
 
         Args:
             ids: int64 ``[T]``.
-            plan: per layer, a placement (``Single``, ``IDSA``, ``ExactMerge``) around a selector, made for this decoder's ranks.
+            plan: per layer, a placement (``Single``, ``Replicated``, ``IDSA``, ``ExactMerge``) around a selector, made for this decoder's
+                ranks.
             observer: looks on at each layer (one rank only).
 
         Returns:
@@ -112,17 +131,23 @@ class Decoder:
         for method in plan:
             same = method.placement == self.placement
             require(same, f"the plan's placement must be the decoder's, {self.placement}", method.placement, "make the decoder for it")
-        for rank in self.layers[0]:
-            rank.state.selections.clear()  # one dict serves all layers of a rank
+        for piece in self.layers[0]:
+            piece.state.selections.clear()  # one dict serves all layers of a rank
 
-        def attend(given: LayerInput, slots: list[Tensor]) -> Tensor:
+        def attend(given: LayerInput, slots: dict[int, Tensor]) -> Tensor:
             self._store(given, slots)
             query = indexer_at(self.indexers, given.layer).index_query(given.hidden, given.positions)
-            attention = AttentionInputs(given.q, self._whole_keys(given.layer), given.q.shape[-1] ** -0.5)
+            load_keys = self._whole_keys(given.layer) if self.ranks is None else self._own_keys(given.layer)
+            attention = AttentionInputs(given.q, load_keys, given.q.shape[-1] ** -0.5)
             if observer is not None:
-                rank = self.layers[given.layer][0]
-                observer.look(given.layer, query, self._keys(0, rank), attention, rank.state)
-            part, _ = run(plan[given.layer], query, self._shards(given), attention)
+                piece = self.layers[given.layer][0]
+                observer.look(given.layer, query, self._keys(piece), attention, piece.state)
+            shards = self._shards(given)
+            if self.ranks is None:
+                part, _ = run(plan[given.layer], query, shards, attention)
+            else:
+                (own,), alike = shards, given.q.shape[1] // given.k.shape[1]
+                part, _ = run_on_rank(plan[given.layer], query, own, self.ranks, [alike * share for share in self.shares], attention)
             return part.out
 
         return self.model.logits(self._grow(ids, attend))
@@ -144,11 +169,11 @@ class Decoder:
     def rollback(self, length: int) -> None:
         """Forget every token past the first ``length``."""
         require(0 <= length <= self.length, f"rollback length must lie in [0, {self.length}]", length, "use step to grow")
-        for rank, table in enumerate(self.tables):
-            local = self._local_length(length, rank)
-            table.rollback(0, local)
-            for layer in self.layers:
-                layer[rank].state.rollback(0, local)
+        for rank, table in self.tables.items():
+            table.rollback(0, self._local_length(length, rank))
+        for layer in self.layers:
+            for piece in layer:
+                piece.state.rollback(0, self._local_length(length, piece.rank))
         self.length = length
 
     def dealt(self, placement: Placement) -> Decoder:
@@ -159,11 +184,11 @@ class Decoder:
         every = torch.arange(self.length, device=self.model.device)
         source = self.tables[0].slots(0, every)
         for layer, (mine,) in enumerate(self.layers):
-            values, scales = load_keys(self._keys(0, mine), 0)
+            values, scales = load_keys(self._keys(mine), 0)
             other._store_tokens(layer, slots, every, values, scales, mine.kv.k[source], mine.kv.v[source])
         return other
 
-    def _grow(self, ids: Tensor, attend: Callable[[LayerInput, list[Tensor]], Tensor]) -> Tensor:
+    def _grow(self, ids: Tensor, attend: Callable[[LayerInput, dict[int, Tensor]], Tensor]) -> Tensor:
         """Hidden states ``[T, hidden]`` of the next T tokens; ``attend`` also gets their slots. A failure leaves nothing behind."""
         start = self.length
         slots = self._append(len(ids))
@@ -173,8 +198,8 @@ class Decoder:
             self.rollback(start)
             raise
 
-    def _append(self, num_tokens: int) -> list[Tensor]:
-        """Slots of the next tokens on each rank (each rank gets its own tokens only)."""
+    def _append(self, num_tokens: int) -> dict[int, Tensor]:
+        """Slots of the next tokens on each rank that is here (each rank gets its own tokens only)."""
         end = self.length + num_tokens
         require(
             end <= self.capacity,
@@ -182,55 +207,72 @@ class Decoder:
             f"{end} tokens",
             "shorten the prompt or generate less",
         )
-        slots = []
-        for rank, table in enumerate(self.tables):
-            slots.append(table.append(0, self._local_length(end, rank) - table.length(0)))
+        slots = {rank: table.append(0, self._local_length(end, rank) - table.length(0)) for rank, table in self.tables.items()}
         self.length = end
         return slots
 
     def _local_length(self, length: int, rank: int) -> int:
         return int(self.placement.local_length(torch.tensor([length]), rank)[0])
 
-    def _store(self, given: LayerInput, slots: list[Tensor]) -> None:
+    def _store(self, given: LayerInput, slots: dict[int, Tensor]) -> None:
         values, scales = indexer_at(self.indexers, given.layer).index_keys(given.hidden, given.positions)
         self._store_tokens(given.layer, slots, given.positions, values, scales, given.k, given.v)
 
     def _store_tokens(
-        self, layer: int, slots: list[Tensor], positions: Tensor, values: Tensor, scales: Tensor, k: Tensor, v: Tensor
+        self, layer: int, slots: dict[int, Tensor], positions: Tensor, values: Tensor, scales: Tensor, k: Tensor, v: Tensor
     ) -> None:
-        owner = self.placement.owner(positions)
-        for rank, piece in enumerate(self.layers[layer]):
-            mine = slice(None) if len(slots) == 1 else owner == rank
-            piece.index.store(slots[rank], values.view(torch.uint8)[mine].view(values.dtype), scales[mine])
-            piece.kv.store(slots[rank], k[mine], v[mine])
+        for piece in self.layers[layer]:
+            mine = slice(None) if self.placement.ranks == 1 else self.placement.holds(positions, piece.rank)
+            piece.index.store(slots[piece.rank], values.view(torch.uint8)[mine].view(values.dtype), scales[mine])
+            piece.kv.store(slots[piece.rank], k[mine], v[mine])
 
-    def _keys(self, rank: int, piece: RankLayer) -> IndexKeys:
-        table = self.tables[rank]
-        return piece.index.view(table.table, table.lengths)
+    def _keys(self, piece: RankLayer) -> IndexKeys:
+        return piece.index.view(piece.table.table, piece.table.lengths)
 
     def _shards(self, given: LayerInput) -> list[Shard]:
         shards = []
-        for rank, piece in enumerate(self.layers[given.layer]):
+        for piece in self.layers[given.layer]:
 
-            def attend(picked: Selection, rank: int = rank, piece: RankLayer = piece) -> PartialAttention:
+            def attend(picked: Selection, piece: RankLayer = piece) -> PartialAttention:
                 piece.state.selections[piece.state.layer] = picked
-                slots = self.tables[rank].slots(0, picked.indices).to(torch.int32)
-                return sparse_attend(given.q, piece.kv.k, piece.kv.v, slots, given.q.shape[-1] ** -0.5)
+                slots = piece.table.slots(0, picked.indices).to(torch.int32)
+                q, k, v = self._heads(piece, given.q)
+                if not q.shape[1]:  # more ranks than there are heads of keys
+                    return PartialAttention(torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(q[..., 0], dtype=torch.float32))
+                return sparse_attend(q, k, v, slots, given.q.shape[-1] ** -0.5)
 
-            shards.append(Shard(self._keys(rank, piece), piece.state, attend))
+            shards.append(Shard(self._keys(piece), piece.state, attend))
         return shards
+
+    def _heads(self, piece: RankLayer, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``q [T, N, D]``, keys and values of the heads that a rank attends for: all where it holds some of the tokens."""
+        k, v = piece.kv.k, piece.kv.v
+        if self.placement.kind != "replicated":
+            return q, k, v
+        first, alike = sum(self.shares[: piece.rank]), q.shape[1] // k.shape[1]
+        last = first + self.shares[piece.rank]
+        return q[:, first * alike : last * alike], k[:, first:last], v[:, first:last]
 
     def _whole_keys(self, layer: int) -> Callable[[int], Tensor]:
         """``load_keys`` for ``AttentionInputs``: the request's attention keys in position order, from every rank."""
 
         def load(request: int) -> Tensor:
             every = torch.arange(self.length, device=self.model.device)
-            owner, local = self.placement.owner(every), self.placement.to_local(every)
+            local = self.placement.to_local(every)
             first = self.layers[layer][0].kv.k
             keys = first.new_empty(self.length, *first.shape[1:])
-            for rank, piece in enumerate(self.layers[layer]):
-                mine = owner == rank
-                keys[mine] = piece.kv.k[self.tables[rank].slots(request, local[mine])]
+            for piece in self.layers[layer]:
+                mine = self.placement.holds(every, piece.rank)
+                keys[mine] = piece.kv.k[piece.table.slots(request, local[mine])]
             return keys
+
+        return load
+
+    def _own_keys(self, layer: int) -> Callable[[int], Tensor]:
+        """The same of what this rank alone holds, in the order of local positions."""
+        (piece,) = self.layers[layer]
+
+        def load(request: int) -> Tensor:
+            return piece.kv.k[piece.table.slots(request, torch.arange(piece.table.length(request), device=self.model.device))]
 
         return load

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from thresher.distributed.collectives import Collectives, check_ranks
+from thresher.distributed.group import TIMEOUT_S, agree, started, world_size
 from thresher.distributed.parse import place
 from thresher.distributed.simulate import OverRanks
 from thresher.errors import ThresherError, require
 from thresher.models.checkpoint import SHIPPED, load_indexers
 from thresher.models.decoder import Decoder
+from thresher.models.llama import Llama
 from thresher.models.smollm2 import CONFIG, load_model, load_tokenizer
 from thresher.selectors import LayerPlan
 from thresher.selectors.parse import parse
@@ -21,8 +28,9 @@ TOPK = 512
 """What the shipped indexers are meant for; a selector string that names no ``topk`` gets it."""
 
 
-def plan_from_text(selector: str, placement: str, num_layers: int) -> list[OverRanks]:
-    """One placed selector a layer, from ``misa:active_heads=8`` or a layer plan (``0-1=dense;2-29=dsa``), and ``idsa:ranks=4``.
+def plan_from_text(selector: str, placement: str, num_layers: int, ranks: int | None = None) -> list[OverRanks]:
+    """One placed selector a layer, from ``misa:active_heads=8`` or a layer plan (``0-1=dense;2-29=dsa``), and ``idsa:ranks=4``, or ``idsa``
+    over as many ranks as there are.
 
     Raises:
         ThresherError: text that cannot be read, or values that do not fit together.
@@ -32,7 +40,7 @@ def plan_from_text(selector: str, placement: str, num_layers: int) -> list[OverR
         layers = LayerPlan.from_text(selector, num_layers, defaults=defaults)
     else:
         layers = LayerPlan.uniform(parse(selector, defaults=defaults), num_layers)
-    return place(placement, layers)
+    return place(placement, layers, ranks)
 
 
 def read_prompt(path: str) -> str:
@@ -72,42 +80,64 @@ def run_generate(
     device: str,
     write: Callable[[str], object],
     weights: Path = SHIPPED,
+    timeout_s: float = TIMEOUT_S,
 ) -> None:
     """Stream the continuation of a prompt to ``write``; with ``compare``, decode again under that selector on one device and say where
     the texts part.
 
-    The prompt is prefilled densely but for its last token, which runs under the selector like every new one.
+    The prompt is prefilled densely but for its last token, which runs under the selector like every new one. Where ``torchrun`` started
+    several processes, each is a rank and holds a rank's tokens; rank 0 writes. Otherwise all ranks are simulated in this process.
     """
     require(max_tokens >= 1, "max_tokens must be at least 1", max_tokens, "ask for a token")
-    text = read_prompt(prompt_file)
-    indexers = load_indexers(weights, device)
-    plan = plan_from_text(selector, placement, len(indexers))
-    other = plan_from_text(compare, "single", len(indexers)) if compare else None
-    tokenizer = load_tokenizer()
-    ids = tokenizer.encode(text).ids
-    limit = CONFIG.max_position_embeddings
-    fits = len(ids) + max_tokens <= limit
-    require(
-        fits,
-        f"prompt and answer must fit the model's {limit} tokens",
-        f"{len(ids)} + {max_tokens}",
-        "shorten the prompt or ask for fewer tokens",
-    )
-    model = load_model(device=device)
-    with torch.inference_mode():
-        decoder = Decoder(model, indexers)
-        if len(ids) > 1:
-            decoder.prefill(torch.tensor(ids[:-1], device=device))
-        ranks = plan[0].placement
-        first = _collect(
-            stream(decoder if ranks == decoder.placement else decoder.dealt(ranks), plan, ids[-1], max_tokens, tokenizer), write
+    with started(device, timeout_s) if world_size() > 1 else nullcontext() as ranks:
+        text = read_prompt(prompt_file)
+        indexers = load_indexers(weights, device)
+        plan = plan_from_text(selector, placement, len(indexers), None if ranks is None else ranks.ranks)
+        other = plan_from_text(compare, "single", len(indexers)) if compare else None
+        if ranks is not None:
+            asked = {"selector, k and placement": plan, "other selector": other, "number of tokens": max_tokens, "device": device}
+            agree(ranks, {"version": version("thresher"), **asked, "prompt": digest(text.encode())}, device)
+            check_ranks(plan[0].placement.ranks, ranks)
+        tokenizer = load_tokenizer()
+        ids = tokenizer.encode(text).ids
+        limit = CONFIG.max_position_embeddings
+        fits = len(ids) + max_tokens <= limit
+        require(
+            fits,
+            f"prompt and answer must fit the model's {limit} tokens",
+            f"{len(ids)} + {max_tokens}",
+            "shorten the prompt or ask for fewer tokens",
         )
+        model = load_model(device=device)
+        if ranks is not None:
+            held = [*model.state_dict().values(), *indexers.state_dict().values()]
+            agree(ranks, {"model": digest(*(x.contiguous().cpu().view(-1).view(torch.uint8).numpy() for x in held))}, device)
+        writes = ranks is None or ranks.rank == 0
+        first = _go_on(model, indexers, plan, ranks, ids, max_tokens, tokenizer, write if writes else lambda piece: None)
+    if writes:
         write("\n")
-        if other is None:
-            return
-        decoder.rollback(len(ids) - 1)
-        second = _collect(stream(decoder, other, ids[-1], max_tokens, tokenizer), lambda piece: None)
-    write(parting(first, second, compare or "") + "\n")
+    if writes and other is not None:
+        second = _go_on(model, indexers, other, None, ids, max_tokens, tokenizer, lambda piece: None)
+        write(parting(first, second, compare or "") + "\n")
+
+
+def _go_on(
+    model: Llama, indexers: nn.ModuleList, plan: Sequence[OverRanks], ranks: Collectives | None, ids: list[int], max_tokens: int,
+    tokenizer: Any, write: Callable[[str], object],
+) -> str:  # fmt: skip
+    with torch.inference_mode():
+        decoder = Decoder(model, indexers, plan[0].placement, ranks=ranks)
+        if len(ids) > 1:
+            decoder.prefill(torch.tensor(ids[:-1], device=model.device))
+        return _collect(stream(decoder, plan, ids[-1], max_tokens, tokenizer), write)
+
+
+def digest(*held: Any) -> str:
+    """Of bytes, arrays of bytes among them, one after the other."""
+    made = blake2b(digest_size=8)
+    for piece in held:
+        made.update(piece)
+    return made.hexdigest()
 
 
 def parting(text: str, other: str, name: str) -> str:

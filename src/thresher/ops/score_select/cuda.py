@@ -55,8 +55,8 @@ def unsupported(query: IndexQuery, keys: IndexKeys, topk: int) -> str | None:
 
 
 def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens: int, scored: bool) -> bool:
-    """Whether this kernel is taken before others: where nothing is to be scored; else on an H200 it is the faster one from 8k keys on for one
-    query, from 4k on for four, and as fast for drafts of four tokens, each of which reads the keys again (benchmarks/results/auto,
+    """Whether this kernel is taken before others: where nothing is to be scored; else on an H200 it is the faster one from 8k keys on for
+    one query, from 4k on for four, and as fast for drafts of four tokens, each of which reads the keys again (benchmarks/results/auto,
     docs/lab-log.md)."""
     return not scored or (num_queries <= 4 * num_requests and room_tokens >= (8192 if num_queries < 4 else 4096))
 

@@ -1,0 +1,150 @@
+"""What ranks tell one another: four exchanges, and PyTorch's process groups (gloo, NCCL) behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from thresher.errors import ThresherError, require
+from thresher.ops.merge import merge
+from thresher.types import PartialAttention
+
+
+class Collectives(Protocol):
+    """A rank among others. All ranks call the same exchanges in the same order."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[R, *x.shape]``: every rank's tensor, of one shape and dtype, in rank order."""
+        ...
+
+    def gather_heads(self, x: Tensor, shares: Sequence[int]) -> Tensor:
+        """``x [Q, own heads, ...]`` of every rank, as ``[Q, heads, ...]``; rank r has the next ``shares[r]`` heads."""
+        ...
+
+    def merge(self, part: PartialAttention) -> PartialAttention:
+        """All ranks' parts merged, on every rank the same bits: ``ops.merge`` over them in rank order."""
+        ...
+
+    def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
+        """``merge``, of which a rank gets its own heads alone."""
+        ...
+
+
+def share_heads(heads: int, ranks: int) -> list[int]:
+    """How many heads each rank has: as many as others, or one more or fewer."""
+    return [(rank + 1) * heads // ranks - rank * heads // ranks for rank in range(ranks)]
+
+
+class Alone:
+    """One rank, which has nobody to ask."""
+
+    rank, ranks = 0, 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def gather_heads(self, x: Tensor, shares: Sequence[int]) -> Tensor:
+        check_own(x, shares, self)
+        return x
+
+    def merge(self, part: PartialAttention) -> PartialAttention:
+        return merge([part])
+
+    def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
+        check_all(part, shares, self)
+        return merge([part])
+
+
+class ProcessGroup:
+    """The ranks of a ``torch.distributed`` process group.
+
+    Args:
+        group: the group; the default one if None.
+        timeout_s: what it was made with, for the message.
+
+    Raises:
+        ThresherError: in every exchange, where a rank does not answer in time or is gone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float | None = None) -> None:
+        self.group, self.timeout_s = group, timeout_s
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.ranks, *x.shape)
+        if x.numel():
+            # As bytes, since not every backend knows all dtypes.
+            there, here = (held.view(-1).view(torch.uint8) for held in (out, x.contiguous()))
+            self._exchange(lambda: _all_gather(there, here, group=self.group))
+        return out
+
+    def gather_heads(self, x: Tensor, shares: Sequence[int]) -> Tensor:
+        check_own(x, shares, self)
+        missing = max(shares) - x.shape[1]
+        gathered = self.gather(torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else x)
+        return torch.cat([gathered[rank, :, :share] for rank, share in enumerate(shares)], 1)
+
+    def merge(self, part: PartialAttention) -> PartialAttention:
+        out, lse = self.gather(part.out), self.gather(part.lse)
+        return merge([PartialAttention(*both) for both in zip(out, lse, strict=True)])
+
+    def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
+        check_all(part, shares, self)
+        both = torch.cat([part.out, part.lse[:, :, None]], 2)  # one exchange: a head's output and, behind it, its lse
+        pieces = both.split(list(shares), 1)
+        sent = torch.cat([piece.flatten() for piece in pieces])
+        got = sent.new_empty(self.ranks, both.shape[0], shares[self.rank], both.shape[2])
+        sizes = [got[0].numel()] * self.ranks, [piece.numel() for piece in pieces]
+        self._exchange(lambda: dist.all_to_all_single(got.view(-1), sent, *sizes, group=self.group))
+        return merge([PartialAttention(x[:, :, :-1].contiguous(), x[:, :, -1].contiguous()) for x in got])
+
+    def _exchange(self, exchange: Callable[[], object]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[0]
+            within = "" if self.timeout_s is None else f" within {self.timeout_s:g} s"
+            message = f"every rank must answer{within}; got: rank {self.rank} of {self.ranks} heard from one no more ({why})"
+            raise ThresherError(f"{message}; see what the others printed") from None
+
+
+def check_ranks(wanted: int, ranks: Collectives) -> None:
+    """Raises ``ThresherError`` where a placement is for another number of ranks than there are."""
+    require(wanted == ranks.ranks, f"the placement must be for the {ranks.ranks} ranks there are", wanted, "start as many processes")
+
+
+def stack_parts(parts: Sequence[PartialAttention]) -> PartialAttention:
+    """Parts of some heads each, in rank order, as one of all heads."""
+    return PartialAttention(torch.cat([part.out for part in parts], 1), torch.cat([part.lse for part in parts], 1))
+
+
+def check_own(x: Tensor, shares: Sequence[int], ranks: Collectives) -> None:
+    """Raises ``ThresherError`` where ``x [Q, n, ...]`` is not of the rank's own heads."""
+    _check_shares(shares, ranks)
+    own = shares[ranks.rank]
+    require(x.shape[1] == own, f"rank {ranks.rank} must pass its own {own} heads", x.shape[1], "pass them alone")
+
+
+def check_all(part: PartialAttention, shares: Sequence[int], ranks: Collectives) -> None:
+    """Raises ``ThresherError`` where a part is not of all heads."""
+    _check_shares(shares, ranks)
+    heads = part.out.shape[1]
+    require(heads == sum(shares), f"the part must be of all {sum(shares)} heads", heads, "attend with the queries of all ranks")
+
+
+def _check_shares(shares: Sequence[int], ranks: Collectives) -> None:
+    require(len(shares) == ranks.ranks, f"there must be a share of the heads for each of the {ranks.ranks} ranks", len(shares), "name all")
+
+
+# Its name from PyTorch 2.13 on, which warns of the other.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
