@@ -285,11 +285,15 @@ def test_as_a_program_a_mistake_is_one_line_and_no_traceback(prompt, weights):
 
 @pytest.mark.slow
 def test_the_real_model_goes_on_with_a_text(tmp_path):
-    """As a user would run it: the shipped indexers, SmolLM2, two ranks, compared with dense."""
+    """As a user would run it: the shipped indexers, SmolLM2, two ranks, compared with dense; then each rank a process of its own."""
     path = tmp_path / "p.txt"
     path.write_text("The capital of France is")
-    options = ("--placement", "idsa:ranks=2", "--max-tokens", "3", "--compare", "dense")
-    done = thresher("generate", "--prompt-file", path, "--selector", "misa_rerank:active_heads=4,block_size=64,candidates=1024", *options)
+    selector = "misa_rerank:active_heads=4,block_size=64,candidates=1024"
+    options = ("generate", "--prompt-file", path, "--selector", selector, "--max-tokens", "3", "--compare", "dense")
+    done = thresher(*options, "--placement", "idsa:ranks=2")
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "thresher", *map(str, options)]
+    apart = subprocess.run([*launched, "--placement", "idsa"], capture_output=True, text=True, timeout=300, check=False)
+    assert (apart.returncode, apart.stdout) == (0, done.stdout), apart.stderr
     assert done.stderr == ""
     assert done.returncode == 0
     assert done.stdout.startswith(" Paris")

@@ -36,6 +36,7 @@ def launch(task: str, ranks: int, folder: Path) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_have_the_bits_of_one_that_simulates_them(ranks, tmp_path):
     for process in launch("steps", ranks, tmp_path):

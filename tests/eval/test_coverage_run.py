@@ -277,6 +277,7 @@ def test_nothing_to_draw_is_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_shipped_model_keeps_to_the_rule_on_prose_and_breaks_it_on_a_period(tmp_path):
     pytest.importorskip("gguf")
     texts = ("prose", "short_period")

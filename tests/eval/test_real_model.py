@@ -14,6 +14,7 @@ RECORD = ROOT / "docs" / "demo"
 APPROXIMATIONS = ("misa", "misa_rerank", "hisa", "idsa")
 
 
+@pytest.mark.slow
 def test_one_case_of_the_demo(tmp_path):
     run = tmp_path / "run"
     table = run_demo(str(run), lengths=[2048], depths=[0.5])

@@ -56,6 +56,7 @@ def test_queries_lie_one_in_each_equal_part():
     assert {int(x) for x in (drawn % part).flatten()} == set(range(part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 3.0])
 def test_thirty_steps_lower_what_they_are_asked_to_lower(tmp_path, spread):
     config = dataclasses.replace(CONFIG, steps=30, lr=1e-2, spread=spread, balance=0.0, queries=110, planted=0.0)
@@ -129,6 +130,7 @@ def assert_same(one, other, within=1e-6):
         assert float((a - b).detach().abs().max()) <= within, name
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_as_if_it_had_run_straight_on(tmp_path, ticking):
     straight, halted, resumed = fresh(), fresh(), fresh(123)  # other weights, to be replaced by the saved ones
     assert learn(straight, tmp_path / "straight")[0] == 10
