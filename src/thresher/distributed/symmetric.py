@@ -24,7 +24,8 @@ class SymmetricMemory:
     """The ranks of a process group whose GPUs can read one another's memory: those of one host, or of one NVLink domain.
 
     All ranks make it together. There are two buffers, used in turn: a rank writes to one again only after its peers have come to the
-    exchange between, and so have read what it held. No multicast.
+    exchange between, and so have read what it held. So exchanges must follow one another on the GPU, also where streams differ. No
+    multicast.
 
     Args:
         group: the group; the default one if None.
