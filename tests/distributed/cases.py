@@ -5,7 +5,7 @@ import torch
 from thresher.cache import pack_keys
 from thresher.cache.fp8 import quantize_fp8
 from thresher.cache.index_keys import load_keys
-from thresher.distributed import Shard, share_heads, split_keys
+from thresher.distributed import Shard, own_heads, share_heads, split_keys
 from thresher.ops.sparse_attend import sparse_attend
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, PartialAttention, Selection
 
@@ -59,8 +59,7 @@ class Layer:
             heads = slice(None)
             if placement.kind == "replicated":
                 mine = [list(range(len(k))) for k in self.k]
-                shares = share_heads(KV_HEADS, placement.ranks)
-                heads = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+                heads = own_heads(share_heads(KV_HEADS, placement.ranks), rank)
             attend = self.attend_over(
                 [k[m] for k, m in zip(self.k, mine, strict=True)], [v[m] for v, m in zip(self.v, mine, strict=True)], heads
             )

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,33 +15,22 @@ from thresher.selectors import DSA
 from thresher.types import PartialAttention
 
 from .cases import ATTN_HEADS, Layer
+from .launch import launch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(task: str, ranks: int, folder: Path) -> list[subprocess.Popen]:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.distributed.worker", task, str(folder)]
-    return [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ | meeting | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
+WORKER = "tests.distributed.worker"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_processes_have_the_bits_of_one_that_simulates_them(ranks, tmp_path):
-    for process in launch("steps", ranks, tmp_path):
+    for process in launch(WORKER, ranks, "steps", tmp_path):
         said = process.communicate(timeout=240)[1]
         assert process.returncode == 0, said
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)] == [[]] * ranks
 
 
 def test_ranks_that_were_told_different_things_are_refused(tmp_path):
-    for process in launch("disagree", 3, tmp_path):
+    for process in launch(WORKER, 3, "disagree", tmp_path):
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 0, said
     said = {(tmp_path / f"{rank}.json").read_text() for rank in range(3)}
@@ -56,7 +40,7 @@ def test_ranks_that_were_told_different_things_are_refused(tmp_path):
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_a_lost_rank_ends_the_others_in_time(how, tmp_path):
     """All wait 4 s for one another."""
-    processes = launch(how, 3, tmp_path)
+    processes = launch(WORKER, 3, how, tmp_path)
     try:
         for process in processes[:2]:
             said = process.communicate(timeout=90)[1]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 
 from thresher.distributed import IDSA, ExactMerge, Replicated, local_attention, run
-from thresher.distributed.collectives import Collectives, share_heads
+from thresher.distributed.collectives import Collectives, own_heads, share_heads
 from thresher.distributed.group import agree, started
 from thresher.distributed.ranks import run_on_rank
 from thresher.errors import ThresherError
@@ -22,6 +21,7 @@ from thresher.types import PartialAttention
 
 from ..models.tiny import CONFIG, tiny_indexers, tiny_model, tokens
 from .cases import ATTN_HEADS, KV_HEADS, Layer
+from .launch import as_a_rank
 
 LENGTHS = [3, 0, 61, 140, 1]
 
@@ -66,8 +66,7 @@ def exchanges(ranks: Collectives) -> list[str]:
                 wrong.append(f"gather {dtype} {shape}")
     for heads in (ranks.ranks, 7, 1):
         shares = share_heads(heads, ranks.ranks)
-        first = sum(shares[: ranks.rank])
-        own = slice(first, first + shares[ranks.rank])
+        own = own_heads(shares, ranks.rank)
         q = torch.randn(4, heads, 6, generator=made)
         if not same(ranks.gather_heads(q[:, own], shares), q):
             wrong.append(f"gather_heads {heads}")
@@ -138,8 +137,4 @@ def main(task: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except ThresherError as failure:
-        print(f"thresher: {failure}", file=sys.stderr)
-        os._exit(2)
+    as_a_rank(main)

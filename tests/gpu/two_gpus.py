@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from thresher.distributed.collectives import Collectives, ProcessGroup, share_heads
+from thresher.distributed.collectives import Collectives, ProcessGroup, own_heads, share_heads
 from thresher.distributed.group import started
 from thresher.distributed.symmetric import SymmetricMemory
-from thresher.errors import ThresherError
 from thresher.ops.merge import merge
 from thresher.types import PartialAttention
+
+from ..distributed.launch import as_a_rank
 
 REPEATS = 20
 
@@ -44,7 +46,7 @@ def exchanges(ranks: Collectives) -> list[str]:
             parts = [part_of(made, num, heads, dim) for _ in range(R)]
             want = merge([PartialAttention(part.out.nan_to_num(0.0), part.lse) for part in parts])
             shares = share_heads(heads, R)
-            own = slice(sum(shares[: ranks.rank]), sum(shares[: ranks.rank + 1]))
+            own = own_heads(shares, ranks.rank)
             whole, mine = ranks.merge(parts[ranks.rank]), ranks.merge_heads(parts[ranks.rank], shares)
             if not (same(whole.out, want.out) and same(whole.lse, want.lse)):
                 wrong.append(f"merge {num} {heads} {dim}: {(whole.out - want.out).abs().max():.1e}")
@@ -56,6 +58,19 @@ def exchanges(ranks: Collectives) -> list[str]:
     return wrong
 
 
+def recorded(job: Callable[[], Any], times: int) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of a job, so many times, and what the last of them gives."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        job()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            given = job()
+    return graph, given
+
+
 def in_a_graph(ranks: Collectives) -> list[str]:
     """Replayed with other numbers, ranks apart in time."""
     made, wrong, shares = torch.Generator().manual_seed(2), [], share_heads(128, ranks.ranks)
@@ -65,17 +80,11 @@ def in_a_graph(ranks: Collectives) -> list[str]:
     def step() -> tuple[torch.Tensor, PartialAttention]:
         return ranks.gather_heads(q, shares), ranks.merge_heads(part, shares)
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        gathered, merged = step()
+    graph, (gathered, merged) = recorded(step, 1)
     for turn in range(REPEATS):
         every = torch.randn(4, 128, 576, generator=made).bfloat16().cuda()
         parts = [part_of(made, 4, 128, 512) for _ in range(ranks.ranks)]
-        own = slice(sum(shares[: ranks.rank]), sum(shares[: ranks.rank + 1]))
+        own = own_heads(shares, ranks.rank)
         q.copy_(every[:, own])
         part.out.copy_(parts[ranks.rank].out), part.lse.copy_(parts[ranks.rank].lse)
         if turn % 3 == ranks.rank:
@@ -97,14 +106,7 @@ def times(ranks: Collectives) -> dict[str, float]:
         jobs = {"gather q": lambda q=q: ranks.gather_heads(q, shares), "merge": lambda part=part: ranks.merge_heads(part, shares)}
         jobs["copy"] = lambda part=part, own=own: own.copy_(part.out)
         for name, job in jobs.items():
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                job()
-            side.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(16):
-                    job()
+            graph, _ = recorded(job, 16)
             samples = []
             for _ in range(15):
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -138,8 +140,4 @@ def main(task: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*sys.argv[1:])
-    except ThresherError as failure:
-        print(f"thresher: {failure}", file=sys.stderr)
-        os._exit(2)
+    as_a_rank(main)

@@ -12,6 +12,7 @@ from thresher.bench.plan_fit import Error, Fit
 from thresher.bench.plan_rows import MEMORY_SHARE, ROW_PARTS, Plan, Settings, as_json, best, make_plan
 from thresher.errors import require
 from thresher.eval.rundir import write_json
+from thresher.eval.table import aligned
 
 LETTERS = {
     "b": "batches",
@@ -44,16 +45,6 @@ def text_of(plan: Plan) -> str:
     return "\n\n".join([_head(plan), _memory(plan), _times(plan), _best(plan), _errors(plan)])
 
 
-def grid(lines: Sequence[Sequence[str]], words: int) -> str:
-    """Columns two spaces apart under a rule; the first ``words`` of them to the left, numbers to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [
-        "  ".join(cell.ljust(w) if i < words else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    ]
-    return "\n".join([rows[0], "  ".join("-" * w for w in widths), *rows[1:]])
-
-
 def _head(plan: Plan) -> str:
     model, asked = plan.model, plan.settings
     nodes = "" if asked.nodes == 1 else f" on {asked.nodes} nodes"
@@ -73,7 +64,7 @@ def _memory(plan: Plan) -> str:
     lines = [("way", "selector", "GB a request", "largest batch")]
     lines += [(way, name, f"{row.cache_bytes / 1e9:.2f}", str(row.largest_batch)) for (way, name), row in seen.items()]
     said = f"Memory of a GPU: {plan.room_bytes / 1e9:.1f} GB ({share:g} of it), of which weights {plan.weight_bytes / 1e9:.1f}"
-    return said + ("" if share == MEMORY_SHARE else f"; --memory-share is {MEMORY_SHARE} unless given") + "\n" + grid(lines, 2)
+    return said + ("" if share == MEMORY_SHARE else f"; --memory-share is {MEMORY_SHARE} unless given") + "\n" + aligned(lines, 2)
 
 
 def _times(plan: Plan) -> str:
@@ -87,7 +78,7 @@ def _times(plan: Plan) -> str:
     legend = [f"{letter}: {text}" for letter, text in LETTERS.items() if letter in used]
     said = f"Outside what was measured, so extrapolated: {'; '.join(legend)}. --json lists each." if legend else "No row is extrapolated."
     title = "Time of a layer with an indexer, us, on the GPU with most to do; of a step, all layers together; tokens/s of the whole batch"
-    return "\n".join([title, grid(lines, 3), said])
+    return "\n".join([title, aligned(lines, 3), said])
 
 
 def _best(plan: Plan) -> str:
@@ -123,7 +114,7 @@ def _errors(plan: Plan) -> str:
     others = {fitted.points[0].gpu for fitted in plan.fits.values()} - {plan.gpu}
     if others:
         notes.append(f"The second top-k (topk) is fitted to records of {', '.join(sorted(others))}, since {plan.gpu} has none.")
-    return "Error on cases left out of the fit, predicted over measured\n" + grid(lines, 2) + "\n" + "\n".join(notes)
+    return "Error on cases left out of the fit, predicted over measured\n" + aligned(lines, 2) + "\n" + "\n".join(notes)
 
 
 def _formula(fitted: Fit) -> str:

@@ -1,14 +1,13 @@
 """Tokens over several ranks: how many each must keep, who keeps what, and one merged output."""
 
-from thresher.distributed.collectives import Alone, Collectives, ProcessGroup, share_heads
+from thresher.distributed.collectives import Alone, Collectives, ProcessGroup, own_heads, share_heads
 from thresher.distributed.coverage import expected_coverage, local_topk, miss_probability
 from thresher.distributed.exact import ExactMerge
 from thresher.distributed.idsa import IDSA
 from thresher.distributed.ranks import run_on_rank
-from thresher.distributed.replicated import Replicated
 from thresher.distributed.shards import Shard, local_attention, localise, split_keys, union
 from thresher.distributed.simulate import run
-from thresher.distributed.single import Single
+from thresher.distributed.single import Replicated, Single
 
 __all__ = [
     "IDSA",
@@ -24,6 +23,7 @@ __all__ = [
     "local_topk",
     "localise",
     "miss_probability",
+    "own_heads",
     "run",
     "run_on_rank",
     "share_heads",

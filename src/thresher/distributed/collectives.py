@@ -45,6 +45,17 @@ def share_heads(heads: int, ranks: int) -> list[int]:
     return [(rank + 1) * heads // ranks - rank * heads // ranks for rank in range(ranks)]
 
 
+def own_heads(shares: Sequence[int], rank: int) -> slice:
+    """Which heads a rank has: the ``shares[rank]`` behind those of the ranks before it."""
+    return slice(sum(shares[:rank]), sum(shares[: rank + 1]))
+
+
+def pad_heads(x: Tensor, heads: int) -> Tensor:
+    """``x [Q, n, ...]`` with heads of zeros behind it, up to ``heads``."""
+    missing = heads - x.shape[1]
+    return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else x
+
+
 class Alone:
     """One rank, which has nobody to ask."""
 
@@ -90,8 +101,7 @@ class ProcessGroup:
 
     def gather_heads(self, x: Tensor, shares: Sequence[int]) -> Tensor:
         check_own(x, shares, self)
-        missing = max(shares) - x.shape[1]
-        gathered = self.gather(torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else x)
+        gathered = self.gather(pad_heads(x, max(shares)))
         return torch.cat([gathered[rank, :, :share] for rank, share in enumerate(shares)], 1)
 
     def merge(self, part: PartialAttention) -> PartialAttention:

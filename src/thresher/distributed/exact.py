@@ -108,8 +108,7 @@ class ExactMerge:
     ) -> Selection:
         """The part of the global top-k that the rank holds, after all ranks' candidates are gathered."""
         if self.topk is None:
-            picked = self.selector.select(self.local_query(query, ranks.rank), shard.keys, shard.state, attention)
-            return replace(picked, space="local")
+            return self._all_of(query, shard, ranks.rank, attention)
         scores, logical = self.candidates(query, shard, ranks.rank, attention)
         return self.owned(ranks.gather(scores), ranks.gather(logical), ranks.rank)
 
@@ -117,9 +116,7 @@ class ExactMerge:
         """Every rank's local selection, in one process; ``attention`` holds all keys."""
         inputs = [local_attention(attention, self.placement, rank) for rank in range(len(shards))]
         if self.topk is None:
-            # Nothing is left out for want of room, so there is nothing to compare.
-            sets = [self.selector.select(self.local_query(query, r), s.keys, s.state, inputs[r]) for r, s in enumerate(shards)]
-            return [replace(part, space="local") for part in sets]
+            return [self._all_of(query, shard, rank, inputs[rank]) for rank, shard in enumerate(shards)]
         proposed = [self.candidates(query, shard, rank, inputs[rank]) for rank, shard in enumerate(shards)]
         whole = self.merged(torch.stack([p[0] for p in proposed]), torch.stack([p[1] for p in proposed]))
         return [localise(whole, self.placement, rank) for rank in range(self.ranks)]
@@ -129,6 +126,10 @@ class ExactMerge:
     ) -> Selection:
         """The global top-k as logical positions; see ``simulate.select_over_ranks``."""
         return select_over_ranks(self, query, keys, state, attention)
+
+    def _all_of(self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None) -> Selection:
+        """A rank's set where the selector has no topk: nothing is left out for want of room, so there is nothing to compare."""
+        return replace(self.selector.select(self.local_query(query, rank), shard.keys, shard.state, attention), space="local")
 
     def _bounded_topk(self) -> int:
         require(

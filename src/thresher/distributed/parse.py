@@ -8,9 +8,8 @@ from typing import Any
 
 from thresher.distributed.exact import ExactMerge
 from thresher.distributed.idsa import IDSA
-from thresher.distributed.replicated import Replicated
 from thresher.distributed.simulate import OverRanks
-from thresher.distributed.single import Single
+from thresher.distributed.single import Replicated, Single
 from thresher.selectors.base import Selector
 from thresher.selectors.parse import parse_named
 

@@ -1,4 +1,4 @@
-"""One device: the placement that places nothing."""
+"""The whole context where it is attended to: on one device, or on every rank, each of which then has its share of the heads."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ from dataclasses import dataclass, replace
 
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
-from thresher.distributed.collectives import Collectives
+from thresher.distributed.collectives import Alone, Collectives
 from thresher.distributed.shards import Shard
 from thresher.selectors.base import Selector
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 
 @dataclass(frozen=True)
-class Single:
-    """Every token on one rank."""
+class _Whole:
+    """Every rank that there is selects the same tokens of the whole context."""
 
     selector: Selector
-
-    @property
-    def ranks(self) -> int:
-        return 1
-
-    @property
-    def placement(self) -> Placement:
-        return Placement(1)
 
     @property
     def topk(self) -> int | None:
@@ -34,7 +26,7 @@ class Single:
 
     @property
     def width(self) -> int | None:
-        """Columns of the logical union; None where the selector has no bound of its own."""
+        """Columns of the selection; None where the selector has no bound of its own."""
         return self.topk
 
     def select(
@@ -46,10 +38,44 @@ class Single:
     def own_set(
         self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
     ) -> Selection:
-        """The selection of the one shard, called local."""
-        return self.local_sets(query, [shard], attention)[0]
+        """The same, called local: its positions are logical ones as well. Nothing is exchanged."""
+        return replace(self.selector.select(query, shard.keys, shard.state, attention), space="local")
 
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
-        """The selection of the one shard, called local."""
-        (shard,) = shards
-        return [replace(self.selector.select(query, shard.keys, shard.state, attention), space="local")]
+        """``own_set`` of every rank, in one process."""
+        return [self.own_set(query, shard, Alone(), attention) for shard in shards]
+
+
+@dataclass(frozen=True)
+class Single(_Whole):
+    """Every token on one rank."""
+
+    @property
+    def ranks(self) -> int:
+        return 1
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(1)
+
+
+@dataclass(frozen=True)
+class Replicated(_Whole):
+    """Every token on every rank; a shard's ``attend`` takes the rank's heads alone.
+
+    Attributes:
+        selector: the selector of one device.
+        ranks: R.
+
+    Raises:
+        ThresherError: ranks under 1.
+    """
+
+    ranks: int
+
+    def __post_init__(self) -> None:
+        _ = self.placement
+
+    @property
+    def placement(self) -> Placement:
+        return Placement(self.ranks, kind="replicated")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thresher.distributed.collectives import check_all, check_own, share_heads
+from thresher.distributed.collectives import check_all, check_own, pad_heads, share_heads
 from thresher.errors import require
 from thresher.types import PartialAttention
 
@@ -66,7 +66,7 @@ class SymmetricMemory:
     def gather_heads(self, x: Tensor, shares: Sequence[int]) -> Tensor:
         check_own(x, shares, self)
         most = max(shares)
-        padded = torch.cat([x, x.new_zeros(x.shape[0], most - x.shape[1], *x.shape[2:])], 1) if most > x.shape[1] else x
+        padded = pad_heads(x, most)
         out = x.new_empty(x.shape[0], self.ranks, *padded.shape[1:])
         self._gather(padded, out, padded[:1].numel() * x.element_size())
         if min(shares) == most:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from thresher.eval.coverage import Coverage
 from thresher.eval.coverage_error import DENSE_ROW, DSA_ROW, OutputError
+from thresher.eval.table import aligned
 
 Results = Mapping[str, Mapping[str, Sequence[Coverage]]]
 """text -> placement -> one ``Coverage`` for each number of ranks."""
@@ -75,13 +76,3 @@ def error_findings(errors: Mapping[str, OutputError], rule: int) -> list[str]:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
-    """Columns as wide as their widest cell, a rule under the first line; the first ``left`` columns to the left, numbers to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [
-        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in lines
-    ]
-    return "\n".join([rows[0], "  ".join("-" * w for w in widths), *rows[1:]])

@@ -17,7 +17,7 @@ from thresher.cache.kv import KVCache
 from thresher.cache.pages import PageTable
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
-from thresher.distributed.collectives import Collectives, check_ranks, share_heads
+from thresher.distributed.collectives import Collectives, check_ranks, own_heads, share_heads
 from thresher.distributed.ranks import run_on_rank
 from thresher.distributed.shards import Shard
 from thresher.distributed.simulate import OverRanks, run
@@ -249,9 +249,8 @@ class Decoder:
         k, v = piece.kv.k, piece.kv.v
         if self.placement.kind != "replicated":
             return q, k, v
-        first, alike = sum(self.shares[: piece.rank]), q.shape[1] // k.shape[1]
-        last = first + self.shares[piece.rank]
-        return q[:, first * alike : last * alike], k[:, first:last], v[:, first:last]
+        own = own_heads(self.shares, piece.rank)
+        return q.unflatten(1, (k.shape[1], -1))[:, own].flatten(1, 2), k[:, own], v[:, own]
 
     def _whole_keys(self, layer: int) -> Callable[[int], Tensor]:
         """``load_keys`` for ``AttentionInputs``: the request's attention keys in position order, from every rank."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from thresher.cache.placement import Placement
 from thresher.distributed.collectives import Collectives, check_ranks
 from thresher.distributed.group import TIMEOUT_S, agree, started, world_size
 from thresher.distributed.parse import place
@@ -113,23 +114,30 @@ def run_generate(
             held = [*model.state_dict().values(), *indexers.state_dict().values()]
             agree(ranks, {"model": digest(*(x.contiguous().cpu().view(-1).view(torch.uint8).numpy() for x in held))}, device)
         writes = ranks is None or ranks.rank == 0
-        first = _go_on(model, indexers, plan, ranks, ids, max_tokens, tokenizer, write if writes else lambda piece: None)
+        with torch.inference_mode():
+            decoder = _read(model, indexers, ids, None if ranks is None else plan[0].placement, ranks)
+            dealt = decoder if plan[0].placement == decoder.placement else decoder.dealt(plan[0].placement)
+            first = _collect(stream(dealt, plan, ids[-1], max_tokens, tokenizer), write if writes else lambda piece: None)
     if writes:
         write("\n")
     if writes and other is not None:
-        second = _go_on(model, indexers, other, None, ids, max_tokens, tokenizer, lambda piece: None)
+        with torch.inference_mode():
+            if ranks is None:
+                decoder.rollback(len(ids) - 1)
+            else:
+                decoder = _read(model, indexers, ids)
+            second = _collect(stream(decoder, other, ids[-1], max_tokens, tokenizer), lambda piece: None)
         write(parting(first, second, compare or "") + "\n")
 
 
-def _go_on(
-    model: Llama, indexers: nn.ModuleList, plan: Sequence[OverRanks], ranks: Collectives | None, ids: list[int], max_tokens: int,
-    tokenizer: Any, write: Callable[[str], object],
-) -> str:  # fmt: skip
-    with torch.inference_mode():
-        decoder = Decoder(model, indexers, plan[0].placement, ranks=ranks)
-        if len(ids) > 1:
-            decoder.prefill(torch.tensor(ids[:-1], device=model.device))
-        return _collect(stream(decoder, plan, ids[-1], max_tokens, tokenizer), write)
+def _read(
+    model: Llama, indexers: nn.ModuleList, ids: list[int], placement: Placement | None = None, ranks: Collectives | None = None
+) -> Decoder:
+    """A decoder that holds all but the last token."""
+    decoder = Decoder(model, indexers, placement, ranks=ranks)
+    if len(ids) > 1:
+        decoder.prefill(torch.tensor(ids[:-1], device=model.device))
+    return decoder
 
 
 def digest(*held: Any) -> str:
