@@ -18,6 +18,9 @@ from .draw import generator
 from .machine import DEVICE, INTERPRET, sized
 
 quantizing = importlib.import_module("thresher.ops.quantize.triton")
+launching = importlib.import_module("thresher.ops.quantize.triton_launch")
+sending = importlib.import_module("thresher.ops.send")
+stepping = importlib.import_module("thresher.ops.quantize.triton_step")
 turning = importlib.import_module("thresher.ops.quantize.triton_kernels")
 merging = importlib.import_module("thresher.ops.merge.triton")
 
@@ -120,6 +123,80 @@ def test_latents(dtype, rotate):
     fail_on(problems)
 
 
+def step(num: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """New tokens as ``store_step`` takes them, between the caches and theta; strided wherever a stride is allowed."""
+    gen = generator(num + heads)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        wide = torch.randn(*shape[:-1], shape[-1] + 3, generator=gen) * 10.0 ** torch.randint(-3, 4, (*shape[:-1], 1), generator=gen)
+        return wide.to(DEVICE, dtype)[..., 1:-2]
+
+    slots = torch.randperm(num + 9, generator=gen)[:num]
+    slots[3::7], slots[5::7] = -1, 2**40
+    positions = torch.randint(0, 2**20, (num,), generator=gen).to(DEVICE)
+    parts = drawn(num, dim), drawn(num, 512), drawn(num, 64), drawn(num, 2 * heads, dim)[:, ::2], drawn(num, heads)
+    return slots.to(DEVICE), *parts, positions
+
+
+def step_caches(num: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return IndexKeyCache(num // 60 + 1, dim, 61, DEVICE).pages, LatentCache(num // 4 + 2, 5, device=DEVICE).data
+
+
+def one_by_one(num: int, dim: int, given: tuple[torch.Tensor, ...], rotary: int, style: str) -> tuple[torch.Tensor, ...]:
+    """What ``store_step`` stores and returns, by the kernels of one part each."""
+    pages, data = step_caches(num, dim)
+    slots, key, latent, rope, q, weights, positions = given
+    quantizing.store_index_keys(pages, slots, key, positions, 1e4, rotary, style)
+    quantizing.store_latents(data, slots, latent, rope, positions, 1e4)
+    return pages, data, *quantizing.quantize_queries(q, weights, positions, 1e4, rotary, style, 0.3)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("num", "heads", "dim", "rotary", "style"),
+    [
+        (1, sized(64, 5), 128, 64, "interleaved"),
+        (sized(32, 5), sized(64, 3), 128, 64, "interleaved"),
+        (NUM, sized(64, 3), 128, 128, "half"),
+        (NUM, 1, 64, 0, "half"),
+        (sized(7, 2), 5, 1024, 64, "half"),
+    ],
+)
+def test_a_step_has_the_bits_of_its_parts(num, heads, dim, rotary, style, dtype):
+    given, caches = step(num, heads, dim, dtype), step_caches(num, dim)
+    got = *caches, *quantizing.store_step(*caches, *given, 1e4, rotary, style, 0.3)
+    fail_on(differ_all("step", got, one_by_one(num, dim, given, rotary, style)))
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize(("num", "row"), [(1, 9), (1, 2304), (sized(32, 2), 2304), sized((300, 1152), (2, 1152))])
+def test_a_step_sends(num, row, ranks):
+    """To memory of this one device; the ranks one after the other, twice."""
+    first, at = 3, 2**15
+    words = torch.randint(-(2**62), 2**62, (ranks, num, row), generator=generator(row)).to(DEVICE)
+    memory = torch.zeros(ranks, at // 8 + words.numel() + 9, dtype=torch.int64, device=DEVICE)
+    turns = torch.zeros(ranks, first + sending.PROGRAMS, dtype=torch.int32, device=DEVICE)
+    addresses = torch.tensor([there.data_ptr() for there in memory], device=DEVICE)
+    given = step(sized(num, 1), 4, 64, torch.bfloat16)
+    stored = one_by_one(len(given[0]), 64, given, 32, "half")
+    block = sending.FEW if num * row <= sending.FEW * sending.PROGRAMS else sending.MANY
+    programs = min(-(-num * row // block), sending.PROGRAMS)
+    problems = []
+    for turn in range(1, 3):
+        words += turn
+        for rank in range(ranks):
+            send, caches = sending.Send(words[rank].view(-1), row, addresses, at, turns[rank], first, rank), step_caches(len(given[0]), 64)
+            got = *caches, *stepping.store_step(*caches, *given, 1e4, 32, "half", 0.3, send=send)
+            problems += differ_all(f"stored by {rank}", got, stored)
+        flags = memory.view(torch.int32)[:, : (first + sending.PROGRAMS) * ranks].view(ranks, -1, ranks)
+        want = torch.zeros_like(flags)
+        want[:, first : first + programs] = turn * (1 - torch.eye(ranks, dtype=torch.int32, device=DEVICE))[:, None]
+        came = memory[:, at // 8 : -9].view(ranks, num, ranks, row)
+        problems += differ_all(f"turn {turn}", (came, flags), (words.transpose(0, 1).expand(came.shape), want))
+        problems.append("words behind the last" if bool(memory[:, -9:].any()) else None)
+    fail_on(problems)
+
+
 @triton.jit
 def sin_cos_kernel(angles, got, want, num, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -136,7 +213,7 @@ def sin_cos_kernel(angles, got, want, num, BLOCK: tl.constexpr):
 def test_sine_and_cosine_have_the_bits_of_the_devices_own():
     """Of every position up to 2**20 under every frequency of 64 dims, and of angles of every size and sign."""
     positions = torch.arange(2**20, device=DEVICE, dtype=torch.float32)
-    every = [positions * freq for freq in quantizing._inv_freq(1e4, 64, DEVICE)]
+    every = [positions * freq for freq in launching.inv_freq(1e4, 64, DEVICE)]
     drawn = torch.randint(-(2**31), 2**31, (2**22,), generator=generator(3)).int().view(torch.float32).to(DEVICE)
     problems = []
     for angles in [*every, drawn[drawn.isfinite()]]:

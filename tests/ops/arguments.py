@@ -67,6 +67,10 @@ def good():
             "positions": torch.tensor([[0, 5, -1], [1, 2, 69]]),
             "ends": longs(3, 2),
         },
+        "keep_best": {
+            "scores": randn(2, 2, 3), "positions": torch.tensor([[[0, 5, -1], [1, 2, 9]], [[-1, -1, -1], [0, 1, 4]]], dtype=torch.int32),
+            "rank": 1, "topk": 2, "granularity": 1,
+        },
         "score_select": {"query": query, "keys": keys, "topk": 2, "with_scores": False, "scratch": Scratch()},
         "to_slots": {
             "indices": torch.tensor([[0, 5, -1], [1, 2, 69]], dtype=torch.int32), "page_table": keys.page_table, "requests": longs(0, 0),
@@ -110,6 +114,18 @@ def good():
             **tokens,
             "theta": 1e4,
             "style": "interleaved",
+        },
+        "store_step": {
+            "pages": IndexKeyCache(2, DIM, 3).pages,
+            "data": LatentCache(5, 1).data,
+            "key": randn(2, DIM),
+            "latent": randn(2, 512),
+            "rope": randn(2, 64),
+            "q": randn(2, HEADS, DIM),
+            "weights": weights,
+            **tokens,
+            **rotation,
+            "factor": 0.3,
         },
     }
 
@@ -161,6 +177,9 @@ def empty():
         ("to_slots", (minus[:0], table, longs(), 64), minus[:0]),
         ("to_slots", (minus[:, :0], table, longs(0, 0), 64), minus[:, :0]),
         ("to_slots", (minus + 1, no_pages, longs(0, 0), 64), minus),
+        ("keep_best", (torch.zeros(3, 0, 5), torch.zeros(3, 0, 5).int(), 2, 4), minus[:0]),
+        ("keep_best", (torch.zeros(3, 2, 0), torch.zeros(3, 2, 0).int(), 2, 4), minus),
+        ("keep_best", (torch.zeros(3, 2, 5), torch.zeros(3, 2, 5).int() - 1, 2, 4), minus),
         ("score_select", (nothing, held, 4), minus[:0]),
         ("score_select", (nothing, nobody, 4), minus[:0]),
         ("score_select", (two, bare, 4), minus),
@@ -203,6 +222,14 @@ def empty():
         ("store_latents", (data, longs(), torch.zeros(0, 512), torch.zeros(0, 64)), data.clone()),
         ("store_latents", (data, longs(-1), nan.expand(1, 64).repeat(1, 8), nan, longs(7)), data.clone()),
         ("store_latents", (data[:0], longs(-1), torch.zeros(1, 512), torch.zeros(1, 64)), data[:0].clone()),
+    ]
+    none = torch.zeros(0, DIM), torch.zeros(0, 512), torch.zeros(0, 64), torch.zeros(0, 3, DIM), torch.zeros(0, 3)
+    left_out = nan, nan.repeat(1, 8), nan
+    some, headless = (torch.zeros(1, 3, DIM), torch.ones(1, 3)), (torch.zeros(1, 0, DIM), torch.ones(1, 0))
+    cases += [
+        ("store_step", (pages, data, longs(), *none, longs(), *rope.values()), none[3]),
+        ("store_step", (pages[:0], data[:0], longs(-1), *left_out, *some, longs(7), *rope.values()), some[0]),
+        ("store_step", (pages, data, longs(-1), *left_out, *headless, longs(7), *rope.values()), headless[0]),
     ]
     return cases
 

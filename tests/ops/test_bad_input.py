@@ -27,6 +27,8 @@ REAL = [None, "x", NAN, INF, True, torch.tensor(1.0)]
 PLAIN = {
     "topk": COUNT,
     "page_size": COUNT,
+    "granularity": [*COUNT, 2**30],
+    "rank": [None, "1", -1, 2, 1.0, True],
     "block_size": COUNT,
     "num_blocks": [*COUNT, 1],
     "width": ["4", -1, 1.5, True],
@@ -60,9 +62,11 @@ SIZED = {
     "sparse_attend_mla_fp8": ["slots"],
     "grow_means": ["pooled", "tickets"],
     "to_slots": ["requests"],
+    "keep_best": ["positions"],
     "store_index_keys": ["slots", "positions"],
     "quantize_queries": ["weights", "positions"],
     "store_latents": ["slots", "rope", "positions"],
+    "store_step": ["slots", "key", "latent", "rope", "weights", "positions"],
 }
 # Last dims that must fit.
 WIDE = {
@@ -72,6 +76,7 @@ WIDE = {
     "sparse_attend_mla_fp8": ["q", "cache_data"],
     "store_index_keys": ["x"],
     "store_latents": ["data", "latent", "rope"],
+    "store_step": ["data", "key", "latent", "rope", "q", "weights"],
 }
 
 
@@ -92,6 +97,7 @@ def part(out, lse):
 
 
 ROUTES = ("head_mass", "routed_query")
+PAGED = ("store_index_keys", "store_step")
 # (function, argument, value): what the rules above do not make.
 MORE = [
     *((name, "means", x) for name in ROUTES for x in (None, VALUES, [], MEANS * 2, [None])),
@@ -119,12 +125,14 @@ MORE = [
     ("select_topk_slots", "positions", torch.tensor([[1, -1, 2], [1, 2, 3]])),
     *((name, "ends", torch.tensor(x)) for name in ("select_topk", "select_topk_slots") for x in ([-1, 3], [0, 4])),
     *((name, "requests", torch.tensor(x)) for name in ("select_topk_slots", "to_slots") for x in ([0, 1], [-1, 0])),
+    *(("keep_best", "positions", i32([x, [1, 2, 9]], [[-1, -1, -1]] * 2)) for x in ([5, 0, -1], [-1, 0, 1], [3, 3, -1], [0, 1, -2])),
+    ("keep_best", "positions", i32([[0, 1, 2**30 - 2**22], [1, 2, 9]], [[-1, -1, -1]] * 2)),
     ("partial_means", "positions", torch.tensor([-2, 0])),
     ("partial_means", "positions", torch.tensor([70, 0])),
     *((name, "slots", i32([0, 6, 1], [-1, -1, -1])) for name in GOOD if name.startswith("sparse_attend")),
     *((name, "slots", i32([0, -2, 1], [-1, -1, -1])) for name in GOOD if name.startswith("sparse_attend")),
     *((name, "slots", i32([0, x, 1], [-1, -1, -1])) for name in GOOD if name.startswith("sparse_attend") for x in (-(2**31), 2**31 - 1)),
-    *((name, "slots", torch.tensor([0, x])) for name in ("store_index_keys", "store_latents") for x in (6, -2, 2**62)),
+    *((name, "slots", torch.tensor([0, x])) for name in GOOD if name.startswith("store_") for x in (6, -2, 2**62)),
     ("hadamard", "x", torch.zeros(2, 12)),
     ("hadamard", "x", torch.zeros(2, 0)),
     ("quantize_fp8", "x", torch.zeros(2, 0)),
@@ -139,12 +147,11 @@ MORE = [
     ("sparse_attend_mla_fp8", "q", torch.zeros(2, 4, 576)),
     ("sparse_attend_mla_fp8", "cache_data", torch.zeros(2, 0, 1, 656, dtype=torch.uint8)),
     ("sparse_attend_mla_fp8", "cache_data", LatentCache(2, 3, fp8=False).data),
-    ("store_index_keys", "pages", torch.zeros(2, 0, 1, 68, dtype=torch.uint8)),
-    ("store_index_keys", "pages", torch.zeros(2, 3, 1, 67, dtype=torch.uint8)),
-    ("store_index_keys", "pages", torch.zeros(2, 3, 2, 68, dtype=torch.uint8)),
-    ("store_index_keys", "pages", torch.zeros(2, 3, 1, 136, dtype=torch.uint8)[..., ::2]),
-    ("store_latents", "data", torch.zeros(2, 0, 1, 656, dtype=torch.uint8)),
-    ("store_latents", "data", torch.zeros(2, 3, 1, 672, dtype=torch.uint8)[..., :656]),
+    *((name, "pages", torch.zeros(2, *x, dtype=torch.uint8)) for name in PAGED for x in ((0, 1, 68), (3, 1, 67), (3, 2, 68))),
+    *((name, "pages", torch.zeros(2, 3, 1, 136, dtype=torch.uint8)[..., ::2]) for name in PAGED),
+    *((name, "data", torch.zeros(2, 0, 1, 656, dtype=torch.uint8)) for name in ("store_latents", "store_step")),
+    *((name, "data", torch.zeros(2, 3, 1, 672, dtype=torch.uint8)[..., :656]) for name in ("store_latents", "store_step")),
+    ("store_step", "slots", torch.tensor([0, 5])),  # which the latents lack
 ]
 
 

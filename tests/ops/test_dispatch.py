@@ -50,6 +50,7 @@ def calls():
         "select_topk_in_blocks": (torch.randn(2, 10), 4, torch.tensor([[0, 3], [1, -1]], dtype=torch.int32), 5),
         "select_blocks": (torch.randn(2, 5), 3, query, keys, 16),
         "to_slots": (torch.tensor([[0, 5, -1], [1, 2, 3]], dtype=torch.int32), keys.page_table, zeros, 64),
+        "keep_best": (torch.randn(2, 2, 3), torch.tensor([[0, 5, -1], [1, 2, 3]], dtype=torch.int32).expand(2, 2, 3), 1, 4),
         "score_select": (query, keys, 4),
         "pool_keys": (k, k_scales, 16),
         "pool_blocks": (keys, 16),
@@ -65,6 +66,10 @@ def calls():
         "store_index_keys": (IndexKeyCache(2, 64, 3).pages, torch.tensor([0, 5]), torch.randn(2, 64), positions, 1e4, 32, "half"),
         "quantize_queries": (torch.randn(2, 3, 64), torch.randn(2, 3), positions, 1e4, 32, "half"),
         "store_latents": (LatentCache(2, 3).data, torch.tensor([0, 5]), torch.randn(2, 512), torch.randn(2, 64), positions),
+        "store_step": (
+            IndexKeyCache(2, 64, 3).pages, LatentCache(2, 3).data, torch.tensor([0, 5]), torch.randn(2, 64), torch.randn(2, 512),
+            torch.randn(2, 64), torch.randn(2, 3, 64), torch.randn(2, 3), positions, 1e4, 32, "half",
+        ),
         "merge": (parts,),
     }
     return {name: (getattr(ops, name), given) for name, given in arguments.items()}
@@ -245,7 +250,8 @@ def test_a_named_kernel_gets_the_public_arguments(operation, kernel, monkeypatch
     function, given = CALLS[operation]
     seen = kernel(operation, unsupported=able)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert function(*given, impl="triton") == (None if operation.startswith(("store_", "grow_")) else "from the kernel")
+    silent = operation in ("store_index_keys", "store_latents", "grow_means")
+    assert function(*given, impl="triton") == (None if silent else "from the kernel")
     (positional, _) = seen[0]
     for mine, theirs in zip(given, positional, strict=False):
         assert mine is theirs
@@ -263,7 +269,7 @@ def test_a_named_kernel_that_cannot_run_says_why_and_nothing_runs(operation, ker
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     seen = kernel(operation, unsupported=lambda *a, **k: "head_dim is 65")
-    if operation not in ("route_heads", "merge", "to_slots"):  # these kernels take all that the public functions take
+    if operation not in ("route_heads", "merge", "to_slots", "keep_best"):  # these kernels take all that the public functions take
         refused("head_dim is 65")
     monkeypatch.delenv("TRITON_INTERPRET")
     seen += kernel(operation, unsupported=able)
@@ -380,7 +386,7 @@ def test_while_a_graph_is_recorded_no_value_is_read(kernel, monkeypatch):
     """Checks of values and widths from values would synchronise; shapes are checked all the same."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys.modules["thresher.ops.index_score"], "can_read", lambda device: False)
-    for name in ("arguments", "pool_keys", "select", "route_heads", "merge"):
+    for name in ("arguments", "pool_keys", "select", "keep_best", "route_heads", "merge"):
         monkeypatch.setattr(sys.modules[f"thresher.ops.{name}"], "checks_values", lambda device: False)
     for operation in TRITON:
         function, given = CALLS[operation]

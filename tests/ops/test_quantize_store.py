@@ -8,7 +8,16 @@ import torch
 from thresher.cache import IndexKeyCache, LatentCache
 from thresher.cache.index_keys import planes
 from thresher.errors import ThresherError
-from thresher.ops import apply_rope, dequantize_fp8, hadamard, quantize_fp8, quantize_queries, store_index_keys, store_latents
+from thresher.ops import (
+    apply_rope,
+    dequantize_fp8,
+    hadamard,
+    quantize_fp8,
+    quantize_queries,
+    store_index_keys,
+    store_latents,
+    store_step,
+)
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 STYLES = ["half", "interleaved"]
@@ -72,6 +81,24 @@ def test_latents(dtype, style):
     others = torch.ones(15, dtype=torch.bool)
     others[SLOTS[kept]] = False
     assert (cache.data.view(15, 656)[others] == 0xAB).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_a_step_is_the_three(dtype, style, index):
+    slots, positions = SLOTS.to(index), POSITIONS.to(index)
+    key, latent, rope, q, weights = (randn(4, *shape).to(dtype) for shape in ((64,), (512,), (64,), (3, 64), (3,)))
+    pages, data = (torch.full(shape, 0xAB, dtype=torch.uint8) for shape in ((3, 5, 1, 68), (5, 3, 1, 656)))
+    want_pages, want_data = pages.clone(), data.clone()
+    values, folded = store_step(pages, data, slots, key, latent, rope, q, weights, positions, 1e4, 32, style, 0.125)
+    store_index_keys(want_pages, slots, key, positions, 1e4, 32, style)
+    store_latents(want_data, slots, latent, rope, positions, 1e4)
+    want, want_folded = quantize_queries(q, weights, positions, 1e4, 32, style, 0.125)
+    assert torch.equal(pages, want_pages)
+    assert torch.equal(data, want_data)
+    assert torch.equal(values.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(folded, want_folded)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from thresher import ops
+from thresher.cache import Placement
 from thresher.cache.index_keys import pack_keys
 from thresher.types import IndexQuery, PartialAttention
 
+from .candidates import propose
+
 GEN = torch.Generator().manual_seed(0)
-NAMES = ["hadamard", "index_score", "merge", "pool_keys", "quantize", "rope", "route_heads", "score_select", "select", "sparse_attend"]
+NAMES = [
+    "hadamard", "index_score", "keep_best", "merge", "pool_keys", "quantize", "rope", "route_heads", "score_select", "select",
+    "sparse_attend",
+]  # fmt: skip
 
 
 def spec(name: str) -> str:
@@ -73,6 +79,14 @@ def test_select():
     for topk in (5, 29, 35):
         want = run("select", scores=scores, topk=topk, ends=ends.tolist(), Q=4).indices
         assert torch.equal(ops.select_topk(scores, topk, ends=ends).indices.long(), want)
+
+
+def test_keep_best():
+    scores, positions = propose("cruel", 3, 4, 12)
+    for rank in range(3):
+        given = {"scores": scores, "positions": positions, "rank": rank, "topk": 15, "granularity": 4}
+        want = run("keep_best", R=3, Q=4, Placement=Placement, **given).indices
+        assert torch.equal(ops.keep_best(**given).indices.long(), want)
 
 
 def test_score_select():

@@ -17,15 +17,17 @@ import torch
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
 from thresher.cache.device import count_visible
 from thresher.ops.index_score import triton as index_score
+from thresher.ops.keep_best import triton as keep_best
 from thresher.ops.merge import triton as merge
 from thresher.ops.pool_keys import triton as pool_keys
-from thresher.ops.quantize import triton as quantize
+from thresher.ops.quantize import triton as quantize, triton_step
+from thresher.ops.send import Send
 from thresher.ops.route_heads import triton as route_heads
 from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
 from thresher.ops.sparse_attend import flash_mla_kernels, triton as sparse_attend
 from thresher.ops.to_slots import triton as to_slots
-from thresher.distributed.symmetric import SymmetricMemory
+from thresher.distributed.symmetric import SymmetricMemory, size_of
 from thresher.types import IndexQuery, PartialAttention
 
 zeros, half = torch.zeros(8, dtype=torch.int64), torch.bfloat16
@@ -42,6 +44,7 @@ for rows, width in ((8, 8192), (8, 131072), (70, 32768)):
     requests = torch.zeros(rows, dtype=torch.int64)
     select.select_topk_slots(torch.empty(rows, width), 2048, keys.page_table, requests, 64)
 to_slots.to_slots(torch.empty(8, 2048, dtype=torch.int32), keys.page_table, zeros, 64)
+keep_best.keep_best(torch.empty(2, 8, 2048), torch.empty(2, 8, 2048, dtype=torch.int32), 1, 2048)
 means = pool_keys.pool_keys(values, scales, 128)
 pool_keys.partial_means(values, scales, 128, zeros)
 route_heads.head_mass(query, [means], keys, 128)
@@ -53,16 +56,24 @@ sparse_attend.sparse_attend_mla_fp8(torch.zeros(8, 128, 576, dtype=half), Latent
 flash_mla_kernels.inside(slots, 2112)
 flash_mla_kernels.as_part(torch.zeros(8, 128, 512, dtype=half), torch.zeros(8, 128))
 merge.merge_stacked(torch.zeros(2, 8, 128, 512), torch.zeros(2, 8, 128))
-ranks = object.__new__(SymmetricMemory)
-ranks.__dict__.update(rank=0, ranks=2, room=2**30, _begin=1024, _turn=0, _patience=10**10, _turns=zeros.int())
-ranks._addresses = torch.zeros(2, dtype=torch.int64)
+ranks = SymmetricMemory(0, torch.zeros(size_of(2, 2**20), dtype=torch.uint8), [0, 0], 2**20)
 ranks.gather(torch.zeros(2**16))
-ranks.merge_heads(PartialAttention(torch.zeros(8, 128, 512), torch.zeros(8, 128)), [64, 64])
+for num in (1, 8):
+    ranks.merge_heads(PartialAttention(torch.zeros(num, 4, 512), torch.zeros(num, 4)), [2, 2])
+ranks.merge_heads(PartialAttention(torch.zeros(600, 4, 64), torch.zeros(600, 4)), [2, 2])
+ranks.merge_shares(sparse_attend.Shares(torch.zeros(600, 2, 4, 64), *torch.zeros(2, 600, 2, 4)), [2, 2])
+received = ranks.send_heads(torch.zeros(8, 4, 576, dtype=half), [4, 4])
+received()
+to_slots.to_slots(torch.empty(8, 2048, dtype=torch.int32), keys.page_table, zeros, 64, received.sent)
 x = torch.zeros(8, 128, dtype=half)
 quantize.quantize_fp8(x)
 quantize.store_index_keys(IndexKeyCache(2, 128).pages, zeros, x, zeros, 1e4, 64, "half")
 quantize.quantize_queries(x[:, None].repeat(1, 64, 1), torch.zeros(8, 64), zeros, 1e4, 64, "half")
-quantize.store_latents(LatentCache(2).data, zeros, torch.zeros(8, 512, dtype=half), torch.zeros(8, 64, dtype=half), zeros)
+latent, rope = torch.zeros(8, 512, dtype=half), torch.zeros(8, 64, dtype=half)
+quantize.store_latents(LatentCache(2).data, zeros, latent, rope, zeros)
+for send in (None, Send(torch.zeros(2**12, dtype=torch.int64), 2**9, torch.zeros(2, dtype=torch.int64), 1024, zeros.int(), 0, 0)):
+    caches, parts = (IndexKeyCache(2, 128).pages, LatentCache(2).data), (x, latent, rope, x[:, None].repeat(1, 64, 1), torch.zeros(8, 64))
+    triton_step.store_step(*caches, zeros, *parts, zeros, 1e4, 64, "half", send=send)
 # What a GPU of compute capability 9.0 takes instead.
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 for module in (index_score, sparse_attend):

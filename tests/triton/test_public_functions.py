@@ -40,6 +40,7 @@ GIVEN = {
         torch.tensor([[0, 31, 17, -1, 40], [1, 16, 47, 300, -7]], dtype=torch.int32),
         torch.tensor([[5, -1, 0], [2, 9, -1]], dtype=torch.int32), torch.tensor([1, 0]), 16,
     ),
+    "keep_best": (torch.randn(2, 2, 40), torch.arange(40, dtype=torch.int32).expand(2, 2, 40), 1, 30, 4),
     "pool_keys": (K, K_SCALES, 16),
     "pool_blocks": (KEYS, 16),
     "grow_means": (KEYS, ops.pool_blocks(KEYS, 16), torch.tensor([40]), torch.zeros(1, dtype=torch.int32), 16),
@@ -53,6 +54,10 @@ GIVEN = {
     "store_index_keys": (IndexKeyCache(2, 64, 3).pages, torch.tensor([5, -1]), torch.randn(2, 64), POSITIONS, 1e4, 0, "half"),
     "quantize_queries": (torch.randn(2, 3, 64), torch.randn(2, 3).bfloat16(), POSITIONS, 1e4, 0, "half", 0.3),
     "store_latents": (LatentCache(2, 3).data, torch.tensor([5, -1]), torch.randn(2, 512), torch.randn(2, 64)),
+    "store_step": (
+        IndexKeyCache(2, 64, 3).pages, LatentCache(3, 2).data, torch.tensor([5, -1]), torch.randn(2, 64), torch.randn(2, 512),
+        torch.randn(2, 64), torch.randn(2, 3, 64), torch.randn(2, 3), torch.zeros(2, dtype=torch.int32), 1e4, 32, "half", 0.3,
+    ),
     "merge": (PARTS,),
 }
 
@@ -65,9 +70,15 @@ def tensors(result):
 
 
 def outcome(operation, impl):
-    """What a call returns; a function that writes to its first argument, or to the means that are its second, has that for a result."""
+    """What a call returns; a function that writes to its first argument, or to the means that are its second, has that for a result.
+
+    ``store_step`` returns something and writes to two.
+    """
     given = copy.deepcopy(GIVEN[operation])
     result = getattr(ops, operation)(*given, impl=impl)
+    if operation == "store_step":
+        assert all(cache.any() for cache in given[:2]), "something was stored"
+        return *result, *given[:2]
     if result is None:
         result = given[1].pages if operation == "grow_means" else given[0]
         assert result.any(), "something was stored"

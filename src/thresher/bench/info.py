@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 import thresher
-from thresher.bench.peers import PEERS, module_versions, peer_reason
-from thresher.distributed.symmetric import unreadable
+from thresher.bench.peers import PEERS, peer_reason
+from thresher.bench.record import module_versions
+from thresher.distributed.reach import unreadable
 from thresher.ops.dispatch import TABLE, VLLM_OPS, absent, implementations, interpreting, preferred, reason
 
 # Module -> what it is for.

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from thresher.distributed.collectives import Collectives
-from thresher.ops import sparse_attend_mla_fp8
+from thresher.ops import sparse_attend_mla_fp8, to_slots
+from thresher.ops.dispatch import AUTO
+from thresher.ops.quantize import store_step
+from thresher.ops.sparse_attend import kernel_over_fp8
 from thresher.types import PartialAttention
 
 
@@ -20,10 +24,44 @@ def send_heads(ranks: Collectives, q: Tensor, shares: Sequence[int]) -> Callable
         shares: how many heads each rank has, as ``collectives.share_heads`` says.
 
     Returns:
-        A function that gives ``[Q, heads, ...]``, all ranks'. No other exchange may stand between.
+        A function that gives ``[Q, heads, ...]``, all ranks', which ``attend_merged`` must follow before heads are sent again.
     """
+    begin = getattr(ranks, "send_heads", None)
+    if begin is not None:
+        receive: Callable[[], Tensor] = begin(q, shares)
+        return receive
     gathered = ranks.gather_heads(q, shares)
     return lambda: gathered
+
+
+def store_and_send(
+    ranks: Collectives, attention_q: Tensor, shares: Sequence[int], *step: Any, **options: Any
+) -> tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]:
+    """``ops.quantize.store_step`` and ``send_heads`` of ``attention_q``, over symmetric memory by one launch.
+
+    Returns:
+        what the one gives, and what the other gives.
+    """
+    sending = getattr(ranks, "sending", None)
+    if sending is None:
+        receive = send_heads(ranks, attention_q, shares)
+        return store_step(*step, **options), receive
+    send, receive = sending(attention_q, shares)
+    from thresher.ops.quantize.triton_step import store_step as launch
+
+    return launch(*step, **options, send=send), receive
+
+
+def slots_and_heads(
+    received: Callable[[], Tensor], indices: Tensor, page_table: Tensor, requests: Tensor, page_size: int
+) -> tuple[Tensor, Tensor]:
+    """``ops.to_slots``, and what ``received`` gives, over symmetric memory by one launch."""
+    sent = getattr(received, "sent", None)
+    if sent is None or not indices.numel():
+        return to_slots(indices, page_table, requests, page_size), received()
+    from thresher.ops.to_slots import triton
+
+    return triton.to_slots(indices, page_table, requests, page_size, sent), received.heads()  # type: ignore[attr-defined]
 
 
 def attend_merged(
@@ -42,4 +80,11 @@ def attend_merged(
     Returns:
         out fp32 ``[Q, own heads, 512]`` and lse fp32 ``[Q, own heads]``, with the bits of ``ops.merge`` over the ranks' parts.
     """
+    merge_shares = getattr(ranks, "merge_shares", None)
+    kernel = kernel_over_fp8(q, cache_data, slots, AUTO, q.device)
+    if merge_shares is not None and kernel is not None and kernel.__module__.endswith("sparse_attend.triton"):
+        from thresher.ops.sparse_attend.triton import attend_in_shares
+
+        merged: PartialAttention = merge_shares(attend_in_shares(q, cache_data, slots, scale), shares)
+        return merged
     return ranks.merge_heads(sparse_attend_mla_fp8(q, cache_data, slots, scale), shares)

@@ -14,13 +14,15 @@ from thresher.distributed.collectives import Collectives
 from thresher.distributed.shards import Shard, local_attention, local_query, localise, union
 from thresher.distributed.simulate import select_over_ranks
 from thresher.errors import require
+from thresher.ops.keep_best import keep_best
+from thresher.ops.keep_best.reference import rank_keys
 from thresher.selectors.base import Selector
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
 
 
 @dataclass(frozen=True)
 class ExactMerge:
-    """Local top-k, all-gather of (score, logical position), global top-k in the order (score descending, position ascending).
+    """Local top-k, all-gather of scores and positions, global top-k in the order (score descending, logical position ascending).
 
     Where a score depends on the query and the key alone (DSA) the result is bit-equal to one device. Selectors whose ranks route heads,
     choose blocks or normalise by their own tokens (MISA, HISA, the oracle) are merged by the scores their ranks report.
@@ -75,13 +77,9 @@ class ExactMerge:
         Raises:
             ThresherError: the selector has no topk, or returns no scores.
         """
-        topk = self._bounded_topk()
-        picked = self.selector.shard(self.ranks, topk).select(self.local_query(query, rank), shard.keys, shard.state, attention)
-        require(picked.scores is not None, "ExactMerge needs a selector that returns scores", type(self.selector).__name__, "use IDSA")
-        assert picked.scores is not None
-        grow = (0, topk - picked.topk)
-        logical = self.placement.to_logical(rank, picked.indices.long()).to(torch.int32)
-        return torch.nn.functional.pad(picked.scores, grow, value=float("-inf")), torch.nn.functional.pad(logical, grow, value=-1)
+        positions, scores = self._proposed(query, shard, rank, attention)
+        logical = self.placement.to_logical(rank, positions.long()).to(torch.int32)
+        return scores.view(torch.float32).masked_fill(positions < 0, float("-inf")), logical
 
     def merged(self, all_scores: Tensor, all_logical: Tensor) -> Selection:
         """The global top-k of all ranks' candidates.
@@ -95,7 +93,7 @@ class ExactMerge:
         """
         scores, logical = (x.transpose(0, 1).flatten(1) for x in (all_scores, all_logical))
         topk = self._bounded_topk()
-        order = _rank_keys(scores, logical).topk(min(topk, logical.shape[1]), dim=1).indices
+        order = rank_keys(scores, logical).topk(min(topk, logical.shape[1]), dim=1).indices
         scores, logical = scores.gather(1, order), logical.gather(1, order)
         return union([Selection(logical, (logical >= 0).sum(dim=1), "local", scores)], Placement(1), topk)
 
@@ -109,8 +107,8 @@ class ExactMerge:
         """The part of the global top-k that the rank holds, after all ranks' candidates are gathered."""
         if self.topk is None:
             return self._all_of(query, shard, ranks.rank, attention)
-        scores, logical = self.candidates(query, shard, ranks.rank, attention)
-        return self.owned(ranks.gather(scores), ranks.gather(logical), ranks.rank)
+        everyone = ranks.gather(self._proposed(query, shard, ranks.rank, attention))
+        return keep_best(everyone[:, 1].view(torch.float32), everyone[:, 0], ranks.rank, self._bounded_topk(), self.granularity)
 
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
         """Every rank's local selection, in one process; ``attention`` holds all keys."""
@@ -127,6 +125,15 @@ class ExactMerge:
         """The global top-k as logical positions; see ``simulate.select_over_ranks``."""
         return select_over_ranks(self, query, keys, state, attention)
 
+    def _proposed(self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None) -> Tensor:
+        """A rank's candidates in one tensor: int32 ``[2, Q, k]``, local positions and the bits of their scores; -1 where there is none."""
+        topk = self._bounded_topk()
+        picked = self.selector.shard(self.ranks, topk).select(self.local_query(query, rank), shard.keys, shard.state, attention)
+        require(picked.scores is not None, "ExactMerge needs a selector that returns scores", type(self.selector).__name__, "use IDSA")
+        assert picked.scores is not None
+        both = torch.stack([picked.indices, picked.scores.view(torch.int32)])
+        return torch.nn.functional.pad(both, (0, topk - picked.topk), value=-1) if picked.topk < topk else both
+
     def _all_of(self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None) -> Selection:
         """A rank's set where the selector has no topk: nothing is left out for want of room, so there is nothing to compare."""
         return replace(self.selector.select(self.local_query(query, rank), shard.keys, shard.state, attention), space="local")
@@ -137,15 +144,3 @@ class ExactMerge:
         )
         assert self.topk is not None
         return self.topk
-
-
-def _rank_keys(scores: Tensor, logical: Tensor) -> Tensor:
-    """int64, larger first in the order (score descending, position ascending); NaN below every number, no token below that.
-
-    All keys of a row but those of no token differ, so any top-k of them is the same top-k.
-    """
-    bits = (scores + 0.0).view(torch.int32).to(torch.int64)
-    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
-    ordered = ordered.masked_fill(scores.isnan(), -(2**31))
-    keys = ordered * 2**31 + (2**31 - 1 - logical.to(torch.int64))
-    return keys.masked_fill(logical < 0, torch.iinfo(torch.int64).min)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from thresher.distributed.collectives import Collectives, ProcessGroup
-from thresher.distributed.symmetric import SymmetricMemory, gave_up, unsupported
+from thresher.distributed.reach import gave_up, unsupported
 from thresher.errors import ThresherError, require
 
 TIMEOUT_S = 60.0
@@ -70,7 +70,11 @@ def chosen(device: str, timeout_s: float) -> Collectives:
     if device == "cpu":
         return group
     able = group.gather(torch.tensor([unsupported() is None], device=device))
-    return SymmetricMemory(timeout_s=timeout_s) if bool(able.all()) else group
+    if not bool(able.all()):
+        return group
+    from thresher.distributed.symmetric import SymmetricMemory  # which needs Triton
+
+    return SymmetricMemory.of_group(timeout_s=timeout_s)
 
 
 def agree(ranks: Collectives, facts: Mapping[str, object], device: str = "cpu") -> None:

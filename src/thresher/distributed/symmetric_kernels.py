@@ -1,8 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Exchanges in one kernel each: a rank writes what it has where its peers can read it, meets them, and reads theirs.
+"""Exchanges in one kernel each: a rank writes what it has where its peers can read it, meets them, and goes on with what they wrote.
 
-``addresses`` int64 ``[R]`` are those of every rank's symmetric memory: FLAGS * R words that say who has come, then buffers. A program of
-one rank meets those of the same number on the others, which wrote what it reads; so all must be at work at once.
+``addresses`` int64 ``[R]`` are those of every rank's symmetric memory: words ``[SLOTS, R]`` that say who has come, then buffers in pairs. A
+program of one rank meets those of the same number on the others, so all must be at work at once. Meetings are numbered by turns, which are
+counted where the next launch finds them, so that a CUDA graph can be replayed. Turns decide between two buffers: a rank writes to one again
+only after its peers have come to the meeting between, and so have read what it held.
 """
 
 from __future__ import annotations
@@ -11,112 +13,226 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-FLAGS = 264  # programs at most: two on each multiprocessor
+from thresher.cache.device import wait_for_inputs
+from thresher.ops.send import PROGRAMS, await_sent, give_up, send_words
+from thresher.ops.sparse_attend.triton_kernels import add_shares
+
+MEETING = 8 * 132  # programs that meet, at most
+SLOTS = MEETING + PROGRAMS  # and those that send
+MEETINGS = tl.constexpr(MEETING)
 
 
 @triton.jit
-def _flag(addresses, at, slot, who, R: tl.constexpr):
+def flag_at(addresses, at, slot, who, R: tl.constexpr):
+    """Where rank ``at`` reads how far ``who`` has come in this slot."""
     return tl.load(addresses + at).to(tl.pointer_type(tl.int32)) + slot * R + who
 
 
 @triton.jit
-def _meet(addresses, turns, turn, rank, slot, patience, R: tl.constexpr):
-    """Wait for the programs of this number on all ranks; what they wrote before they came can then be read.
+def _turn(turns, begin, room):
+    """This meeting's turn, and where its buffer begins."""
+    turn = tl.load(turns + tl.program_id(0)) + 1
+    return turn, begin + (turn & 1) * room
 
-    Each tells its peers which turn this is, the ``turn``-th of its number, and waits until they have come as far; none can be further than
-    one. Turns are counted where the program finds them in the next launch, so a CUDA graph can be replayed. Who waits longer than
-    ``patience`` ns gives up, and with it the process.
-    """
+
+@triton.jit
+def _count_turn(turns, turn):
+    """For the next launch. Slots that no program has are counted too: all are at the same turn, however many programs that launch has."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for start in range(program, MEETINGS, 128 * programs):
+        slot = start + tl.arange(0, 128) * programs
+        tl.store(turns + slot, turn, mask=slot < MEETINGS)
+
+
+@triton.jit
+def _buffer(addresses, rank, at, like):
+    """A rank's buffer, ``at`` bytes behind the beginning of its symmetric memory: a multiple of 16."""
+    return tl.multiple_of((tl.load(addresses + rank) + at).to(like.dtype), 16)
+
+
+@triton.jit
+def _arrive(addresses, turns, turn, rank, R: tl.constexpr):
+    """Tell all peers that this turn's words of this program are with them."""
+    program = tl.program_id(0)
     tl.debug_barrier()  # all threads have written
+    for peer in tl.static_range(R):
+        if peer != rank:
+            tl.atomic_xchg(flag_at(addresses, peer, program, rank, R), turn, sem="release", scope="sys")
+    _count_turn(turns, turn)
+
+
+@triton.jit
+def _await_peers(addresses, turn, rank, patience, R: tl.constexpr):
+    """Wait for the programs of this number on all ranks; what they wrote before they came can then be read. Who waits longer than
+    ``patience`` ns gives up, and with it the process."""
     began = globaltimer()
     for peer in tl.static_range(R):
         if peer != rank:
-            tl.atomic_xchg(_flag(addresses, peer, slot, rank, R), turn, sem="release", scope="sys")
-    for peer in tl.static_range(R):
-        if peer != rank:
-            word = _flag(addresses, rank, slot, peer, R)
+            word = flag_at(addresses, rank, tl.program_id(0), peer, R)
             while tl.atomic_add(word, 0, sem="acquire", scope="sys") - turn < 0:
-                if globaltimer() - began > patience:
-                    tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    tl.store(turns + slot, turn)
+                give_up(began, patience)
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["patience", "at", "row", "num", "rank"])
-def gather_kernel(x, out, addresses, turns, patience, at, row, num, rank, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Every rank's ``x [num / row, row]`` as ``out [num / row, R, row]``, through the buffer ``at`` bytes behind the beginning of symmetric
-    memory."""
+@triton.jit(do_not_specialize=["patience", "begin", "room", "row", "num", "rank"])
+def gather_kernel(
+    x, out, addresses, turns, patience, begin, room, row, num, rank, R: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Every rank's ``x [num / row, row]`` as ``out [num / row, R, row]``."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    turn = tl.load(turns + program) + 1
-    own = (tl.load(addresses + rank) + at).to(x.dtype)
+    wait_for_inputs(OVERLAP)
+    turn, at = _turn(turns, begin, room)
+    own = _buffer(addresses, rank, at, x)
     for start in range(program * BLOCK, num, programs * BLOCK):
         n = start + tl.arange(0, BLOCK)
         value = tl.load(x + n, mask=n < num)
         tl.store(own + n, value, mask=n < num)
         tl.store(out + (n // row * R + rank).to(tl.int64) * row + n % row, value, mask=n < num)
-    _meet(addresses, turns, turn, rank, program, patience, R)
+    _arrive(addresses, turns, turn, rank, R)
+    _await_peers(addresses, turn, rank, patience, R)
     for start in range(program * BLOCK, num, programs * BLOCK):
         n = start + tl.arange(0, BLOCK)
         for peer in tl.static_range(R):
             if peer != rank:
-                theirs = (tl.load(addresses + peer) + at).to(x.dtype)
+                theirs = _buffer(addresses, peer, at, x)
                 tl.store(out + (n // row * R + peer).to(tl.int64) * row + n % row, tl.load(theirs + n, mask=n < num), mask=n < num)
 
 
+@triton.jit(do_not_specialize=["at", "row", "num_words", "rank"], do_not_specialize_on_alignment=["words"])
+def send_kernel(
+    words, addresses, turns, at, row, num_words, rank, R: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Words of this rank to every rank; see ``Send``."""
+    send_words(tl.program_id(0), tl.num_programs(0), words, addresses, turns, at, row, num_words, rank, R, FIRST, BLOCK, OVERLAP)
+
+
+@triton.jit(do_not_specialize=["programs", "patience", "rank"])
+def receive_kernel(
+    addresses, turns, programs, patience, rank, R: tl.constexpr, FIRST: tl.constexpr, FLAGS: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """Wait until what all ranks sent is there; see ``Sent``."""
+    wait_for_inputs(OVERLAP)
+    await_sent(addresses, turns, programs, patience, rank, R, FIRST, FLAGS)
+
+
 @triton.jit
-def _from(out, lse, addresses, at, rows, peer, rank, DIM: tl.constexpr):
-    """Where a rank's part lies: its outputs, and its lse. The rank's own is not read from its buffer."""
-    there = tl.load(addresses + peer) + at
-    outs = tl.where(peer == rank, out.to(tl.int64), there).to(out.dtype)
-    return outs, tl.where(peer == rank, lse.to(tl.int64), there + rows * (DIM * 4)).to(lse.dtype)
+def _of_head(parts, peaks, totals, query, head, heads, shares, DIM: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr):
+    """A rank's output and lse of one query and head."""
+    if SHARES == 1:
+        row = query * heads + head
+        return tl.load(parts + row * DIM + tl.arange(0, DIM)), tl.load(peaks + row)
+    else:
+        return add_shares(parts, peaks, totals, query, head, heads, shares, DIM, DIM, SHARES, STEP)
 
 
-@triton.jit(do_not_specialize=["patience", "at", "num_queries", "heads", "chunks", "rank"])
+@triton.jit
+def _store_merged(result, lse_result, row, values, lses, DIM: tl.constexpr, R: tl.constexpr):
+    """All ranks' outputs and lse of one query and head, merged as ``ops.merge`` does it: in rank order."""
+    peak = float("-inf")
+    for peer in tl.static_range(R):
+        peak = tl.maximum(peak, lses[peer])
+    empty = peak == float("-inf")
+    peak = tl.where(empty, 0.0, peak)
+    total = 0.0
+    for peer in tl.static_range(R):
+        total += tl.exp(lses[peer] - peak)
+    total = tl.where(empty, 1.0, total)
+    acc = tl.zeros([DIM], tl.float32)
+    for peer in tl.static_range(R):
+        # What an empty part holds may be NaN.
+        acc += (tl.exp(lses[peer] - peak) / total) * tl.where(lses[peer] == float("-inf"), 0.0, values[peer])
+    tl.store(result + row * DIM + tl.arange(0, DIM), acc)
+    tl.store(lse_result + row, tl.where(empty, float("-inf"), peak + tl.log(total)))
+
+
+@triton.jit(do_not_specialize=["patience", "begin", "room", "num_queries", "heads", "shares", "rank"])
 def merge_kernel(
-    out, lse, result, lse_result, addresses, turns, patience, at, num_queries, heads, chunks, rank,
-    DIM: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
+    parts, peaks, totals, result, lse_result, addresses, turns, patience, begin, room, num_queries, heads, shares, rank,
+    DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Every rank's part, ``out [Q, heads, DIM]`` and ``lse [Q, heads]``, merged as ``ops.merge`` does it: all heads, or if SPLIT those of
-    the rank alone, as ``collectives.share_heads`` shares them out. HEADS of a query at a time, ``chunks`` times."""
+    """Every rank's attention, its ``shares`` added up (``sparse_attend.triton.Shares``) and merged as ``ops.merge`` does it: of all heads,
+    or if SPLIT of those of the rank alone, as ``collectives.share_heads`` shares them out.
+
+    A query and head at a time. What is a peer's goes straight to its buffer; what is the rank's own, into its own, while that is under way.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    turn = tl.load(turns + program) + 1
-    rows = num_queries.to(tl.int64) * heads
-    own = (tl.load(addresses + rank) + at).to(out.dtype)
-    d, h = tl.arange(0, DIM), tl.arange(0, HEADS)
-    for task in range(program, num_queries * chunks, programs):
-        for peer in tl.static_range(R if SPLIT else 1):
-            if not SPLIT or peer != rank:
-                head = task % chunks * HEADS + h + (peer * heads // R if SPLIT else 0)
-                here = head < ((peer + 1) * heads // R if SPLIT else heads)
-                row = task // chunks * heads.to(tl.int64) + head
-                tl.store(own + rows * DIM + row, tl.load(lse + row, mask=here), mask=here)
-                where = row[:, None] * DIM + d[None, :]
-                tl.store(own + where, tl.load(out + where, mask=here[:, None]), mask=here[:, None])
-    _meet(addresses, turns, turn, rank, program, patience, R)
-    for task in range(program, num_queries * chunks, programs):
-        first = rank * heads // R if SPLIT else 0
-        some = ((rank + 1) * heads // R if SPLIT else heads) - first
-        place = task % chunks * HEADS + h
-        inside = place < some
-        row = task // chunks * heads.to(tl.int64) + first + place
-        peak = tl.full([HEADS], float("-inf"), tl.float32)
+    wait_for_inputs(OVERLAP)
+    turn, at = _turn(turns, begin, room)
+    most = (heads + R - 1) // R if SPLIT else heads
+    tasks = num_queries * most
+    d = tl.arange(0, DIM)
+    for step in tl.static_range(1, R + 1):
+        to = (rank + step) % R
+        there = _buffer(addresses, to, at, result)
+        lse_there = there + tasks.to(tl.int64) * (R * DIM)
+        for task in range(program, tasks, programs):
+            head = task % most + (to * heads // R if SPLIT else 0)
+            if head < ((to + 1) * heads // R if SPLIT else heads):
+                values, lse = _of_head(parts, peaks, totals, (task // most).to(tl.int64), head, heads, shares, DIM, SHARES, STEP)
+                row = rank.to(tl.int64) * tasks + task
+                tl.store(there + row * DIM + d, values)
+                tl.store(lse_there + row, lse)
+        if step == R - 1:
+            _arrive(addresses, turns, turn, rank, R)
+    _await_peers(addresses, turn, rank, patience, R)
+    here = _buffer(addresses, rank, at, result)
+    some = ((rank + 1) * heads // R if SPLIT else heads) - (rank * heads // R if SPLIT else 0)
+    for task in range(program, tasks, programs):
+        if task % most < some:
+            # All loads before the first use: they wait together.
+            values, lses = tl.tuple([]), tl.tuple([])
+            for peer in tl.static_range(R):
+                row = peer * tasks.to(tl.int64) + task
+                values = values + (tl.load(here + row * DIM + d),)  # noqa: RUF005 (Triton knows no star in a tuple)
+                lses = lses + (tl.load(here + tasks.to(tl.int64) * (R * DIM) + row),)  # noqa: RUF005
+            _store_merged(result, lse_result, (task // most).to(tl.int64) * some + task % most, values, lses, DIM, R)
+
+
+@triton.jit
+def _await_word(words, turn, began, patience):
+    """Numbers that come with the turn they were sent in, as soon as all have."""
+    word = tl.load(words, volatile=True)
+    while tl.max(((word >> 32).to(tl.int32) != turn).to(tl.int32), 0) != 0:
+        word = tl.load(words, volatile=True)
+        give_up(began, patience)
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["patience", "begin", "room", "num_queries", "heads", "shares", "rank"])
+def merge_few_kernel(
+    parts, peaks, totals, result, lse_result, addresses, turns, patience, begin, room, num_queries, heads, shares, rank,
+    DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """``merge_kernel``, a program for each query and head. Every number goes out with the turn beside it, in one word: twice the bytes, but
+    nobody waits for what is written to have come before saying so."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    wait_for_inputs(OVERLAP)
+    began = globaltimer()
+    turn, at = _turn(turns, begin, room)
+    first = rank * heads // R if SPLIT else 0
+    some = ((rank + 1) * heads // R if SPLIT else heads) - first
+    query, place = (program // (programs // num_queries)).to(tl.int64), program % (programs // num_queries)
+    d = tl.arange(0, DIM)
+    tag = turn.to(tl.int64) << 32
+    for step in tl.static_range(1, R):
+        to = (rank + step) % R
+        head = place + (to * heads // R if SPLIT else 0)
+        if head < ((to + 1) * heads // R if SPLIT else heads):
+            values, lse = _of_head(parts, peaks, totals, query, head, heads, shares, DIM, SHARES, STEP)
+            there = _buffer(addresses, to, at, turns).to(tl.pointer_type(tl.int64)) + (rank * programs + program).to(tl.int64) * (DIM + 2)
+            tl.store(there + d, (values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | tag)
+            tl.store(there + DIM, (lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | tag)
+    _count_turn(turns, turn)
+    if place < some:
+        own_values, own_lse = _of_head(parts, peaks, totals, query, first + place, heads, shares, DIM, SHARES, STEP)
+        here = _buffer(addresses, rank, at, turns).to(tl.pointer_type(tl.int64))
+        values, lses = tl.tuple([]), tl.tuple([])
         for peer in tl.static_range(R):
-            _outs, lses = _from(out, lse, addresses, at, rows, peer, rank, DIM)
-            peak = tl.maximum(peak, tl.load(lses + row, mask=inside, other=float("-inf")))
-        empty = peak == float("-inf")
-        peak = tl.where(empty, 0.0, peak)
-        total = tl.zeros([HEADS], tl.float32)
-        for peer in tl.static_range(R):
-            _outs, lses = _from(out, lse, addresses, at, rows, peer, rank, DIM)
-            total += tl.exp(tl.load(lses + row, mask=inside, other=float("-inf")) - peak)
-        total = tl.where(empty, 1.0, total)
-        acc = tl.zeros([HEADS, DIM], tl.float32)
-        for peer in tl.static_range(R):
-            outs, lses = _from(out, lse, addresses, at, rows, peer, rank, DIM)
-            part = tl.load(lses + row, mask=inside, other=float("-inf"))
-            read = inside & (part != float("-inf"))  # what an empty part holds is not: it may be NaN
-            values = tl.load(outs + row[:, None] * DIM + d[None, :], mask=read[:, None], other=0.0)
-            acc += (tl.exp(part - peak) / total)[:, None] * values
-        at_result = task // chunks * some.to(tl.int64) + place
-        tl.store(result + at_result[:, None] * DIM + d[None, :], acc, mask=inside[:, None])
-        tl.store(lse_result + at_result, tl.where(empty, float("-inf"), peak + tl.log(total)), mask=inside)
+            value, lse = own_values, own_lse
+            if peer != rank:
+                word = here + (peer * programs + program).to(tl.int64) * (DIM + 2)
+                value = _await_word(word + d, turn, began, patience)
+                lse = tl.max(_await_word(word + DIM + tl.arange(0, 1), turn, began, patience), 0)
+            values = values + (value,)  # noqa: RUF005 (Triton knows no star in a tuple)
+            lses = lses + (lse,)  # noqa: RUF005
+        _store_merged(result, lse_result, query * some + place, values, lses, DIM, R)

@@ -6,9 +6,10 @@ Each folder holds the specification and the public function (``__init__.py``) an
 from thresher.ops.hadamard import hadamard
 from thresher.ops.hisa_select import hisa_select
 from thresher.ops.index_score import block_index_score, gathered_index_score, index_score, paged_index_score
+from thresher.ops.keep_best import keep_best
 from thresher.ops.merge import merge
 from thresher.ops.pool_keys import grow_means, partial_means, pool_blocks, pool_keys
-from thresher.ops.quantize import dequantize_fp8, quantize_fp8, quantize_queries, store_index_keys, store_latents
+from thresher.ops.quantize import dequantize_fp8, quantize_fp8, quantize_queries, store_index_keys, store_latents, store_step
 from thresher.ops.rope import apply_rope
 from thresher.ops.route_heads import head_mass, route_heads, routed_query
 from thresher.ops.score_select import score_select
@@ -26,6 +27,7 @@ __all__ = [
     "head_mass",
     "hisa_select",
     "index_score",
+    "keep_best",
     "merge",
     "paged_index_score",
     "partial_means",
@@ -45,5 +47,6 @@ __all__ = [
     "sparse_attend_mla_fp8",
     "store_index_keys",
     "store_latents",
+    "store_step",
     "to_slots",
 ]

@@ -49,6 +49,7 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "select_topk_in_blocks": ("triton", "reference"),
         "select_blocks": ("triton", "reference"),
         "to_slots": ("triton", "reference"),
+        "keep_best": ("triton", "reference"),
         "score_select": ("cuda", "triton", "reference"),
         "hisa_select": ("cuda", "reference"),
         "pool_keys": ("triton", "reference"),
@@ -64,6 +65,7 @@ TABLE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "store_index_keys": ("triton", "reference"),
         "quantize_queries": ("triton", "reference"),
         "store_latents": ("triton", "reference"),
+        "store_step": ("triton", "reference"),
         "merge": ("triton", "reference"),
     }
 )
@@ -116,6 +118,7 @@ FOLDERS: Mapping[str, str] = MappingProxyType(
         "store_index_keys": "quantize",
         "quantize_queries": "quantize",
         "store_latents": "quantize",
+        "store_step": "quantize",
     }
 )
 

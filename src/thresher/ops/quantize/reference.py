@@ -37,3 +37,25 @@ def store_latents_reference(
     kept = slots >= 0
     tail = rope[kept] if positions is None else apply_rope(rope[kept], positions[kept], theta, ROPE_DIM, style)
     store_records(data, slots[kept].long(), latent[kept], tail)
+
+
+def store_step_reference(
+    pages: Tensor,
+    data: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    q: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    theta: float,
+    rotary_dim: int,
+    style: str,
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """See ``store_step``."""
+    made = queries_reference(q, weights, positions, theta, rotary_dim, style, factor)
+    store_keys_reference(pages, slots, key, positions, theta, rotary_dim, style)
+    store_latents_reference(data, slots, latent, rope, positions, theta, "interleaved")
+    return made

@@ -7,23 +7,29 @@ and sine can differ from another device's, by an ulp.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
 from thresher.cache.device import INTERPRET, on_device, overlapped, unit_rows
-from thresher.cache.latents import FP8_BYTES, ROPE_DIM
-from thresher.errors import require
+from thresher.cache.latents import ROPE_DIM
+from thresher.ops.quantize import triton_step
 from thresher.ops.quantize.triton_kernels import keys_kernel, latents_kernel, queries_kernel, rows_kernel
+from thresher.ops.quantize.triton_launch import (
+    NUM_WARPS,
+    SPREAD,
+    TILE,
+    flat_pages,
+    flat_records,
+    heads_each,
+    inv_freq,
+    rotation,
+    rows_each,
+    warps_of,
+)
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 8192
-# Elements of a program's tile: 8 or 16 rows of 128 are enough loads in flight, and the butterflies stay in registers.
-TILE = 2048
-NUM_WARPS = 4
-SPREAD = 4 * 132  # programs, before one takes more than a row: a few for each multiprocessor of an H200
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, rotate: bool = False) -> str | None:
@@ -73,12 +79,10 @@ def store_index_keys(pages: Tensor, slots: Tensor, x: Tensor, positions: Tensor,
 
     A key with NaN or infinity is stored as NaN under scale 1: a kernel cannot refuse it.
     """
-    require(pages.is_contiguous(), "pages must be contiguous", f"strides {pages.stride()}", "pass IndexKeyCache.pages")
     (num, dim), page_size = x.shape, pages.shape[1]
-    require(pages.shape[3] == dim + 4, f"pages must hold keys of {dim} dims", tuple(pages.shape), "use the cache of this indexer")
+    flat, scales = flat_pages(pages, dim)
     x = unit_rows(x)
-    rows = _rows_each(num, dim)
-    flat = pages.view(-1)
+    rows = rows_each(num, dim)
     if not num or not flat.numel():
         return
     with on_device(x):
@@ -86,16 +90,16 @@ def store_index_keys(pages: Tensor, slots: Tensor, x: Tensor, positions: Tensor,
             x,
             positions.contiguous(),
             slots.contiguous(),
-            _inv_freq(theta, rotary_dim, x.device),
+            inv_freq(theta, rotary_dim, x.device),
             flat,
-            flat.view(torch.float32),
+            scales,
             num,
             pages.shape[0] * page_size,
             x.stride(0),
             PAGE_SIZE=page_size,
             ROWS=rows,
-            num_warps=min(NUM_WARPS, max(1, rows * dim // 128)),
-            **_rotation(dim, rotary_dim, style),
+            num_warps=warps_of(rows, dim),
+            **rotation(dim, rotary_dim, style),
             **overlapped(x),
         )
 
@@ -118,18 +122,17 @@ def quantize_queries(
         float8_e4m3fn ``[T, H, D]`` and fp32 ``[T, H]``: ``q`` and ``weights`` of an ``IndexQuery``.
     """
     num, heads, dim = x.shape
-    x = x if x.stride(2) == 1 else x.contiguous()
-    weights = unit_rows(weights)
+    x, weights = unit_rows(x), unit_rows(weights)
     values = torch.empty(num, heads, dim, dtype=torch.uint8, device=x.device)
     folded = torch.empty(num, heads, dtype=torch.float32, device=x.device)
-    rows = min(_rows_each(num * heads, dim), triton.next_power_of_2(heads))
+    rows = heads_each(num, heads, dim)
     if num and heads:
         with on_device(x):
             queries_kernel[(num, triton.cdiv(heads, rows))](
                 x,
                 positions.contiguous(),
                 weights,
-                _inv_freq(theta, rotary_dim, x.device),
+                inv_freq(theta, rotary_dim, x.device),
                 values,
                 folded,
                 x.stride(0),
@@ -138,8 +141,8 @@ def quantize_queries(
                 float(factor),
                 HEADS=heads,
                 ROWS=rows,
-                num_warps=min(NUM_WARPS, max(1, rows * dim // 128)),
-                **_rotation(dim, rotary_dim, style),
+                num_warps=warps_of(rows, dim),
+                **rotation(dim, rotary_dim, style),
                 **overlapped(x),
             )
     return values.view(torch.float8_e4m3fn), folded
@@ -165,12 +168,9 @@ def store_latents(
         theta: base of the RoPE frequencies.
         style: ``"half"`` or ``"interleaved"`` (MLA's own).
     """
-    ok = data.is_contiguous() and data.shape[-1] == FP8_BYTES
-    require(ok, f"data must be contiguous [pages, page_size, 1, {FP8_BYTES}]", tuple(data.shape), "pass LatentCache(fp8=True).data")
-    latent = unit_rows(latent)
-    rope = unit_rows(rope)
+    flat, floats, halves = flat_records(data)
+    latent, rope = unit_rows(latent), unit_rows(rope)
     num, rotary = len(slots), 0 if positions is None else ROPE_DIM
-    flat = data.view(-1)
     if not num or not flat.numel():
         return
     tokens = min(4, triton.next_power_of_2(triton.cdiv(num, SPREAD)))
@@ -181,10 +181,10 @@ def store_latents(
             rope,
             slots if positions is None else positions.contiguous(),
             slots,
-            _inv_freq(theta, rotary, latent.device),
+            inv_freq(theta, rotary, latent.device),
             flat,
-            flat.view(torch.float32),
-            flat.view(torch.int16),
+            floats,
+            halves,
             num,
             data.shape[0] * data.shape[1],
             latent.stride(0),
@@ -199,26 +199,20 @@ def store_latents(
         )
 
 
-def _rows_each(num: int, dim: int) -> int:
-    """Rows of a program. Few are spread over more programs, rather than one after the other in a few."""
-    return min(max(1, TILE // dim), triton.next_power_of_2(triton.cdiv(max(num, 1), SPREAD)))
-
-
-def _rotation(dim: int, rotary_dim: int, style: str) -> dict[str, object]:
-    # Unfused, so that a product is rounded before it is added, as PyTorch does.
-    return {
-        "DIM": dim,
-        "LOG_DIM": dim.bit_length() - 1,
-        "ROTARY": rotary_dim,
-        "INTERLEAVED": style == "interleaved",
-        "FACTOR": dim**-0.5,
-        "INTERPRET": INTERPRET,
-        "enable_fp_fusion": False,
-    }
-
-
-@functools.lru_cache(maxsize=64)
-def _inv_freq(theta: float, rotary_dim: int, device: torch.device) -> Tensor:
-    """fp32 ``[rotary_dim / 2]``, rounded once from fp64, as ``ops/rope`` has it."""
-    exponent = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / max(rotary_dim, 1)
-    return (theta**-exponent).float()
+def store_step(
+    pages: Tensor,
+    data: Tensor,
+    slots: Tensor,
+    key: Tensor,
+    latent: Tensor,
+    rope: Tensor,
+    q: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    theta: float,
+    rotary_dim: int,
+    style: str,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The three above in one launch: see ``thresher.ops.quantize.store_step``."""
+    return triton_step.store_step(pages, data, slots, key, latent, rope, q, weights, positions, theta, rotary_dim, style, factor)

@@ -1,4 +1,8 @@
-"""The kernels behind ``triton.py``: what is read, turned, and written by a program."""
+"""The kernels behind ``triton.py``: what is read, turned, and written by a program.
+
+``store_keys``, ``store_queries``, ``store_codes`` and ``store_tails`` are what a program of that number does, in a kernel of its own or in
+``triton_step.py`` beside the others. Each waits for its inputs itself, behind all that it can do before.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from thresher.cache.latents import FP8_BYTES, GROUP, LATENT_DIM, ROPE_DIM
 
 # The latent record as constants that a kernel may read.
 LATENT, TAIL, SHARE, RECORD = (tl.constexpr(n) for n in (LATENT_DIM, ROPE_DIM, GROUP, FP8_BYTES))
+GROUPS = tl.constexpr(LATENT_DIM // GROUP)
 
 
 @triton.jit
@@ -19,13 +24,15 @@ def _load(ptrs, mask):
 
 
 @triton.jit
-def _find_slots(slots_ptr, token, num_tokens, num_slots, TOKENS: tl.constexpr):
-    """Of tokens: the slot (int64, 0 where there is none), whether there is one, and whether the token's vector is read."""
+def _find_slots(slots_ptr, token, num_tokens, num_slots, EAGER: tl.constexpr):
+    """Of tokens: the slot (int64, 0 where there is none), whether there is one, and whether the token's vector is read.
+
+    If EAGER it is read beside its slot, kept or not: one wait less.
+    """
     exists = token < num_tokens
     slot = tl.load(slots_ptr + token, mask=exists, other=-1).to(tl.int64)
     ok = exists & (slot >= 0) & (slot < num_slots)
-    # A token alone is read beside its slot, kept or not: one wait less.
-    wanted = exists if TOKENS == 1 else ok
+    wanted = exists if EAGER else ok
     return tl.where(ok, slot, 0), ok, wanted
 
 
@@ -136,30 +143,16 @@ def rows_kernel(
 
 
 @triton.jit
-def keys_kernel(
-    x_ptr,
-    positions_ptr,
-    slots_ptr,
-    freq_ptr,
-    pages_ptr,
-    scales_ptr,
-    num_tokens,
-    num_slots,
-    x_stride,
-    PAGE_SIZE: tl.constexpr,
-    DIM: tl.constexpr,
-    LOG_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    FACTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def store_keys(
+    program, x_ptr, positions_ptr, slots_ptr, freq_ptr, pages_ptr, scales_ptr, num_tokens, num_slots, x_stride,
+    PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FACTOR: tl.constexpr, ROWS: tl.constexpr, EAGER: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Index keys of ROWS tokens."""
+    token = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DIM)[None, :]
     wait_for_inputs(OVERLAP)
-    slot, ok, wanted = _find_slots(slots_ptr, token, num_tokens, num_slots, ROWS)
+    slot, ok, wanted = _find_slots(slots_ptr, token, num_tokens, num_slots, EAGER)
     position = tl.load(positions_ptr + token, mask=token < num_tokens, other=0)
     x = _load_rotated(
         x_ptr, token[:, None] * x_stride, wanted[:, None], position[:, None], freq_ptr, d,
@@ -172,29 +165,14 @@ def keys_kernel(
 
 
 @triton.jit
-def queries_kernel(
-    x_ptr,
-    positions_ptr,
-    weights_ptr,
-    freq_ptr,
-    codes_ptr,
-    folded_ptr,
-    x_stride_t,
-    x_stride_h,
-    weights_stride,
-    factor,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    LOG_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    FACTOR: tl.constexpr,
-    ROWS: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+def store_queries(
+    token, part, x_ptr, positions_ptr, weights_ptr, freq_ptr, codes_ptr, folded_ptr, x_stride_t, x_stride_h, weights_stride, factor,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FACTOR: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Queries and weights of a token's ``part``-th ROWS heads."""
+    token = token.to(tl.int64)
+    head = part * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DIM)[None, :]
     ok = head < HEADS
     wait_for_inputs(OVERLAP)
@@ -208,30 +186,33 @@ def queries_kernel(
 
 
 @triton.jit
-def _store_codes(
-    latent_ptr, slots_ptr, bytes_ptr, floats_ptr, num_tokens, num_slots, latent_stride, TOKENS: tl.constexpr, INTERPRET: tl.constexpr
-):
-    """Codes and scales of TOKENS tokens; a row of the tile is one group."""
-    GROUPS: tl.constexpr = LATENT // SHARE
-    row = tl.arange(0, TOKENS * GROUPS)
-    token = tl.program_id(0).to(tl.int64) * TOKENS + row // GROUPS
-    slot, ok, wanted = _find_slots(slots_ptr, token, num_tokens, num_slots, TOKENS)
-    column = (row % GROUPS)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+def store_codes(
+    program, latent_ptr, slots_ptr, bytes_ptr, floats_ptr, num_tokens, num_slots, latent_stride,
+    ROWS: tl.constexpr, EAGER: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of ROWS groups, GROUPS of which are a token."""
+    row = program * ROWS + tl.arange(0, ROWS)
+    token, group = (row // GROUPS).to(tl.int64), row % GROUPS
+    column = group[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+    wait_for_inputs(OVERLAP)
+    slot, ok, wanted = _find_slots(slots_ptr, token, num_tokens, num_slots, EAGER)
     codes, scales = quantize_tile(_load(latent_ptr + token[:, None] * latent_stride + column, wanted[:, None]), INTERPRET)
     tl.store(bytes_ptr + slot[:, None] * RECORD + column, codes, mask=ok[:, None])
-    tl.store(floats_ptr + slot * (RECORD // 4) + LATENT // 4 + row % GROUPS, scales, mask=ok)
+    tl.store(floats_ptr + slot * (RECORD // 4) + LATENT // 4 + group, scales, mask=ok)
 
 
 @triton.jit
-def _store_tails(
-    rope_ptr, positions_ptr, slots_ptr, freq_ptr, halves_ptr, num_tokens, num_slots, rope_stride,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr, INTERPRET: tl.constexpr,
+def store_tails(
+    program, rope_ptr, positions_ptr, slots_ptr, freq_ptr, halves_ptr, num_tokens, num_slots, rope_stride,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, EAGER: tl.constexpr, INTERPRET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """RoPE dims of TOKENS tokens."""
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    slot, ok, wanted = _find_slots(slots_ptr, token, num_tokens, num_slots, TOKENS)
+    """RoPE dims of ROWS tokens."""
+    token = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, TAIL)[None, :]
-    position = tl.zeros([TOKENS], tl.int64)
+    wait_for_inputs(OVERLAP)
+    slot, ok, wanted = _find_slots(slots_ptr, token, num_tokens, num_slots, EAGER)
+    position = tl.zeros([ROWS], tl.int64)
     if ROTARY > 0:
         position = tl.load(positions_ptr + token, mask=token < num_tokens, other=0).to(tl.int64)
     x = _load_rotated(
@@ -242,31 +223,44 @@ def _store_tails(
 
 
 @triton.jit
+def keys_kernel(
+    x_ptr, positions_ptr, slots_ptr, freq_ptr, pages_ptr, scales_ptr, num_tokens, num_slots, x_stride,
+    PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FACTOR: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    store_keys(
+        tl.program_id(0), x_ptr, positions_ptr, slots_ptr, freq_ptr, pages_ptr, scales_ptr, num_tokens, num_slots, x_stride,
+        PAGE_SIZE, DIM, LOG_DIM, ROTARY, INTERLEAVED, FACTOR, ROWS, ROWS == 1, INTERPRET, OVERLAP,
+    )  # fmt: skip
+
+
+@triton.jit
+def queries_kernel(
+    x_ptr, positions_ptr, weights_ptr, freq_ptr, codes_ptr, folded_ptr, x_stride_t, x_stride_h, weights_stride, factor,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FACTOR: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    store_queries(
+        tl.program_id(0), tl.program_id(1), x_ptr, positions_ptr, weights_ptr, freq_ptr, codes_ptr, folded_ptr,
+        x_stride_t, x_stride_h, weights_stride, factor,
+        HEADS, DIM, LOG_DIM, ROTARY, INTERLEAVED, FACTOR, ROWS, INTERPRET, OVERLAP,
+    )  # fmt: skip
+
+
+@triton.jit
 def latents_kernel(
-    latent_ptr,
-    rope_ptr,
-    positions_ptr,
-    slots_ptr,
-    freq_ptr,
-    bytes_ptr,
-    floats_ptr,
-    halves_ptr,
-    num_tokens,
-    num_slots,
-    latent_stride,
-    rope_stride,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
+    latent_ptr, rope_ptr, positions_ptr, slots_ptr, freq_ptr, bytes_ptr, floats_ptr, halves_ptr,
+    num_tokens, num_slots, latent_stride, rope_stride,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """A record is LATENT codes, one fp32 scale per SHARE of them, TAIL bf16. The tails have programs of their own, beside the others."""
-    wait_for_inputs(OVERLAP)
     if tl.program_id(1) == 0:
-        _store_codes(latent_ptr, slots_ptr, bytes_ptr, floats_ptr, num_tokens, num_slots, latent_stride, TOKENS, INTERPRET)
+        store_codes(
+            tl.program_id(0), latent_ptr, slots_ptr, bytes_ptr, floats_ptr, num_tokens, num_slots, latent_stride,
+            TOKENS * GROUPS, TOKENS == 1, INTERPRET, OVERLAP,
+        )  # fmt: skip
     else:
-        _store_tails(
-            rope_ptr, positions_ptr, slots_ptr, freq_ptr, halves_ptr, num_tokens, num_slots, rope_stride,
-            ROTARY, INTERLEAVED, TOKENS, INTERPRET,
+        store_tails(
+            tl.program_id(0), rope_ptr, positions_ptr, slots_ptr, freq_ptr, halves_ptr, num_tokens, num_slots, rope_stride,
+            ROTARY, INTERLEAVED, TOKENS, TOKENS == 1, INTERPRET, OVERLAP,
         )  # fmt: skip

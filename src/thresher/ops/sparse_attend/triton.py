@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
@@ -40,6 +41,38 @@ MLA_FP8 = {16: (64, 8, 2), 32: (64, 8, 2), 64: (64, 8, 2)}
 MLA_BF16 = {16: (64, 8, 3), 32: (64, 8, 3), 64: (64, 8, 2)}
 GQA_HALF = {16: (64, 4, 3), 32: (64, 4, 3), 64: (64, 8, 3)}
 GQA_FLOAT = {16: (32, 8, 2)}  # no tensor cores; larger tiles spill
+
+
+class Shares(NamedTuple):
+    """Attention over S shares of every query's slots. Where there is one, it is all: ``out`` is the output and ``peaks`` the lse.
+
+    Attributes:
+        out: fp32 ``[Q, S, N, D]``, values summed, each weighted by two to what its score has above the share's peak.
+        peaks: fp32 ``[Q, S, N]``, of scores in base 2.
+        totals: fp32 ``[Q, S, N]``, the weights summed.
+    """
+
+    out: Tensor
+    peaks: Tensor
+    totals: Tensor
+
+    def added(self) -> PartialAttention:
+        """All shares together, by one launch where there are several."""
+        num, shares, heads, dim = self.out.shape
+        if shares == 1:
+            return PartialAttention(self.out[:, 0], self.peaks[:, 0])
+        out, lse = self.out.new_empty(num, heads, dim), self.out.new_empty(num, heads)
+        block = triton.next_power_of_2(dim)
+        with on_device(out):
+            combine_kernel[(num * heads,)](
+                *self, out, lse, heads, shares, DIM=dim, BLOCK=block, num_warps=max(block // 128, 1), **self.steps(), **overlapped(out)
+            )
+        return PartialAttention(out, lse)
+
+    def steps(self) -> dict[str, int]:
+        """How ``add_shares`` goes through them."""
+        wide = triton.next_power_of_2(self.out.shape[1])
+        return {"SHARES": wide, "STEP": min(wide, 32)}
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -117,7 +150,7 @@ def sparse_attend(q: Tensor, k: Tensor, v: Tensor, slots: Tensor, scale: float) 
             num_stages=stages,
         )
 
-    return _attend(launch, q, slots, num_slots, v_dim, groups * triton.cdiv(heads // groups, tile_heads), tile)
+    return _attend(launch, q, slots, num_slots, v_dim, groups * triton.cdiv(heads // groups, tile_heads), tile).added()
 
 
 def sparse_attend_mla(q: Tensor, latents: Tensor, slots: Tensor, scale: float, value_dim: int = LATENT_DIM) -> PartialAttention:
@@ -125,7 +158,7 @@ def sparse_attend_mla(q: Tensor, latents: Tensor, slots: Tensor, scale: float, v
     _refuse(unsupported_mla(q, latents, value_dim))
     aligned = latents.stride(1) == 1 and latents.stride(0) % 8 == 0 and latents.data_ptr() % 16 == 0
     latents = latents if aligned else latents.clone(memory_format=torch.contiguous_format)
-    return _mla(q, latents, latents, latents, slots, scale, latents.shape[0], (1, latents.stride(0) // 8, 0))
+    return _mla(q, latents, latents, latents, slots, scale, latents.shape[0], (1, latents.stride(0) // 8, 0)).added()
 
 
 def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> PartialAttention:
@@ -145,6 +178,11 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
 
     Source: the cache of DeepSeek-V3.2-Exp (arXiv 2512.02556).
     """
+    return attend_in_shares(q, cache_data, slots, scale).added()
+
+
+def attend_in_shares(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> Shares:
+    """``sparse_attend_mla_fp8`` before its shares are added up."""
     _refuse(unsupported_mla_fp8(q, cache_data))
     require(q.shape[2] == MLA_DIM, f"q must be [num_queries, heads, {MLA_DIM}]", tuple(q.shape), "use absorbed queries")
     ok = slots.dtype == torch.int32 and slots.dim() == 2 and slots.shape[0] == q.shape[0]
@@ -170,7 +208,7 @@ def _hopper(q: Tensor) -> ModuleType | None:
 
 def _mla(
     q: Tensor, latent: Tensor, scales: Tensor, rope: Tensor, slots: Tensor, scale: float, num_slots: int, layout: tuple[int, int, int]
-) -> PartialAttention:
+) -> Shares:
     """``layout``: slots in a page, and the stride of a page and of a slot in units of 16 bytes."""
     fp8 = latent.dtype == torch.float8_e4m3fn
     table = MLA_FP8 if fp8 else MLA_BF16
@@ -217,37 +255,20 @@ def _attend(
     v_dim: int,
     head_tiles: int,
     tile: int,
-) -> PartialAttention:
-    """Outputs, shares and the two launches."""
+) -> Shares:
+    """All shares, by one launch."""
     num, heads = q.shape[:2]
     topk = slots.shape[1]
     if min(num, heads, topk, num_slots) == 0:
-        return PartialAttention(
-            q.new_zeros(num, heads, v_dim, dtype=torch.float32), q.new_full((num, heads), -math.inf, dtype=torch.float32)
-        )
-    out = q.new_empty(num, heads, v_dim, dtype=torch.float32)
-    lse = q.new_empty(num, heads, dtype=torch.float32)
+        none = q.new_full((num, 1, heads), -math.inf, dtype=torch.float32)
+        return Shares(q.new_zeros(num, 1, heads, v_dim, dtype=torch.float32), none, none)
     shares, share_tiles = cut(num * head_tiles, topk, tile)
-    grid = num * head_tiles * shares
+    out = q.new_empty(num, shares, heads, v_dim, dtype=torch.float32)
+    peaks = q.new_empty(num, shares, heads, dtype=torch.float32)
+    totals = torch.empty_like(peaks) if shares > 1 else peaks
     with on_device(q):
-        if shares == 1:
-            launch(grid, 1, share_tiles, out, lse, lse)
-        else:
-            parts = out.new_empty(num, shares, heads, v_dim)
-            peaks, totals = lse.new_empty(2, num, shares, heads)
-            launch(grid, shares, share_tiles, parts, peaks, totals)
-            _combine(parts, peaks, totals, out, lse)
-    return PartialAttention(out, lse)
-
-
-def _combine(parts: Tensor, peaks: Tensor, totals: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Add up shares: parts ``[Q, shares, N, D]``, peaks and totals ``[Q, shares, N]`` -> out ``[Q, N, D]`` and lse ``[Q, N]``."""
-    shares, heads, dim = parts.shape[1:]
-    block, wide = triton.next_power_of_2(dim), triton.next_power_of_2(shares)
-    combine_kernel[(lse.numel(),)](
-        parts, peaks, totals, out, lse, heads, shares,
-        DIM=dim, BLOCK=block, SHARES=wide, STEP=min(wide, 32), num_warps=max(block // 128, 1), **overlapped(parts),
-    )  # fmt: skip
+        launch(num * head_tiles * shares, shares, share_tiles, out, peaks, totals)
+    return Shares(out, peaks, totals)
 
 
 def cut(programs: int, topk: int, tile: int) -> tuple[int, int]:

@@ -224,25 +224,24 @@ def gqa_kernel(
     tl.store(out, acc * norm, mask=here[:, None] & (v_dim < V_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["shares"])
-def combine_kernel(
-    part_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, heads, shares,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+@triton.jit
+def add_shares(
+    part_ptr, peak_ptr, total_ptr, query, head, heads, shares,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """One query and head: the sum over the shares, ``STEP`` of them loaded at once and added in the order of a fixed tree.
+    """Output ``[BLOCK]`` and lse of one query and head: the sum over the shares, ``STEP`` of them loaded at once and added in the order of
+    a fixed tree.
 
     With a warp for 128 dims, a thread has the same dims of every share: its loads are 16 bytes wide, and it adds up what it loaded itself.
     """
-    row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
-    wait_for_inputs(OVERLAP)
     peak = float("-inf")
     total = 0.0
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SHARES, STEP):
         share = start + tl.arange(0, STEP)
         there = share < shares
-        at = (row // heads * shares + share) * heads + row % heads
+        at = (query * shares + share) * heads + head
         parts = tl.load((part_ptr + at * DIM)[:, None] + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
         peaks = tl.load(peak_ptr + at, mask=there, other=float("-inf"))
         totals = tl.load(total_ptr + at, mask=there, other=0.0)
@@ -253,6 +252,18 @@ def combine_kernel(
         total = total * factor + tl.sum(weights * totals, 0)
         acc = acc * factor + tl.sum(weights[:, None] * parts, 0)
         peak = new
-    norm = tl.where(total == 0, 0.0, 1.0 / total)
-    tl.store(out_ptr + row * DIM + d, acc * norm, mask=d < DIM)
-    tl.store(lse_ptr + row, _log_sum(peak, total))
+    return acc * tl.where(total == 0, 0.0, 1.0 / total), _log_sum(peak, total)
+
+
+@triton.jit(do_not_specialize=["shares"])
+def combine_kernel(
+    part_ptr, peak_ptr, total_ptr, out_ptr, lse_ptr, heads, shares,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One query and head of a program."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    wait_for_inputs(OVERLAP)
+    values, lse = add_shares(part_ptr, peak_ptr, total_ptr, row // heads, row % heads, heads, shares, DIM, BLOCK, SHARES, STEP)
+    tl.store(out_ptr + row * DIM + d, values, mask=d < DIM)
+    tl.store(lse_ptr + row, lse)
