@@ -184,7 +184,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--op",
         help="one part of a case's work, such as index_score or select_topk; sparse_attend_mla for bf16 latents (default: the whole)",
     )
-    parser.add_argument("--peer", metavar="NAME", help="what to time beside it; see --list")
+    parser.add_argument("--peer", nargs="+", default=[], metavar="NAME", help="what to time beside it, over ranks several; see --list")
+    parser.add_argument("--way", help="over ranks: idsa, exact or replicated (default: idsa)")
     parser.add_argument("--impl", default="auto", help="auto, or a name that thresher info lists (default: %(default)s)")
     parser.add_argument("--timing", choices=["graph", "events"], help="on a GPU (default: graph)")
     parser.add_argument("--repeats", type=int, default=50, help="samples (default: %(default)s)")
@@ -197,9 +198,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _bench(args: argparse.Namespace) -> None:
+    from contextlib import nullcontext
+
     import torch
 
+    from thresher.bench.rank_run import TIMEOUT_S
     from thresher.bench.run import Settings, listing, run_bench
+    from thresher.distributed.group import started, world_size
 
     if args.list:
         print(listing(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))))
@@ -207,8 +212,11 @@ def _bench(args: argparse.Namespace) -> None:
     args.device = args.device or "cuda"
     _check_device(args.device)
     require(bool(args.case), "--case must name at least one case", "none", "see thresher bench --list")
-    given = {field.name: getattr(args, field.name) for field in fields(Settings) if field.name not in ("cases", "inputs")}
-    run_bench(Settings(cases=tuple(args.case), inputs=tuple(args.inputs), **given), print)
+    args.cases, args.inputs, peers = tuple(args.case), tuple(args.inputs), tuple(args.peer)
+    args.peer, args.others = next(iter(peers), None), peers[1:]
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    with started(args.device, TIMEOUT_S) if world_size() > 1 else nullcontext() as ranks:
+        run_bench(settings, print, ranks=ranks)
 
 
 def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -18,6 +18,7 @@ def test_the_named_cases_are_stable():
         assert {f"prefill-1024x{n}-h{heads}" for n in ("32k", "128k", "256k")} <= set(CASES)
         assert {f"decode-{b}x{n}-h{heads}" for b in (1, 8, 32, 128) for n in ("32k", "128k", "1m")} <= set(CASES)
     assert {f"mla-decode-{b}-h{h}" for b in (1, 8, 32, 128) for h in (16, 64, 128)} <= set(CASES)
+    assert {f"layer-{b}x{n}-h64-r2" for b in (1, 8, 32) for n in ("32k", "128k", "1m")} <= set(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,6 +40,8 @@ def test_a_named_case_reads_back_and_has_the_models_sizes(name):
         ("mla-decode-2-h4-k32-n256", Case("mla-decode", 2, 256, 4, 128, 32)),
         ("decode-8x128k-h64-q4", Case("decode", 32, 131072, 64, queries=4)),
         ("layer-2xmixed-h4-k32-q2", Case("layer", 4, None, 4, 128, 32, 2)),
+        ("layer-1x1m-h64-r2", Case("layer", 1, 2**20, 64, ranks=2)),
+        ("layer-2x300-h4-d64-k32-q3-r4", Case("layer", 6, 300, 4, 64, 32, 3, 4)),
     ],
 )
 def test_what_a_name_means(name, case):
@@ -71,6 +74,14 @@ def test_what_a_name_means(name, case):
         ("decode-2x1k-h64-q1", "must be written decode-2x1k-h64"),
         ("decode-2x1k-h64-q0", "must be at least 1"),
         ("decode-2x3-h64-q4", "must be its last tokens"),
+        ("decode-1x1m-h64-r2", "only layer cases are timed over ranks"),
+        ("prefill-16x1k-h64-r2", "only layer cases are timed over ranks"),
+        ("mla-decode-2-h64-r2", "only layer cases are timed over ranks"),
+        ("layer-1x1m-h64-r1", "must be written layer-1x1m-h64"),
+        ("layer-1x1m-h64-r0", "ranks must be at least 1"),
+        ("layer-1x1m-h64-r2-q2", "must be named like"),
+        ("layer-1x3-h64-r4", "each rank must have a head, and a token of each request; got 4 ranks for 3"),
+        ("layer-1x1m-h1-r4", "got 4 ranks for 2"),
     ],
 )
 def test_names_that_are_none(name, words):

@@ -32,6 +32,16 @@ def make(**changes):
     return Record(**{**values, **changes})
 
 
+def over_ranks(case="layer-1x1m-h64-r2", way="idsa", **times):
+    """A record of a case over ranks: the times of ``way``, of a peer, and of others."""
+    quantiles = {name: {"p20": time, "p50": time, "p80": time} for name, time in times.items()}
+    own, (peer, *others) = quantiles.pop(way), quantiles
+    how = {"topk": 2048, "timing": "graph", "way": way, "others": {name: quantiles[name] for name in others}, "m": 1105}
+    how |= {"cache_bytes": dict.fromkeys(times, 413 * 10**6), "exchange": "symmetric memory", "peer_kernel": {"public_exact": "a, then b"}}
+    ratio = round(quantiles[peer]["p50"] / own["p50"], 4)
+    return make(case=case, op="layer", ranks=2, settings=how, peer=peer, time_us=own, peer_time_us=quantiles[peer], ratio=ratio)
+
+
 ALONE = {"peer": None, "peer_time_us": None, "ratio": None, "peer_versions": {}}
 
 
@@ -106,6 +116,15 @@ def test_options_are_the_selectors_alone():
     assert make(settings={"topk": 2048, "active_heads": 8, **how}).options == {"topk": 2048, "active_heads": 8}
 
 
+def test_a_record_over_ranks():
+    record = over_ranks(idsa=50.0, exact=60.0, replicated=75.5)
+    assert record.options == {"topk": 2048}
+    assert record.ways == {"idsa": 50.0, "exact": 60.0, "replicated": 75.5}
+    assert list(record.beside) == ["exact", "replicated"]
+    assert make().beside == {"deep_gemm+vllm": make().peer_time_us}
+    assert make(**ALONE).beside == {}
+
+
 def test_the_state_of_the_source():
     commit, dirty = source_state()
     assert (commit is None) == (dirty is None)
@@ -125,6 +144,21 @@ def test_the_table_keeps_the_newest_of_each_and_marks_uncommitted_ones():
     more = table([make(), make(settings={"topk": 512, "timing": "graph"}), make(gpu="NVIDIA H100")]).splitlines()
     assert len(more) == 7, "other settings are another row, and so is another GPU"
     assert more[4].count("|") == more[2].count("|") == 9
+
+
+def test_cases_over_ranks_have_a_table_of_their_own():
+    first = over_ranks(idsa=50.0, exact=60.0, replicated=75.5)
+    newer, other = dataclasses.replace(first, date="2026-01-03", dirty=True), over_ranks("layer-8x32k-h64-r2", "exact", exact=9.0, idsa=6.0)
+    assert table([make()]) in table([make(), first]), "the other stays what it is"
+    said, _, *lines = table([make(), first, newer, other]).removeprefix(table([make()])).strip().splitlines()
+    assert said == "In every row: selector dsa, inputs normal, impl triton, GPU NVIDIA H200, commit abc."
+    assert lines == [
+        "| case | idsa us | exact us | replicated us | best other / ours | MB held | date |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| layer-1x1m-h64-r2 | 50.0* | 60.0 | 75.5 | 1.20 | 413.0 | 2026-01-03 |",
+        "| layer-8x32k-h64-r2 | 6.0 | 9.0 | - | 0.67 | 413.0 | 2026-01-02 |",
+    ]
+    assert table([first]).splitlines()[0].endswith("date 2026-01-02, commit abc.")
 
 
 def test_a_page_is_updated_between_its_marks(tmp_path):

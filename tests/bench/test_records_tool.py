@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+from contextlib import nullcontext
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from thresher.bench.cases import parse_case
 from thresher.bench.inputs import CRUEL
@@ -31,10 +35,11 @@ def load():
 
 GROUPS = load().GROUPS
 ROWS = sorted({(*row[:3], name, i) for rows in GROUPS.values() for row in rows for name in row.names for i in row.inputs}, key=str)
+WAYS = [(row.peer, *row.others) for rows in GROUPS.values() for row in rows if row.others]
 
 
 @pytest.mark.parametrize(("op", "peer", "selector", "name", "inputs"), ROWS)
-def test_a_case_suits_its_op_its_selector_its_peer_and_its_inputs(op, peer, selector, name, inputs):
+def test_a_case_suits_its_op_its_selector_its_peers_and_its_inputs(op, peer, selector, name, inputs):
     case = parse_case(name)
     assert (op is None or case.kind == "layer") == (selector is not None)
     if selector is not None:
@@ -45,9 +50,10 @@ def test_a_case_suits_its_op_its_selector_its_peer_and_its_inputs(op, peer, sele
     if inputs == "recorded":  # what thresher record stores: docs/benchmarks.md
         assert (case.length, case.heads, case.head_dim) == (7680, 32, 64)
         assert case.rows <= (1024 if case.kind == "prefill" else 8)
-    if peer is not None:
-        assert op in PEERS[peer].ops
-        assert PEERS[peer].fits(case, op) is None
+    for beside in () if peer is None else (peer,) if case.ranks == 1 else WAYS[0]:
+        assert op in PEERS[beside].ops
+        assert PEERS[beside].fits(case, op) is None
+        assert (PEERS[beside].ranks > 1) == (case.ranks > 1)
 
 
 def test_the_plots_have_their_cases():
@@ -66,15 +72,18 @@ def tool(monkeypatch, tmp_path):
     """``main`` as a function of its words, on a machine that seems to have a GPU; gives the settings that were timed, each recorded."""
     module, timed = load(), []
 
-    def bench(settings, write):
+    def bench(settings, write, ranks=None):
         timed.append(settings)
         if isinstance(module.fails, Exception):
             raise module.fails
         case = parse_case(settings.cases[0])
         picked = parse(settings.selector, defaults={"topk": case.topk})
-        how = {"op": settings.op or "select", "selector": settings.selector.partition(":")[0], "settings": {**vars(picked), "copies": 2}}
+        over = {"way": "idsa", "others": dict.fromkeys(settings.others, make().time_us)} if case.ranks > 1 else {}
+        how = {"op": settings.op or default_op(case), "selector": settings.selector.partition(":")[0], "ranks": case.ranks}
+        how["settings"] = {**vars(picked), "copies": 2, **over}
         peer = ALONE if settings.peer is None else {"peer": settings.peer}
-        append(settings.out, make(case=case.name, inputs=settings.inputs[0], commit=source_state()[0], **how, **peer))
+        if ranks is None or ranks.rank == 0:
+            append(settings.out, make(case=case.name, inputs=settings.inputs[0], commit=source_state()[0], **how, **peer))
 
     def main(*words):
         timed.clear()
@@ -137,8 +146,73 @@ def test_a_case_that_fails_stops_no_other(tool, capsys):
     assert tool("heads")[0] == 0
 
 
+class Pair:
+    """A rank of two; the second hears what the first said before it began."""
+
+    ranks = 2
+
+    def __init__(self, rank, said):
+        self.rank, self.said = rank, said
+
+    def gather(self, x):
+        if self.rank == 0:
+            self.said.append(x)
+        return torch.stack([x if self.rank == 0 else self.said.pop(0), x])
+
+
+@pytest.fixture
+def both(tool, monkeypatch):
+    """``both(words)``: what each of two ranks timed, rank 0 first, whose clock ticks seconds; the other's ticks hours."""
+
+    def main(*words):
+        said, timed = [], []
+        for rank, tick in enumerate((1, 3600)):
+            clock = itertools.count(0, tick)
+            monkeypatch.setattr(tool.module, "world_size", lambda: 2)
+            monkeypatch.setattr(tool.module, "started", lambda *a, rank=rank: nullcontext(Pair(rank, said)))
+            monkeypatch.setattr(tool.module, "DEVICE", "cpu")
+            monkeypatch.setattr(tool.module, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
+            timed.append(tool(*words))
+        assert said == [], "both asked the same"
+        return timed
+
+    return main
+
+
+def test_ranks_do_what_rank_0_says(both, capsys):
+    """It alone looks at the clock and at the file, which has all by the time that rank 1 begins here."""
+    (code, first), (other, second) = both("ranks", "--seconds", "1")
+    assert (code, other) == (1, 1)
+    assert [settings.cases for settings in first] == [settings.cases for settings in second] == [("layer-1x1m-h64-r2",)]
+    assert capsys.readouterr().out == "1 cases left for want of time\n", "rank 0 speaks"
+    (code, first), (_, second) = both("ranks")
+    assert code == 0
+    assert [settings.cases for settings in first] == [settings.cases for settings in second] == [("layer-32x128k-h64-r2",)]
+    assert first == second
+    assert (first[0].way, first[0].peer, first[0].others) == (None, "public_exact", ("public_replicated", "exact", "replicated"))
+    grid = both("ranks-grid")[0][1]
+    assert len(grid) == 18 - 2
+    assert both() == [(0, []), (0, [])], "those of one rank are left to one process"
+    with pytest.raises(SystemExit, match="2"):
+        both("heads")
+    assert "heads is timed by as many processes as it has ranks, 1, not 2" in capsys.readouterr().err
+
+
+def test_a_lost_rank_is_one_line(tool, monkeypatch, capsys):
+    class Gone(Pair):
+        def gather(self, x):
+            raise ThresherError("every rank must answer")
+
+    monkeypatch.setattr(tool.module, "world_size", lambda: 2)
+    monkeypatch.setattr(tool.module, "started", lambda *a: nullcontext(Gone(0, [])))
+    monkeypatch.setattr(tool.module, "DEVICE", "cpu")
+    assert tool("ranks") == (2, [])
+    assert capsys.readouterr().err == "records: every rank must answer\n"
+
+
 def test_wrong_words_are_refused(capsys, monkeypatch):
-    for words, why in ((["nonsense"], "groups are score"), ([], "a CUDA device is needed")):
+    refused = ((["nonsense"], "groups are score"), ([], "a CUDA device is needed"), (["ranks"], "processes as it has ranks, 2, not 1"))
+    for words, why in refused:
         monkeypatch.setattr("sys.argv", ["records", *words])
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         with pytest.raises(SystemExit, match="2"):

@@ -3,7 +3,8 @@
 Rows x length, then heads. Rows are queries of one request (prefill) or requests with one query each (decode, layer). 1k = 1024 tokens,
 1m = 2**20. ``mixed`` lengths are log-spaced from 1k to 128k, in a seeded order. Where a case is not of a published model's size, what
 differs follows: ``-d64`` (index head dim, else 128), ``-k32`` (tokens kept, else 2048), ``-n4k`` (context of mla-decode, else 32k). With
-several queries a request, as where tokens are drafted, ``-q4`` says how many: ``decode-8x128k-h64-q4`` has 32 rows.
+several queries a request, as where tokens are drafted, ``-q4`` says how many: ``decode-8x128k-h64-q4`` has 32 rows. A layer over several
+ranks says so last: ``layer-1x1m-h64-r2``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MIXED = (1024, 128 * 1024)
 _NAME = re.compile(
     r"(?:(?P<kind>prefill|decode|layer)-(?P<rows>\d+)x(?P<length>\d+[km]?|mixed)|(?P<mla>mla-decode)-(?P<batch>\d+))"
     r"-h(?P<heads>\d+)(?:-d(?P<dim>\d+))?(?:-k(?P<topk>\d+))?(?:-n(?P<context>\d+[km]?))?"
-    r"(?:-q(?P<queries>\d+))?"
+    r"(?:-q(?P<queries>\d+))?(?:-r(?P<ranks>\d+))?"
 )
 
 
@@ -40,6 +41,7 @@ class Case:
         head_dim: of the indexer.
         topk: tokens kept, or attended to.
         queries: of the rows of a decode or layer case, those of each request, at its last tokens.
+        ranks: devices that share a layer's work.
     """
 
     kind: str
@@ -49,10 +51,11 @@ class Case:
     head_dim: int = HEAD_DIM
     topk: int = TOPK
     queries: int = 1
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, f"kind must be one of {', '.join(KINDS)}", repr(self.kind), "correct it")
-        sizes = {"rows": self.rows, "heads": self.heads, "head_dim": self.head_dim, "topk": self.topk, "queries": self.queries}
+        sizes = {name: getattr(self, name) for name in ("rows", "heads", "head_dim", "topk", "queries", "ranks")}
         for name, value in {**sizes, "length": 1 if self.length is None else self.length}.items():
             require(value >= 1, f"{name} must be at least 1", value, "correct the case's name")
         require(self.head_dim % 4 == 0, "head_dim must be a multiple of 4", self.head_dim, "correct the case's name")
@@ -62,6 +65,10 @@ class Case:
         require(shared, "several queries a request must be those of a decode or layer case", self.kind, "leave -q away")
         enough = self.queries <= (MIXED[0] if self.length is None else self.length) or self.kind == "prefill"
         require(enough, "a request's queries must be its last tokens", f"{self.queries} of {self.length}", "ask for fewer")
+        require(self.ranks == 1 or self.kind == "layer", "only layer cases are timed over ranks", self.kind, "leave -r away")
+        least = min(self.attention_heads, MIXED[0] if self.length is None else self.length)
+        must = "each rank must have a head, and a token of each request"
+        require(self.ranks <= least, must, f"{self.ranks} ranks for {least}", "ask for fewer ranks")
 
     @property
     def name(self) -> str:
@@ -73,6 +80,7 @@ class Case:
         parts += [f"k{self.topk}"] if self.topk != TOPK else []
         parts += [f"n{size}"] if mla and self.length != MLA_LENGTH else []
         parts += [f"q{self.queries}"] if self.queries != 1 else []
+        parts += [f"r{self.ranks}"] if self.ranks != 1 else []
         return "-".join(parts)
 
     @property
@@ -106,16 +114,16 @@ def parse_case(name: str) -> Case:
     if found is None:
         raise ThresherError(f"a case must be named like {', '.join(EXAMPLES)}; got {name!r}; see --list")
     part = found.groupdict()
-    dim, topk = int(part["dim"] or HEAD_DIM), int(part["topk"] or TOPK)
+    dim, topk, ranks = (int(part[at] or usual) for at, usual in (("dim", HEAD_DIM), ("topk", TOPK), ("ranks", 1)))
     if part["mla"]:
         require(part["queries"] is None, "only decode and layer cases take -q", repr(name), "leave it away")
         context = MLA_LENGTH if part["context"] is None else parse_size(part["context"])
-        case = Case("mla-decode", int(part["batch"]), context, int(part["heads"]), dim, topk)
+        case = Case("mla-decode", int(part["batch"]), context, int(part["heads"]), dim, topk, ranks=ranks)
     else:
         require(part["context"] is None, "only mla-decode cases take -n", repr(name), "write the length after the x")
         length = None if part["length"] == "mixed" else parse_size(part["length"])
         queries = int(part["queries"] or 1)
-        case = Case(part["kind"], int(part["rows"]) * queries, length, int(part["heads"]), dim, topk, queries)
+        case = Case(part["kind"], int(part["rows"]) * queries, length, int(part["heads"]), dim, topk, queries, ranks)
     require(case.name == name, f"this case must be written {case.name}", repr(name), "one case has one name")
     return case
 
@@ -134,7 +142,9 @@ def size_text(tokens: int) -> str:
     return str(tokens)
 
 
-EXAMPLES = ("prefill-1024x128k-h64", "decode-1x1m-h64", "decode-32xmixed-h64", "mla-decode-32-h128", "layer-8x128k-h64")
+EXAMPLES = (
+    "prefill-1024x128k-h64", "decode-1x1m-h64", "decode-32xmixed-h64", "mla-decode-32-h128", "layer-8x128k-h64", "layer-1x1m-h64-r2",
+)  # fmt: skip
 
 # 64 index heads: DeepSeek-V3.2; 32: GLM-5.
 CASES = (
@@ -143,4 +153,5 @@ CASES = (
     *(f"decode-32xmixed-h{h}" for h in (64, 32)),
     *(f"mla-decode-{b}-h{h}" for h in (16, 64, 128) for b in (1, 8, 32, 128)),
     *(f"layer-{size}-h{h}" for h in (64, 32) for size in ("1x128k", "1x512k", "1x1m", "8x128k", "8x256k", "32x128k")),
+    *(f"layer-{b}x{n}-h64-r2" for b in (1, 8, 32) for n in ("32k", "64k", "128k", "256k", "512k", "1m")),
 )

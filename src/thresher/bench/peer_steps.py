@@ -9,7 +9,7 @@ Before a peer is timed, some rows of its result are held against our own, so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from thresher.bench.cases import Case
 from thresher.bench.check import ODD_SHARE, attention_agrees, sample_rows, scores_agree
 from thresher.bench.inputs import SCALE
-from thresher.bench.timing import Step, interleave
+from thresher.bench.timing import Prepared, Step, interleave
 from thresher.bench.work import Work
 from thresher.cache import load_keys
 from thresher.cache.index_keys import visible_counts
@@ -36,14 +36,6 @@ CHOICE_REPEATS = 10
 # Kernels of two packages round differently: how far apart similar scores may be, and a score from the k-th, next to the row's largest.
 PEER_SIMILARITY = 1e-4
 PEER_SLACK = 1e-3
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """``steps``: one for each copy of the inputs. ``kernel``: which of several kernels they call, where there was a choice."""
-
-    steps: tuple[Step, ...]
-    kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,24 +143,34 @@ def _given_scores(work: Work) -> _Scores:
 
 
 def _with_vllm(name: str, works: Sequence[Work], scores: Sequence[_Scores]) -> Prepared:
-    """Of the two kernels for DSA's sizes, or else of those that take a row a block, the fastest whose result agrees."""
-    case = works[0].case
-    device = works[0].device
-    fitting = vllm.fitting(scores[0].run(), case.topk)
-    best = [kernel for kernel in fitting if kernel in (vllm.COOPERATIVE, vllm.PERSISTENT)]
+    fitting = vllm.fitting(scores[0].run(), works[0].case.topk)
+    steps = {kernel: [_vllm_step(kernel, work, each) for work, each in zip(works, scores, strict=True)] for kernel in fitting}
+    kernel = fastest_top_k(name, steps, partial(_selection_differs, works[0]), works[0].device)
+    return Prepared(tuple(steps[kernel]), kernel)
+
+
+def fastest_top_k(
+    name: str, steps: Mapping[str, Sequence[Callable[[], Tensor]]], differs: Callable[[Tensor], str | None], device: torch.device
+) -> str:
+    """Of kernels for DSA's sizes, or else of those that take a row a block, the fastest whose result agrees.
+
+    Args:
+        name: of the peer, for the message.
+        steps: kernel -> its steps, one for each copy.
+        differs: ``differs(columns)``: why the first step's result is wrong, or None.
+        device: where they run.
+
+    Raises:
+        ThresherError: none agrees.
+    """
+    slow = (vllm.DECODE, vllm.PREFILL)
     wrong = []
-    for group in (best, [kernel for kernel in fitting if kernel not in best]):
-        ways: dict[str, Sequence[Step]] = {}
-        for kernel in group:
-            steps = [_vllm_step(kernel, work, each) for work, each in zip(works, scores, strict=True)]
-            why = _selection_differs(works[0], steps[0]())
-            if why is None:
-                ways[kernel] = steps
-            else:
-                wrong.append(f"{kernel}: {why}")
+    for group in ([kernel for kernel in steps if kernel not in slow], [kernel for kernel in steps if kernel in slow]):
+        whys = {kernel: differs(steps[kernel][0]()) for kernel in group}
+        wrong += [f"{kernel}: {why}" for kernel, why in whys.items() if why is not None]
+        ways = {kernel: steps[kernel] for kernel, why in whys.items() if why is None}
         if ways:
-            kernel = _fastest(ways, device)
-            return Prepared(tuple(ways[kernel]), kernel)
+            return _fastest(ways, device)
     _agree(name, "; ".join(wrong))
     raise AssertionError("some kernel always fits")
 
@@ -178,7 +180,7 @@ def _vllm_step(kernel: str, work: Work, scores: _Scores) -> Callable[[], Tensor]
     return lambda: vllm.top_k(kernel, scores.run(), scores.lengths, buffers, scores.longest)
 
 
-def _fastest(ways: dict[str, Sequence[Step]], device: torch.device) -> str:
+def _fastest(ways: Mapping[str, Sequence[Step]], device: torch.device) -> str:
     if len(ways) == 1:
         return next(iter(ways))
     times = interleave(ways, device, CHOICE_REPEATS, "graph" if device.type == "cuda" else "clock")
@@ -196,14 +198,18 @@ def _our_scores(work: Work, rows: Tensor) -> Tensor:
 
 
 def _selection_differs(work: Work, picked: Tensor) -> str | None:
-    """Why a selection in any order is not the top-k of our scores, or None. A token counts as ours when its score is that of the k-th, give
-    or take ``PEER_SLACK``: then another package's rounding or order of ties may prefer it."""
+    """Why a selection in any order is not the top-k of our scores, or None, in some rows."""
     rows = sample_rows(work.case.rows)
-    scores = _our_scores(work, rows).cpu()
-    for row, columns, mine in zip(rows.tolist(), picked[rows.to(picked.device)].tolist(), scores, strict=True):
+    return topk_differs(picked[rows.to(picked.device)].tolist(), _our_scores(work, rows).cpu(), work.case.topk)
+
+
+def topk_differs(picked: Sequence[Sequence[int]], scores: Tensor, topk: int) -> str | None:
+    """Why sets are not the top-k of their rows of ``scores [rows, N]``, or None. A token belongs to it when its score is that of the k-th,
+    give or take ``PEER_SLACK``: then another package's rounding or order of ties may prefer it."""
+    for row, (columns, mine) in enumerate(zip(picked, scores, strict=True)):
         kept = [column for column in columns if column >= 0]
         candidates = int((mine != -torch.inf).sum())
-        want = min(work.case.topk, candidates)
+        want = min(topk, candidates)
         if len(set(kept)) != len(kept) or len(kept) != want or (kept and max(kept) >= len(mine)):
             return f"row {row}: {len(set(kept))} distinct tokens of {len(kept)}, not {want} below {len(mine)}"
         kth = mine.topk(want).values[-1] if want else 0.0
@@ -225,7 +231,7 @@ def _attention_differs(work: Work, step: Step) -> str | None:
     part = flash_mla.to_part(out, lse)
     rows = sample_rows(work.case.rows)
     here = rows.to(out.device)
-    return attention_agrees(work, PartialAttention(part.out[here].cpu(), part.lse[here].cpu()), rows, work.attend.slots[here])
+    return attention_agrees(work.attend, PartialAttention(part.out[here].cpu(), part.lse[here].cpu()), rows, work.attend.slots[here])
 
 
 def _agree(name: str, why: str | None) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from thresher.bench import peer_steps
+from thresher.bench import peer_steps, rank_peers
 from thresher.bench.cases import Case
-from thresher.bench.peer_steps import Prepared
-from thresher.bench.work import Work
+from thresher.bench.rank_steps import our_steps
+from thresher.bench.record import module_versions
+from thresher.bench.timing import Prepared
 from thresher.errors import ThresherError, require
 from thresher.ops.dispatch import VLLM_OPS, absent, reason
 
-Prepare = Callable[[Sequence[Work]], Prepared]
+Prepare = Callable[..., Prepared]  # of every copy's ``Work``, or ``RankWork`` where it needs ranks
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _DEEP_GEMM = {"deep_gemm": "sgl-deep-gemm==0.1.4"}
 _VLLM = {"vllm": f"vllm, or name its object file in {VLLM_OPS}"}
 _FLASH_MLA = {"flash_mla": "tokenspeed-flashmla==1.0.0.post20260615"}
 _FLASHINFER = {"flashinfer": "flashinfer-python==0.6.12"}
-_ALL = {**_DEEP_GEMM, **_VLLM, **_FLASH_MLA, **_FLASHINFER}
+_LAYER = {**_DEEP_GEMM, **_VLLM, **_FLASH_MLA}
 
 # module -> an operation that it implements (ops/dispatch.py), to ask there whether it can run.
 _IMPLEMENTS = {
@@ -83,24 +83,41 @@ PEERS: Mapping[str, Peer] = MappingProxyType(
             prepare=peer_steps.flash_mla_steps,
             fits=peer_steps.flash_mla_fits,
         ),
-        "public_replicated": Peer("a layer from public parts, keys on every rank", _ALL, ("layer",), ranks=2),
-        "public_exact": Peer("a layer from public parts, exact merge over ranks", _ALL, ("layer",), ranks=2),
-        "replicated": Peer("our own layer, keys on every rank", {}, ("layer",), ranks=2),
-        "exact": Peer("our own layer, exact merge over ranks", {}, ("layer",), ranks=2),
+        "public_replicated": Peer(
+            "a layer from public parts, keys on every rank",
+            _LAYER,
+            ("layer",),
+            ranks=2,
+            prepare=rank_peers.public_replicated_steps,
+            fits=rank_peers.public_replicated_fits,
+        ),
+        "public_exact": Peer(
+            "a layer from public parts, exact merge over ranks",
+            _LAYER,
+            ("layer",),
+            ranks=2,
+            prepare=rank_peers.public_exact_steps,
+            fits=rank_peers.public_exact_fits,
+        ),
+        "replicated": Peer("our own layer, keys on every rank", {}, ("layer",), ranks=2, prepare=our_steps),
+        "exact": Peer("our own layer, exact merge over ranks", {}, ("layer",), ranks=2, prepare=our_steps),
+        "idsa": Peer("our own layer, each rank's best", {}, ("layer",), ranks=2, prepare=our_steps),
     }
 )
 
 
-def peer_reason(name: str, device: torch.device, peers: Mapping[str, Peer] = PEERS) -> str | None:
-    """Why a peer cannot be timed here, in one line, or None. What depends on the case is left to ``find_peer``."""
+def peer_reason(name: str, device: torch.device, peers: Mapping[str, Peer] = PEERS, ranks: int = 1) -> str | None:
+    """Why a peer cannot be timed here by so many ranks, in one line, or None. What depends on the case is left to ``find_peer``."""
     peer = peers[name]
     missing = [f"{module} (pip install {how})" for module, how in peer.modules.items() if absent(module) is not None]
     if missing:
         return f"not installed: {', '.join(missing)}"
     if peer.modules and device.type != "cuda":
         return "it needs a CUDA device"
-    if peer.ranks > 1:
-        return f"it needs at least {peer.ranks} ranks, and this command runs one"
+    if peer.ranks > ranks:
+        return f"it needs at least {peer.ranks} ranks: torchrun, and a case such as layer-1x1m-h64-r{peer.ranks}"
+    if ranks > 1 and peer.ranks == 1:
+        return f"it runs on one device, not on {ranks}"
     if peer.prepare is None:
         return "this package has no call for it"
     whys = (reason(_IMPLEMENTS[module], module, device) for module in peer.modules if module in _IMPLEMENTS)
@@ -116,7 +133,7 @@ def find_peer(name: str, case: Case, op: str, device: torch.device, peers: Mappi
     require(name in peers, f"a peer must be one of {', '.join(peers)}", repr(name), "check the spelling")
     peer = peers[name]
     require(op in peer.ops, f"{name} is timed on {', '.join(peer.ops)}", op, "choose the op with --op, or another peer")
-    why = peer_reason(name, device, peers)
+    why = peer_reason(name, device, peers, case.ranks)
     if why is not None or peer.prepare is None:
         raise ThresherError(f"peer {name} must be able to run; got: {why}; leave out --peer or install it")
     why = peer.fits(case, op)
@@ -125,24 +142,14 @@ def find_peer(name: str, case: Case, op: str, device: torch.device, peers: Mappi
     return peer.prepare
 
 
-def versions(name: str | None, peers: Mapping[str, Peer] = PEERS) -> dict[str, str]:
-    """Installed distribution -> version, of what a peer imports; an object file in place of a package goes by its checksum."""
+def versions(name: str | None, peers: Mapping[str, Peer] = PEERS, kernel: str | None = None) -> dict[str, str]:
+    """Installed distribution -> version, of what a peer imports, and of FlashInfer where its kernel was taken; an object file in place of a
+    package goes by its checksum."""
     found: dict[str, str] = {}
-    for module in () if name is None else peers[name].modules:
+    for module in (*(() if name is None else peers[name].modules), *(("flashinfer",) if kernel and "flashinfer" in kernel else ())):
         path = os.environ.get(VLLM_OPS) if module == "vllm" else None
         if path:
             found["vllm object"] = "sha256:" + hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         else:
             found.update(module_versions(module))
-    return found
-
-
-def module_versions(module: str) -> dict[str, str]:
-    """Distribution -> version of whatever provides an importable module; the names often differ."""
-    found = {}
-    for dist in packages_distributions().get(module, []):
-        try:
-            found[dist] = version(dist)
-        except PackageNotFoundError:
-            continue
     return found

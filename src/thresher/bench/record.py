@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from thresher.errors import ThresherError, require
+from thresher.eval.source import source_state
 
 RESULTS = Path("benchmarks/results")
 QUANTILES = {"p20", "p50", "p80"}
-# Settings that do not make it another figure. All but these and "timing" are the selector's options.
+# Settings that do not make it another figure. All but these, "timing" and those over ranks are the selector's options.
 HOW = ("copies", "steps", "repeats", "peer_kernel", "ceilings")
+OVER_RANKS = ("way", "others", "cache_bytes", "exchange", "m")
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,14 @@ class Record:
     Attributes:
         case, op, selector, settings, inputs, seed, impl: what ran; settings are the selector's options, how it was timed, and
             ``peer_kernel``, which kernel a peer with several took, and ``ceilings``, what the card did in that process in bytes and FLOPs a
-            second.
+            second. Of a case over ranks also the ``way`` that the times are of, ``others``: the times of every further way in the run,
+            ``cache_bytes``: what a rank holds of index keys and latents in each way, ``exchange``: what carried ours, ``m``: tokens that
+            IDSA keeps on a rank, and ``peer_kernel`` by way.
         peer: what ran beside it, or None.
         time_us, peer_time_us: quantiles p20, p50, p80 of one run.
         ratio: peer / ours, of the p50: over 1 is faster than the peer.
         useful_flops, useful_bytes: what the definition asks for, each byte once.
-        floor_us: the longer of both at these ceilings; None on a CPU.
+        floor_us: the longer of both at these ceilings, shared out over the ranks; None on a CPU.
         peak_bytes: most device memory allocated during a run beyond its inputs; None on a CPU.
         rows_redone: rows that a fused kernel had to select again in one run over the first copy, of as many as the case has; None where no
             kernel that does so ran.
@@ -75,7 +83,18 @@ class Record:
     @property
     def options(self) -> dict[str, Any]:
         """The selector's options, of the settings."""
-        return {name: value for name, value in self.settings.items() if name not in (*HOW, "timing")}
+        return {name: value for name, value in self.settings.items() if name not in (*HOW, *OVER_RANKS, "timing")}
+
+    @property
+    def beside(self) -> dict[str, dict[str, float]]:
+        """Name -> times of what was timed beside: the peer, and over ranks all other ways."""
+        peer = {self.peer: self.peer_time_us} if self.peer is not None and self.peer_time_us is not None else {}
+        return {**peer, **self.settings.get("others", {})}
+
+    @property
+    def ways(self) -> dict[str, float]:
+        """Way -> its median, of a case over ranks: the record's own first."""
+        return {way: times["p50"] for way, times in {self.settings["way"]: self.time_us, **self.beside}.items()}
 
 
 def ratio_of(time_us: dict[str, float], peer_time_us: dict[str, float] | None) -> float | None:
@@ -123,6 +142,30 @@ def read(path: Path) -> list[Record]:
         except ThresherError as error:
             raise ThresherError(f"{where}: {error}") from None
     return records
+
+
+def ran_on(device: torch.device) -> dict[str, Any]:
+    """The fields that say what ran where and when, but for peers' versions."""
+    commit, dirty = source_state()
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}",
+        "torch": torch.__version__,
+        "triton": next(iter(module_versions("triton").values()), None),
+        "commit": commit,
+        "dirty": dirty,
+        "date": today(),
+    }
+
+
+def module_versions(module: str) -> dict[str, str]:
+    """Distribution -> version of whatever provides an importable module; the names often differ."""
+    found = {}
+    for dist in packages_distributions().get(module, []):
+        try:
+            found[dist] = version(dist)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def results_path(gpu: str, date: str) -> Path:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from thresher.bench.cases import CASES, Case, parse_case
 from thresher.bench.check import check_work
 from thresher.bench.floor import floor_us, measure_ceilings, useful_work
 from thresher.bench.inputs import CRUEL, INPUTS
-from thresher.bench.peers import PEERS, Peer, find_peer, module_versions, peer_reason, versions
-from thresher.bench.record import Record, append, ratio_of, results_path, today
+from thresher.bench.once import peak_bytes, rows_redone
+from thresher.bench.peers import PEERS, Peer, find_peer, peer_reason, versions
+from thresher.bench.rank_run import check_ways, measure
+from thresher.bench.ranks import together
+from thresher.bench.record import Record, append, ran_on, ratio_of, results_path
 from thresher.bench.timing import Step, in_turns, interleave, make_copies, num_copies
 from thresher.bench.work import SHARING, Work, check_inputs, check_op, default_op, make_work, resolved
-from thresher.errors import ThresherError
-from thresher.eval.source import source_state
+from thresher.distributed.collectives import Alone, Collectives
+from thresher.distributed.group import agree
+from thresher.errors import ThresherError, require
 from thresher.ops.dispatch import AUTO, check_impl
-from thresher.ops.score_select.marks import keeping_marks
 from thresher.selectors.base import Selector
 from thresher.selectors.parse import parse
 
@@ -35,6 +38,7 @@ class Settings:
         selector: text, for the ops that select.
         op: None for the whole job of each case.
         peer: None to time ours alone.
+        way, others: of cases over ranks: how ours decodes (None for idsa), and what is timed besides the peer.
         timing: "graph" or "events"; None for graphs.
         out: a file to append to; None for the results folder on a GPU, and for nothing on a CPU.
         recorded: the file of recorded inputs.
@@ -45,6 +49,8 @@ class Settings:
     inputs: tuple[str, ...] = ("normal",)
     op: str | None = None
     peer: str | None = None
+    way: str | None = None
+    others: tuple[str, ...] = ()
     impl: str = AUTO
     device: str = "cuda"
     seed: int = 0
@@ -54,8 +60,10 @@ class Settings:
     recorded: Path | None = None
 
 
-def run_bench(settings: Settings, write: Callable[[str], None], peers: Mapping[str, Peer] = PEERS) -> list[Record]:
-    """Check and time every case under every input; each record is written as soon as it is there.
+def run_bench(
+    settings: Settings, write: Callable[[str], None], peers: Mapping[str, Peer] = PEERS, ranks: Collectives | None = None
+) -> list[Record]:
+    """Check and time every case under every input; each record is written as soon as it is there, by rank 0 where there are ``ranks``.
 
     Raises:
         ThresherError: an option that does not fit (before anything runs), or a check that fails (no time is taken then).
@@ -64,33 +72,41 @@ def run_bench(settings: Settings, write: Callable[[str], None], peers: Mapping[s
     cases = [parse_case(name) for name in settings.cases]
     names = [name for asked in settings.inputs for name in (CRUEL if asked == "cruel" else (asked,))]
     check_impl(settings.impl)
+    everyone: Collectives = Alone()
+    if ranks is not None:
+        everyone = ranks
+        agree(ranks, {"settings": settings}, settings.device)
     for case in cases:
         op = settings.op or default_op(case)
         check_op(case, op)
         for name in names:
             check_inputs(case, name)
-        if settings.peer is not None:
-            find_peer(settings.peer, case, op, device, peers)
-        _selector(settings, case, op)
+        for way in check_ways(settings, case, everyone.ranks):
+            find_peer(way, case, op, device, peers)
+        selector = _selector(settings, case, op)
+        bounded = case.ranks == 1 or (selector is not None and selector.topk is not None)
+        require(bounded, "a selector over ranks must have a topk", settings.selector, "choose another")
     records = []
     for case in cases:
         for name in names:
-            record = _measure(settings, case, name, device, peers)
-            path = settings.out or (results_path(record.gpu, record.date) if device.type == "cuda" else None)
-            if path is not None:
-                append(path, record)
-            write(line_of(record))
+            if ranks is None:
+                record = _measure(settings, case, name, device, peers)
+            else:
+                record = measure(settings, case, name, parse(settings.selector, defaults={"topk": case.topk}), device, ranks, peers)
+            together(everyone, device, partial(_keep, settings, record, everyone.rank))
+            if everyone.rank == 0:
+                write(line_of(record))
             records.append(record)
     return records
 
 
 def line_of(record: Record) -> str:
     """One line for the terminal."""
-    text = f"{record.case} {record.op} {record.selector or ''} {record.inputs} {record.impl}: {record.time_us['p50']:.1f} us".replace(
-        "  ", " "
-    )
-    if record.peer_time_us is not None:
-        text += f", {record.peer} {record.peer_time_us['p50']:.1f} us, ratio {record.ratio:.2f}"
+    what = " ".join(word for word in (record.case, record.op, record.selector, record.inputs, record.impl) if word)
+    text = f"{what}: {record.settings['way']} " if record.ranks > 1 else f"{what}: "
+    text += f"{record.time_us['p50']:.1f} us"
+    for name, times in record.beside.items():
+        text += f", {name} {times['p50']:.1f} us, ratio {ratio_of(record.time_us, times):.2f}"
     text += f", floor {record.floor_us:.1f} us" if record.floor_us is not None else ""
     return text + (f", {record.rows_redone} rows redone" if record.rows_redone is not None else "")
 
@@ -98,11 +114,20 @@ def line_of(record: Record) -> str:
 def listing(device: torch.device) -> str:
     """Named cases, inputs and peers, with what keeps a peer from running."""
     lines = ["cases:", *(f"  {name}" for name in CASES), "inputs:", *(f"  {name}" for name in INPUTS), "peers:"]
-    return "\n".join([*lines, *(f"  {name}: {peer.what}; {peer_reason(name, device) or 'ok'}" for name, peer in PEERS.items())])
+    for name, peer in PEERS.items():
+        where = ", under torchrun" if peer.ranks > 1 else ""
+        lines.append(f"  {name}: {peer.what}{where}; {peer_reason(name, device, ranks=peer.ranks) or 'ok'}")
+    return "\n".join(lines)
 
 
 def _selector(settings: Settings, case: Case, op: str) -> Selector | None:
     return parse(settings.selector, defaults={"topk": case.topk}) if op == "select" or case.kind == "layer" else None
+
+
+def _keep(settings: Settings, record: Record, rank: int) -> None:
+    path = settings.out or (results_path(record.gpu, record.date) if settings.device == "cuda" else None)
+    if rank == 0 and path is not None:
+        append(path, record)
 
 
 def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, peers: Mapping[str, Peer]) -> Record:
@@ -122,7 +147,7 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
     why = check_work(first)
     if why is not None:
         raise ThresherError(f"{case.name} under {inputs} inputs must agree with the reference; got: {why}; no time is taken on a red check")
-    peak = _peak_bytes(first, device)
+    peak = peak_bytes(first.run, device)
     beside = first if case.kind == "layer" and op in SHARING else None
     copies = make_copies(first, lambda copy: make(copy, beside), num_copies(moved, device), device)
     kernel: dict[str, str] = {}
@@ -136,11 +161,9 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
     how = {"copies": len(copies), "steps": len(ways["ours"])}
     times = {name: asdict(taken) for name, taken in interleave(ways, device, settings.repeats, timing).items()}
     theirs = times[settings.peer] if settings.peer is not None else None
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
     options: dict[str, Any] = asdict(selector) if selector is not None else {}
     ceilings = measure_ceilings(device)
     measured = {} if ceilings is None else {"ceilings": asdict(ceilings)}
-    commit, dirty = source_state()
     return Record(
         case=case.name,
         op=op,
@@ -157,32 +180,8 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
         useful_bytes=moved,
         floor_us=floor_us(ceilings, op, flops, moved),
         peak_bytes=peak,
-        rows_redone=_rows_redone(first),
+        rows_redone=None if selector is None else rows_redone(first.run),
         ranks=1,
-        gpu=gpu,
-        torch=torch.__version__,
-        triton=next(iter(module_versions("triton").values()), None),
         peer_versions=versions(settings.peer, peers),
-        commit=commit,
-        dirty=dirty,
-        date=today(),
+        **ran_on(device),
     )
-
-
-def _peak_bytes(work: Work, device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work.run()
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device) - before)
-
-
-def _rows_redone(work: Work) -> int | None:
-    """Of one run more, outside the time; None where nothing is selected, or not by kernels that do rows again."""
-    if work.selector is None:
-        return None
-    with keeping_marks() as marks:
-        work.run()
-    return sum(int(mark.sum()) for mark in marks) if marks else None

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thresher.bench.cases import parse_case
-from thresher.bench.record import HOW, Record, read
+from thresher.bench.ranks import PLACED
+from thresher.bench.record import HOW, OVER_RANKS, Record, read
 from thresher.errors import require
 
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
@@ -23,15 +24,26 @@ def load(folder: Path) -> list[Record]:
 
 
 def table(records: Sequence[Record]) -> str:
-    """A Markdown table: the newest record of everything that was timed, medians. A record of an uncommitted tree is marked with *.
+    """Markdown: the newest record of everything that was timed, medians. A record of an uncommitted tree is marked with *.
 
     What is the same in every row stands in a line above it. Parts of a layer's step are left to the picture that stacks them (``parts``).
+    Cases over ranks, where there are any, have a table of their own with all ways beside one another.
     """
     newest = {_key(record): record for record in records if record.op == "layer" or parse_case(record.case).kind != "layer"}
-    rows = [_cells(record) for _, record in sorted(newest.items(), key=lambda item: (_place(item[1]), item[0]))]
-    same = [at for at, name in enumerate(COLUMNS) if name in SHARED and len({row[at] for row in rows}) == 1]
-    said = ", ".join(f"{COLUMNS[at]} {rows[0][at]}" for at in same if rows[0][at] != "-")
-    lines = [[cell for at, cell in enumerate(row) if at not in same] for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
+    ordered = [record for _, record in sorted(newest.items(), key=lambda item: (_place(item[1]), item[0]))]
+    alone, over = ([record for record in ordered if (record.ranks > 1) == ranks] for ranks in (False, True))
+    tables = [_table(COLUMNS, [_cells(record) for record in alone])] if alone or not over else []
+    if over:
+        ways = [way for way in PLACED if any(way in record.ways for record in over)]
+        columns = (*SHARED[:2], *(f"{way} us" for way in ways), "best other / ours", "MB held", *SHARED[2:])
+        tables.append(_table(("case", *columns), [_cells_over_ranks(record, ways) for record in over]))
+    return "\n".join(tables)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    same = [at for at, name in enumerate(columns) if name in SHARED and len({row[at] for row in rows}) == 1]
+    said = ", ".join(f"{columns[at]} {rows[0][at]}" for at in same if rows[0][at] != "-")
+    lines = [[cell for at, cell in enumerate(row) if at not in same] for row in (columns, ("---",) * len(columns), *rows)]
     return (f"In every row: {said}.\n\n" if said else "") + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -55,9 +67,10 @@ def _place(record: Record) -> tuple[str, str, str, int, int, int]:
 
 
 def _key(record: Record) -> tuple[str, ...]:
-    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in HOW)
+    options = sorted((name, str(value)) for name, value in record.settings.items() if name not in (*HOW, *OVER_RANKS))
     ours = (record.gpu, record.op, record.case, record.selector or "", str(options), record.inputs, record.impl)
-    return (*ours, record.peer or "", str(record.ranks))
+    over = (record.settings["way"], *record.settings["others"]) if record.ranks > 1 else ()
+    return (*ours, record.peer or "", str(record.ranks), *over)
 
 
 def _cells(record: Record) -> tuple[str, ...]:
@@ -68,6 +81,16 @@ def _cells(record: Record) -> tuple[str, ...]:
     floor = "-" if record.floor_us is None else _us(record.floor_us)
     ours = (record.case, record.op, record.selector or "-", record.inputs, record.impl, _us(record.time_us["p50"]) + star)
     return (*ours, *theirs, floor, record.gpu, record.date, (record.commit or "-")[:8])
+
+
+def _cells_over_ranks(record: Record, ways: Sequence[str]) -> tuple[str, ...]:
+    times, way, star = record.ways, record.settings["way"], "*" if record.dirty else ""
+    cells = [_us(times[name]) + (star if name == way else "") if name in times else "-" for name in ways]
+    best = min((time for name, time in times.items() if name != way), default=None)
+    ratio = "-" if best is None else f"{best / times[way]:.2f}"
+    held = f"{record.settings['cache_bytes'][way] / 1e6:.1f}"
+    what, where = (record.case, record.selector or "-", record.inputs), (record.impl, record.gpu, record.date, (record.commit or "-")[:8])
+    return (*what, *cells, ratio, held, *where)
 
 
 def _us(time: float) -> str:

@@ -9,13 +9,23 @@ from typing import TypeVar
 
 import torch
 
+from thresher.distributed.collectives import Collectives
 from thresher.errors import ThresherError, require
 
 Step = Callable[[], object]
 Copy = TypeVar("Copy")
 MANY = 16  # steps of decoding in a graph, at least
 WARM_UPS = 3
+AHEAD = 2**28  # bytes that a GPU clears, in about 80 us, while its host gets ahead of it
 TIMINGS = ("graph", "events", "clock")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``steps``: one for each copy of the inputs. ``kernel``: which of several kernels they call, where there was a choice."""
+
+    steps: tuple[Step, ...]
+    kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ def held_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def in_turns(steps: Sequence[Step]) -> list[Step]:
+def in_turns(steps: Sequence[Copy]) -> list[Copy]:
     """The steps, one for every copy of the input, as often one after the other as makes ``MANY`` of them.
 
     A step of decoding is one of many launches in a model's graph. What a graph takes to begin, 8 us on an H200, is no part of it, and stood
@@ -95,19 +105,55 @@ def interleave(ways: Mapping[str, Sequence[Step]], device: torch.device, repeats
     Raises:
         ThresherError: a timing that does not fit the device, or a step that cannot be recorded in a CUDA graph.
     """
+    return {name: Quantiles.of(taken) for name, taken in _samples(ways, device, repeats, timing, lambda: None).items()}
+
+
+def interleave_ranks(
+    ways: Mapping[str, Sequence[Step]], device: torch.device, repeats: int, timing: str, group: Collectives
+) -> dict[str, Quantiles]:
+    """``interleave`` of steps that ranks take together: a sample is the time of the slowest.
+
+    Ranks meet before each sample, and GPUs are then kept busy for as long as hosts need to launch it, so that none waits in its time for
+    one that has not begun.
+
+    Args:
+        ways, device, repeats, timing: as for ``interleave``, with the same ways of as many steps on every rank.
+        group: the ranks, as a process group: what meets between replays must have no part in the turns of the recorded exchanges.
+    """
+    here = torch.zeros(1, device=device)
+    ahead = torch.empty(AHEAD, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+    def meet() -> None:
+        group.gather(here)
+        if ahead is not None:
+            ahead.zero_()
+
+    mine = _samples(ways, device, repeats, timing, meet)
+    every = group.gather(torch.tensor(list(mine.values()), dtype=torch.float64, device=device))
+    return {name: Quantiles.of(taken) for name, taken in zip(mine, every.amax(0).tolist(), strict=True)}
+
+
+def _samples(
+    ways: Mapping[str, Sequence[Step]], device: torch.device, repeats: int, timing: str, meet: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Microseconds of a step, for every way and sample; ``meet`` comes before each and is not timed."""
     require(repeats >= 1, "repeats must be at least 1", repeats, "20 or more give steady figures")
     on_gpu = device.type == "cuda"
     fitting = TIMINGS[:2] if on_gpu else TIMINGS[2:]
     require(timing in fitting, f"timing on {device.type} must be one of {', '.join(fitting)}", repr(timing), "decode cases use graph")
-    runs = {name: _graph(name, steps) if timing == "graph" else _sequence(steps) for name, steps in ways.items()}
+    runs: dict[str, Step] = {}
+    for name, steps in ways.items():
+        meet()  # what ran before is over everywhere, whatever it is that gets recorded
+        runs[name] = _graph(name, steps) if timing == "graph" else _sequence(steps)
     sample = _event_us if on_gpu else _clock_us
     samples: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(WARM_UPS + repeats):
         for name, run in runs.items():
+            meet()
             took = sample(run) / len(ways[name])
             if turn >= WARM_UPS:
                 samples[name].append(took)
-    return {name: Quantiles.of(taken) for name, taken in samples.items()}
+    return samples
 
 
 def _sequence(steps: Sequence[Step]) -> Step:

@@ -18,12 +18,10 @@ from thresher.errors import require
 from thresher.ops import (
     index_score,
     paged_index_score,
-    quantize_queries,
     select_topk,
     sparse_attend_mla,
     sparse_attend_mla_fp8,
-    store_index_keys,
-    store_latents,
+    store_step,
     to_slots,
 )
 from thresher.ops.dispatch import AUTO, TABLE, preferred, using
@@ -159,7 +157,7 @@ def _shared(work: Work) -> tuple[Inputs, AttendInputs]:
 
 def check_op(case: Case, op: str) -> None:
     """Raise ``ThresherError`` unless ``op`` is timed on this kind of case."""
-    fitting = [name for name, kinds in OPS.items() if case.kind in kinds]
+    fitting = [name for name, kinds in OPS.items() if case.kind in kinds and (case.ranks == 1 or name == "layer")]
     require(op in fitting, f"the op of a {case.kind} case must be one of {', '.join(fitting)}", repr(op), "choose another op or case")
 
 
@@ -184,7 +182,11 @@ def resolved(work: Work) -> str:
         q, cache, slots = work.attend.q, work.attend.latents, work.attend.slots
         kernel = kernel_over_fp8(q, cache, slots, AUTO, q.device)
         return "reference" if kernel is None else kernel.__module__.rpartition(".")[2]
-    device = work.device
+    return all_preferred(work.device)
+
+
+def all_preferred(device: torch.device) -> str:
+    """What "auto" stands for in a whole step, but for the attention."""
     return "+".join(sorted({preferred(operation, device) for operation in TABLE if operation != "sparse_attend_mla_fp8"}))
 
 
@@ -195,12 +197,17 @@ def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
 
 def store_tokens(tokens: NewTokens, index: Inputs, attend: AttendInputs) -> IndexQuery:
     """Quantises a layer's new tokens: key and latent into the caches, and the index query, which it returns."""
-    positions, requests = index.query.positions, index.query.requests
+    return IndexQuery(*store_step(*store_arguments(tokens, index, attend)), index.query.positions, index.query.requests)
+
+
+def store_arguments(tokens: NewTokens, index: Inputs, attend: AttendInputs) -> tuple[Any, ...]:
+    """Those of ``ops.store_step``."""
     dim = tokens.key.shape[1]
-    store_index_keys(index.keys.pages, tokens.slots, tokens.key, positions, THETA, dim // 2, STYLE)
-    store_latents(attend.latents, tokens.slots, tokens.latent, tokens.rope, positions, THETA)
     factor = (tokens.q.shape[1] * dim) ** -0.5
-    return IndexQuery(*quantize_queries(tokens.q, tokens.weights, positions, THETA, dim // 2, STYLE, factor), positions, requests)
+    return (
+        index.keys.pages, attend.latents, tokens.slots, tokens.key, tokens.latent, tokens.rope, tokens.q, tokens.weights,
+        index.query.positions, THETA, dim // 2, STYLE, factor,
+    )  # fmt: skip
 
 
 def _store(work: Work) -> IndexQuery:
