@@ -1,0 +1,176 @@
+"""A paged decoder of DSA models, for several requests: exact, and meant to be measured. Serving is an engine's job.
+
+Every token attends to what a selector picks for it, in prefill as in decoding; ``Dense`` picks all. A layer without an indexer of its own
+asks with the query and the keys of the layer that selects for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from thresher.cache.pages import PageTable
+from thresher.cache.scratch import Scratch
+from thresher.cache.state import LayerState
+from thresher.errors import require
+from thresher.models.dsa_cache import PAGE_SIZE, PRECISIONS, DsaCache
+from thresher.models.dsa_layers import DsaInput, DsaModel
+from thresher.ops import to_slots
+from thresher.selectors import LayerPlan, Selector
+from thresher.types import AttentionInputs, IndexQuery, Selection
+
+CHUNK = 1024
+"""Tokens that go through the model at once."""
+
+
+class DsaDecoder:
+    """Requests and their caches.
+
+    Args:
+        model: the weights.
+        capacity: tokens that each request may reach.
+        num_requests: how many there may be.
+        precision: ``"fp8"``, the caches and the indexer as they are served; ``"fp32"``, nothing quantised.
+
+    Raises:
+        ThresherError: a capacity past the model's positions, no request, or an unknown precision.
+    """
+
+    def __init__(self, model: DsaModel, capacity: int, num_requests: int = 1, precision: str = "fp8") -> None:
+        config = model.config
+        longest = config.max_position_embeddings
+        require(1 <= capacity <= longest, f"capacity must lie in 1..{longest}, the model's positions", capacity, "pass the longest text")
+        require(precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}", repr(precision), "name one")
+        require(num_requests >= 1, "num_requests must be at least 1", num_requests, "pass the number of texts")
+        self.model, self.capacity = model, capacity
+        self.table = PageTable(num_requests, num_requests * -(-capacity // PAGE_SIZE), PAGE_SIZE, model.device)
+        make = PRECISIONS[precision]
+        sources = config.index_layers
+        self.caches: list[DsaCache] = [make(config, self.table, source == layer) for layer, source in enumerate(sources)]
+        selections: dict[int, Selection] = {}
+        scratch = Scratch()
+        self.states = [LayerState(layer, selections, scratch) for layer in range(len(sources))]
+
+    @property
+    def selections(self) -> dict[int, Selection]:
+        """Layer -> what was selected for the tokens that last went through the model together."""
+        return self.states[0].selections
+
+    def length(self, request: int = 0) -> int:
+        """Tokens held for ``request``."""
+        return self.table.length(request)
+
+    def prefill(self, ids: Tensor, plan: LayerPlan | Selector | None = None, request: int = 0) -> Tensor:
+        """Run a whole context and fill the caches.
+
+        Args:
+            ids: int64 ``[T]``, the request's first tokens.
+            plan: as for ``run``.
+            request: which one; it must be empty.
+
+        Returns:
+            fp32 ``[vocab]``: logits after the last token.
+
+        Raises:
+            ThresherError: the request has tokens already, or what ``run`` raises.
+        """
+        held = self.length(request)
+        require(held == 0, "prefill starts a request", f"{held} tokens held", f"call rollback(0, request={request}) first")
+        return self.model.logits(self.run(ids, plan, torch.full_like(ids, request))[-1])
+
+    def step(self, ids: Tensor, plan: LayerPlan | Selector | None = None, requests: Tensor | None = None) -> Tensor:
+        """``run``, with logits: one token of each of several requests, or several of one. fp32 ``[T, vocab]``."""
+        return self.model.logits(self.run(ids, plan, requests))
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, plan: LayerPlan | Selector | None = None, requests: Tensor | None = None) -> Tensor:
+        """Run T further tokens, each attending to what ``plan`` picks for it. A failure leaves nothing behind.
+
+        Args:
+            ids: int64 ``[T]``; those of one request in the order of its text.
+            plan: a selector a layer; or one selector, which a layer without an indexer does not run but shares (``DsaConfig.plan``); or
+                None, the model's own.
+            requests: int64 ``[T]``, the request of each token; all of request 0 if None.
+
+        Returns:
+            ``[T, hidden]``, after the final norm.
+
+        Raises:
+            ThresherError: no token, one past the vocabulary, a text past the capacity, or a plan for another number of layers.
+        """
+        config = self.model.config
+        requests = torch.zeros_like(ids) if requests is None else requests
+        right = ids.dtype == requests.dtype == torch.int64 and ids.dim() == 1 and ids.shape == requests.shape
+        got = f"{ids.dtype} {tuple(ids.shape)} and {requests.dtype} {tuple(requests.shape)}"
+        require(right, "ids and requests must be int64 [T]", got, "pass a request per token")
+        require(len(ids) > 0, "there must be a token to run", 0, "pass a text")
+        low, high = (int(x) for x in ids.aminmax())
+        require(low >= 0 and high < config.vocab_size, f"ids must lie in [0, {config.vocab_size})", f"{low}..{high}", "use its tokenizer")
+        plan = plan if isinstance(plan, LayerPlan) else config.plan(plan)
+        require(len(plan) == len(self.states), f"the plan must name {len(self.states)} layers", len(plan), "use LayerPlan.uniform")
+        low, high = (int(x) for x in requests.aminmax())
+        count = self.table.num_requests
+        require(low >= 0 and high < count, f"requests must lie in [0, {count})", f"{low}..{high}", "make the decoder for more")
+        before = {request: self.length(request) for request in requests.unique().tolist()}
+        try:
+            parts = zip(ids.split(CHUNK), requests.split(CHUNK), strict=True)
+            return torch.cat([self._run(some, of, plan) for some, of in parts])
+        except BaseException:
+            for request, length in before.items():
+                self.rollback(min(length, self.length(request)), request)
+            raise
+
+    def generate(self, ids: Tensor, max_tokens: int, plan: LayerPlan | Selector | None = None, request: int = 0) -> Iterator[int]:
+        """Run ``ids [T]`` and then decode greedily.
+
+        Yields token ids until one that ends the text or ``max_tokens`` of them.
+        """
+        logits = self.step(ids, plan, torch.full_like(ids, request))[-1]
+        for count in range(max_tokens):
+            token = int(logits.argmax())
+            if token in self.model.config.eos_token_ids:
+                return
+            yield token
+            if count + 1 < max_tokens:
+                logits = self.step(ids.new_tensor([token]), plan, ids.new_tensor([request]))[-1]
+
+    def rollback(self, length: int, request: int = 0) -> None:
+        """Forget every token of ``request`` past the first ``length``."""
+        self.table.rollback(request, length)
+        for state in self.states:
+            state.rollback(request, length)
+
+    def _run(self, ids: Tensor, requests: Tensor, plan: LayerPlan) -> Tensor:
+        positions, slots = self._append(requests)
+        asked: dict[int, IndexQuery] = {}
+
+        def attend(given: DsaInput) -> Tensor:
+            cache, source = self.caches[given.layer], self.model.config.index_layers[given.layer]
+            cache.store(slots, given)
+            if given.index is not None:
+                asked[given.layer] = cache.query(given.index, positions, requests)
+            attention = AttentionInputs(given.q, lambda request: self._latents(cache, request), self.model.config.softmax_scale)
+            picked = self.caches[source].select(plan[given.layer], asked[source], self.states[given.layer], attention)
+            self.selections[given.layer] = picked
+            return cache.attend(given.q, to_slots(picked.indices, self.table.table, requests, PAGE_SIZE))
+
+        return self.model(ids, positions, attend)
+
+    def _append(self, requests: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and slots, int64 ``[T]``, of the next tokens of their requests."""
+        positions, slots = torch.empty_like(requests), torch.empty_like(requests)
+        for request in requests.unique().tolist():
+            rows = (requests == request).nonzero()[:, 0]
+            start, end = self.length(request), self.length(request) + len(rows)
+            must = f"the text of request {request} must fit the decoder's {self.capacity} tokens"
+            require(end <= self.capacity, must, f"{end} tokens", "make it with a larger capacity")
+            slots[rows] = self.table.append(request, len(rows))
+            positions[rows] = torch.arange(start, end, device=rows.device)
+        return positions, slots
+
+    def _latents(self, cache: DsaCache, request: int) -> Tensor:
+        """The attention's keys ``[length, 1, 576]`` of one request, in position order."""
+        every = torch.arange(self.length(request), device=self.model.device)
+        return cache.load(self.table.slots(request, every))[:, None]

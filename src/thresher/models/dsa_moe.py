@@ -1,0 +1,77 @@
+"""The feed-forward part of the DSA models: SwiGLU, and experts that a token is routed to (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from thresher.models.dsa_config import DsaConfig
+
+
+class MLP(nn.Module):
+    """SwiGLU; the rows of gate and up stand in one matrix."""
+
+    def __init__(self, hidden: int, inner: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * inner, hidden, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(hidden, inner, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _swiglu(x, self.gate_up, self.down)
+
+
+class MoE(nn.Module):
+    """Routed experts, and a shared one that every token goes through. The router is fp32."""
+
+    def __init__(self, config: DsaConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.router = nn.Parameter(torch.empty(experts, hidden, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(experts, dtype=torch.float32))
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, hidden, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(experts, hidden, inner, dtype=dtype))
+        self.shared = MLP(hidden, inner * config.n_shared_experts, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts, weights = route(F.linear(x.float(), self.router), self.bias, self.config)
+        out = self.shared(x).float()
+        for expert in experts.unique().tolist():
+            token, place = (experts == expert).nonzero(as_tuple=True)
+            out[token] += _swiglu(x[token], self.gate_up[expert], self.down[expert]).float() * weights[token, place, None]
+        return out.to(x.dtype)
+
+
+def route(logits: Tensor, bias: Tensor, config: DsaConfig) -> tuple[Tensor, Tensor]:
+    """Which experts a token goes to, and what each of them weighs.
+
+    The bias takes part in the choice alone. A group is worth its two best experts; only the ``topk_group`` best groups are open.
+
+    Args:
+        logits: fp32 ``[T, experts]``.
+        bias: fp32 ``[experts]``.
+        config: how many groups, experts, and how weights are scaled.
+
+    Returns:
+        int64 and fp32 ``[T, num_experts_per_tok]``, the best first; ties to the smaller expert or group.
+    """
+    scores = logits.sigmoid()
+    choice = scores + bias
+    worth = choice.unflatten(-1, (config.n_group, -1)).topk(2, dim=-1).values.sum(-1)
+    open_groups = torch.zeros_like(worth, dtype=torch.bool).scatter_(1, _best(worth, config.topk_group), True)
+    closed = ~open_groups.repeat_interleave(config.n_routed_experts // config.n_group, dim=1)
+    experts = _best(choice.masked_fill(closed, -torch.inf), config.num_experts_per_tok)
+    weights = scores.gather(1, experts)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return experts, weights * config.routed_scaling_factor
+
+
+def _best(worth: Tensor, count: int) -> Tensor:
+    return worth.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down)
