@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thresher.distributed import IDSA, ExactMerge
     from thresher.eval.recall import recall
+    from thresher.integrations import use
     from thresher.ops import sparse_attend
     from thresher.selectors import DSA, HISA, MISA, Dense, LayerPlan, MISARerank
     from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
@@ -33,6 +34,7 @@ _HOME = {
     "ExactMerge": "thresher.distributed",
     "sparse_attend": "thresher.ops",
     "recall": "thresher.eval.recall",
+    "use": "thresher.integrations",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "Selection",
     "recall",
     "sparse_attend",
+    "use",
 ]
 
 

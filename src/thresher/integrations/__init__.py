@@ -1,0 +1,5 @@
+"""Selectors inside models of other libraries."""
+
+from thresher.integrations.transformers import use
+
+__all__ = ["use"]
