@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from thresher.distributed.watch import Watch
 from thresher.errors import ThresherError, require
 from thresher.ops.merge import merge
 from thresher.types import PartialAttention
@@ -84,12 +85,15 @@ class ProcessGroup:
         timeout_s: what it was made with, for the message.
 
     Raises:
-        ThresherError: in every exchange, where a rank does not answer in time or is gone.
+        ThresherError: in every exchange, where a rank does not answer in time or is gone. Over NCCL, where the GPU alone waits, the process
+            ends with that line.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float | None = None) -> None:
         self.group, self.timeout_s = group, timeout_s
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        on_gpu = dist.get_backend(group) == "nccl"
+        self._watch = Watch(timeout_s, self._unheard("")) if on_gpu and timeout_s is not None else None
 
     def gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.ranks, *x.shape)
@@ -122,10 +126,14 @@ class ProcessGroup:
         try:
             exchange()
         except RuntimeError as error:
-            why = str(error).strip().splitlines()[0]
-            within = "" if self.timeout_s is None else f" within {self.timeout_s:g} s"
-            message = f"every rank must answer{within}; got: rank {self.rank} of {self.ranks} heard from one no more ({why})"
-            raise ThresherError(f"{message}; see what the others printed") from None
+            raise ThresherError(self._unheard(f" ({str(error).strip().splitlines()[0]})")) from None
+        if self._watch is not None:
+            self._watch.expect()
+
+    def _unheard(self, why: str) -> str:
+        within = "" if self.timeout_s is None else f" within {self.timeout_s:g} s"
+        message = f"every rank must answer{within}; got: rank {self.rank} of {self.ranks} heard from one no more{why}"
+        return f"{message}; see what the others printed"
 
 
 def check_ranks(wanted: int, ranks: Collectives) -> None:

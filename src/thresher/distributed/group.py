@@ -17,6 +17,7 @@ from thresher.errors import ThresherError, require
 
 TIMEOUT_S = 60.0
 """How long a rank waits for another."""
+LATER_S = 60.0
 
 
 def world_size() -> int:
@@ -30,7 +31,7 @@ def started(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Collectives]:
     another's, and else over NCCL.
 
     A rank that is gone or hangs ends the others, after ``timeout_s`` at the latest: an exchange raises, or with GPUs what waits for the
-    GPU next; over NCCL PyTorch's watchdog ends the process.
+    GPU next; over NCCL the process ends, with the same line.
 
     Args:
         device: "cpu" or "cuda"; with "cuda" the process is given the GPU of its local rank.
@@ -50,6 +51,9 @@ def started(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Collectives]:
     except RuntimeError as error:
         why = str(error).strip().splitlines()[0]
         raise ThresherError(f"all ranks must come within {timeout_s:g} s; got: {why}; see what the others printed") from None
+    if backend == "nccl":
+        # PyTorch's own watchdog says it in many lines: it comes second.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + LATER_S))
     who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
     try:
         yield chosen(device, timeout_s)
