@@ -84,12 +84,12 @@ def test_compiled(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), [("deepseek_v32", "static"), ("glm_moe_dsa", "dynamic")])
-def test_compiled_with_a_cache_that_fills(family, kind):
+@pytest.mark.parametrize(("family", "kind", "backend"), [("deepseek_v32", "static", "aot_eager"), ("glm_moe_dsa", "dynamic", "eager")])
+def test_compiled_with_a_cache_that_fills(family, kind, backend):
     model, ids = make_model(family), make_ids(2, 16)
     plan = (Oracle(TOPK), Oracle(TOPK), Shared(0), Shared(0))
     torch._dynamo.reset()
-    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(model.model, backend=backend, fullgraph=True, dynamic=True)
     own, others = make_cache(model, kind), make_cache(model, kind)
     with thresher.use(model, LayerPlan(plan[: len(model.model.layers)])):
         for part in (ids, *ids[:, :4].split(1, dim=1)):
