@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_train(commands)
     _add_bench(commands)
+    _add_bench_model(commands)
     _add_record(commands)
     _add_plan(commands)
     info = commands.add_parser("info", help="versions, devices, and which implementations can run here")
@@ -217,6 +218,31 @@ def _bench(args: argparse.Namespace) -> None:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     with started(args.device, TIMEOUT_S) if world_size() > 1 else nullcontext() as ranks:
         run_bench(settings, print, ranks=ranks)
+
+
+def _add_bench_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    what = "time a step of decoding at a model's true layer shapes, random weights and caches, and hold its memory against the plan"
+    parser = commands.add_parser("bench-model", help=what)
+    parser.add_argument("--model", default="deepseek-v3.2", help="deepseek-v3.2 or glm-5 (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="how many, the first with a dense MLP if several (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=16, help="routed experts of a layer (default: %(default)s)")
+    contexts = ["8k", "32k", "128k", "512k"]
+    parser.add_argument("--context", nargs="+", default=contexts, metavar="N", help=f"tokens a request (default: {' '.join(contexts)})")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="requests (default: 1)")
+    parser.add_argument("--selector", nargs="+", default=["dense", "dsa", "hisa"], help="(default: dense dsa hisa)")
+    parser.add_argument("--repeats", type=int, default=20, help="samples (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    where = "append records here (default: benchmarks/results/model on a GPU, nowhere on a CPU)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda", help="on a CPU, tiny shapes (default: %(default)s)")
+    parser.set_defaults(run=_bench_model)
+
+
+def _bench_model(args: argparse.Namespace) -> None:
+    from thresher.bench.model import Settings, run_model
+
+    args.context, args.batch, args.selector = tuple(args.context), tuple(args.batch), tuple(args.selector)
+    run_model(Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}), print)
 
 
 def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -127,6 +127,30 @@ def test_chunks_do_not_show(monkeypatch):
     assert rows(made.selections[0]) == rows(made.selections[0])[-4:]
 
 
+@pytest.mark.parametrize("precision", ["fp8", "fp32"])
+def test_filled_as_by_a_prefill(precision, monkeypatch):
+    """Every request has its tokens, in slots of their own, and decodes on from there; equal seeds give equal caches."""
+    model, made = tiny_model(GLM), {}
+    monkeypatch.setattr("thresher.models.dsa_decoder.FILLED", 64)
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        made[name] = DsaDecoder(model, 80, num_requests=2, precision=precision)
+        made[name].fill(70, seed)
+    one = made["one"]
+    assert (one.length(0), one.length(1)) == (70, 70)
+    held = torch.cat([one.caches[4].load(one.table.slots(request, torch.arange(70))) for request in (0, 1)])
+    assert (held.std(1) > 0.5).all(), "no token is left out"
+    assert len(held.sum(1).unique()) == 140
+    hidden = {name: each.run(both(5, 6), requests=both(0, 1)) for name, each in made.items()}
+    assert torch.equal(hidden["one"], hidden["same"])
+    assert not torch.equal(hidden["one"], hidden["other"])
+    assert [len(kept) for kept in rows(one.selections[4])] == [TOPK, TOPK]
+    with pytest.raises(ThresherError, match="only an empty decoder can be filled; got 142 tokens held"):
+        one.fill(70)
+    for length in (0, 81):
+        with pytest.raises(ThresherError, match=r"length must lie in 1\.\.80"):
+            DsaDecoder(model, 80).fill(length)
+
+
 def test_kernels_take_what_the_decoder_gives_them():
     """Every operation as a Triton kernel, interpreted: the same bytes in the caches, the same sets."""
     pytest.importorskip("triton")

@@ -63,11 +63,25 @@ def test_negative_choices_are_not_taken_for_closed():
     assert experts.tolist() == [[0, 1, 2]]
 
 
-def test_experts_add_up():
+def random_experts() -> tuple[MoE, torch.Generator]:
     draw = torch.Generator().manual_seed(1)
     mlp = MoE(CONFIG, torch.float32).requires_grad_(False)
     for p in mlp.parameters():
         p.normal_(std=0.1, generator=draw)
+    return mlp, draw
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 60])
+def test_one_product_for_all_experts_is_a_product_for_each(tokens):
+    """What a GPU runs, on a CPU: experts that nobody goes to, and one that several do."""
+    mlp, draw = random_experts()
+    x = torch.randn(tokens, CONFIG.hidden_size, generator=draw)
+    routed = route(x @ mlp.router.T, mlp.bias, CONFIG)
+    torch.testing.assert_close(mlp.grouped(x, *routed), mlp.looped(x, *routed), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_add_up():
+    mlp, draw = random_experts()
     x = torch.randn(9, CONFIG.hidden_size, generator=draw)
     got = mlp(x)
 

@@ -38,6 +38,11 @@ class DsaCache(ABC):
         self.config, self.table = config, table
         self.factor = (config.index_n_heads * config.index_head_dim) ** -0.5
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held, whether written or not."""
+
     @abstractmethod
     def store(self, slots: Tensor, given: DsaInput) -> None:
         """Keep T tokens at ``slots`` (int64 ``[T]``)."""
@@ -67,6 +72,10 @@ class Fp8Cache(DsaCache):
         device = table.table.device
         self.latents = LatentCache(table.num_pages, table.page_size, device=device)
         self.keys = IndexKeyCache(table.num_pages if has_indexer else 0, config.index_head_dim, table.page_size, device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.latents.data.nbytes + self.keys.pages.nbytes
 
     def store(self, slots: Tensor, given: DsaInput) -> None:
         store_latents(self.latents.data, slots, given.latent, given.rope)
@@ -101,6 +110,10 @@ class Fp32Cache(DsaCache):
         rows, device = table.num_pages * table.page_size, table.table.device
         self.latents = torch.zeros(rows, LATENT_DIM + ROPE_DIM, device=device)
         self.keys = torch.zeros(rows if has_indexer else 0, config.index_head_dim, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.latents.nbytes + self.keys.nbytes
 
     def store(self, slots: Tensor, given: DsaInput) -> None:
         self.latents[slots] = torch.cat((given.latent, given.rope), dim=-1).float()

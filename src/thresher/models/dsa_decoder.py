@@ -16,13 +16,15 @@ from thresher.cache.scratch import Scratch
 from thresher.cache.state import LayerState
 from thresher.errors import require
 from thresher.models.dsa_cache import PAGE_SIZE, PRECISIONS, DsaCache
-from thresher.models.dsa_layers import DsaInput, DsaModel
+from thresher.models.dsa_layers import Attend, DsaInput, DsaModel, IndexInput
 from thresher.ops import to_slots
 from thresher.selectors import LayerPlan, Selector
 from thresher.types import AttentionInputs, IndexQuery, Selection
 
 CHUNK = 1024
 """Tokens that go through the model at once."""
+FILLED = 2**14
+"""Tokens that ``fill`` draws at once."""
 
 
 class DsaDecoder:
@@ -142,8 +144,45 @@ class DsaDecoder:
         for state in self.states:
             state.rollback(request, length)
 
-    def _run(self, ids: Tensor, requests: Tensor, plan: LayerPlan) -> Tensor:
-        positions, slots = self._append(requests)
+    @torch.no_grad()
+    def fill(self, length: int, seed: int = 0) -> None:
+        """Give every request ``length`` tokens of random latents and index keys, for measurements that need no text: far quicker than a
+        prefill.
+
+        Args:
+            length: tokens of each request; all must be empty.
+            seed: equal seeds give equal caches on one kind of device.
+
+        Raises:
+            ThresherError: a length outside the capacity, or a request that holds tokens.
+        """
+        require(1 <= length <= self.capacity, f"length must lie in 1..{self.capacity}, the capacity", length, "pass fewer tokens")
+        held = sum(self.length(request) for request in range(self.table.num_requests))
+        require(held == 0, "only an empty decoder can be filled", f"{held} tokens held", "make a new one")
+        config, device, dtype = self.model.config, self.model.device, self.model.embed.weight.dtype
+        draw = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=draw, device=device)
+
+        slots = torch.cat([self.table.append(request, length) for request in range(self.table.num_requests)])
+        for part in slots.split(FILLED):
+            for layer, (cache, source) in enumerate(zip(self.caches, config.index_layers, strict=True)):
+                none = normal(len(part), 0, 0)
+                index = IndexInput(none, none, normal(len(part), config.index_head_dim)) if source == layer else None
+                latent, rope = normal(len(part), config.kv_lora_rank), normal(len(part), config.qk_rope_head_dim)
+                cache.store(part, DsaInput(layer, none, latent.to(dtype), rope.to(dtype), index))
+
+    def attending(self, plan: LayerPlan, positions: Tensor, slots: Tensor, requests: Tensor) -> Attend:
+        """How the layers of a step attend, for tokens that have their place: what ``run`` gives the model, and what a CUDA graph can hold.
+
+        Nothing is appended, so a step may be run again, whole or a layer of it; layers in order.
+
+        Args:
+            plan: a selector a layer.
+            positions, slots: int64 ``[T]``, where each token stands in its request and in the caches.
+            requests: int64 ``[T]``, the request of each.
+        """
         asked: dict[int, IndexQuery] = {}
 
         def attend(given: DsaInput) -> Tensor:
@@ -156,7 +195,11 @@ class DsaDecoder:
             self.selections[given.layer] = picked
             return cache.attend(given.q, to_slots(picked.indices, self.table.table, requests, PAGE_SIZE))
 
-        return self.model(ids, positions, attend)
+        return attend
+
+    def _run(self, ids: Tensor, requests: Tensor, plan: LayerPlan) -> Tensor:
+        positions, slots = self._append(requests)
+        return self.model(ids, positions, self.attending(plan, positions, slots, requests))
 
     def _append(self, requests: Tensor) -> tuple[Tensor, Tensor]:
         """Positions and slots, int64 ``[T]``, of the next tokens of their requests."""
