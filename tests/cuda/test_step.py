@@ -133,7 +133,7 @@ def agree(got: Selection, want: Selection, with_scores: bool) -> None:
         assert torch.equal(got.scores[~nan], want.scores[~nan] + 0.0)
 
 
-@pytest.fixture(params=[0, 1, 8, 9])
+@pytest.fixture(params=[0, 1, 2, 8, 9])
 def order(request, monkeypatch):
     monkeypatch.setattr(step.launch, "launch", in_order(request.param))
     monkeypatch.setattr(step.launch, "tile_map", tile_map)

@@ -21,6 +21,7 @@ typedef unsigned long long u64;
 namespace host {
 
 constexpr size_t STACK = 32 * 1024, GUARD = 256;
+constexpr u32 LATE = 16;  // in step.cu those that fetch
 constexpr u32 ROUNDS = 10000;  // of turns of all threads, more than any kernel needs
 
 struct Barrier {
@@ -115,9 +116,10 @@ Value exchange(Value value, const Combine& combine) {
   return result;
 }
 
-// Run a kernel; `order` 0: threads in order, 1: backwards, else shuffled by it, and half of the warps rest at a time; in odd ones what is
-// copied comes as late as it can, in even ones at once. Blocks run one after the other, or all of them `together`. Returns 1 where threads wait for each other forever, 2 where
-// shared memory did not suffice, 3 where it does not come to an end.
+// Run a kernel; `order` 0: threads in order, 1: backwards, 2: warps from LATE on in every sixteenth round alone, else shuffled by it, and half of
+// the warps rest at a time; in odd ones what is copied comes as late as it can, in even ones at once. Blocks run one after the other, or all of
+// them `together`. Returns 1 where threads wait for each other forever, 2 where shared memory did not suffice, 3 where it does not come to an
+// end.
 inline int run(const std::function<void()>& kernel, u32 grid, u32 threads, u32 shared, u32 order, bool together = false) {
   body = kernel;
   lazy = order % 2 == 1;
@@ -145,21 +147,23 @@ inline int run(const std::function<void()>& kernel, u32 grid, u32 threads, u32 s
       }
     }
     if (order == 1) std::reverse(turns.begin(), turns.end());
-    for (u32 round = 0;; round++) {
+    for (u32 round = 0, stuck = 0;; round++) {
       if (round == ROUNDS) return 3;
-      if (order > 1) std::shuffle(turns.begin(), turns.end(), random);
-      u64 resting = order > 1 ? (u64)random() << 32 | random() : 0;  // some warps fall behind
-      bool live = false;
-      moved = resting != 0;
+      if (order > 2) std::shuffle(turns.begin(), turns.end(), random);
+      u64 resting = order > 2 ? (u64)random() << 32 | random() : 0;  // some warps fall behind
+      bool late = order == 2 && round % 16, live = false;
+      moved = resting != 0 || late;
       for (Thread* thread : turns) {
         if (thread->done) continue;
         live = true;
+        if (late && thread->index.x / 32 >= LATE) continue;
         if (resting >> (thread->index.x / 32 + 7 * thread->block->index.x) % 64 & 1) continue;
         if (thread->awaits && thread->awaits->turn == thread->turn) continue;
         go_on(thread);
       }
       if (!live) break;
-      if (!moved) return 1;
+      if (moved && !late) stuck = 0;
+      if (!moved && ++stuck == (order == 2 ? 4 : 1)) return 1;  // what late warps waited for may have come in a round of the others
     }
     for (const Block& block : blocks)
       for (size_t at = shared; at < block.memory.size(); at++)

@@ -15,6 +15,7 @@ from importlib import import_module
 from types import SimpleNamespace
 import torch
 from thresher.cache import IndexKeyCache, LatentCache, pack_keys
+from thresher.cache.block_means import BlockMeans
 from thresher.cache.device import count_visible
 from thresher.ops.index_score import triton as index_score
 from thresher.ops.keep_best import triton as keep_best
@@ -46,6 +47,9 @@ for rows, width in ((8, 8192), (8, 131072), (70, 32768)):
 to_slots.to_slots(torch.empty(8, 2048, dtype=torch.int32), keys.page_table, zeros, 64)
 keep_best.keep_best(torch.empty(2, 8, 2048), torch.empty(2, 8, 2048, dtype=torch.int32), 1, 2048)
 means = pool_keys.pool_keys(values, scales, 128)
+short = pack_keys([(values[:64], scales[:64])])  # a table of one page
+BlockMeans(8, pool_keys.grow_means).update(short)
+pool_keys.paged_partial_means(short, zeros[:1], zeros[:1], 8)
 pool_keys.partial_means(values, scales, 128, zeros)
 route_heads.head_mass(query, [means], keys, 128)
 route_heads.routed_query(query, [(values, scales)], keys, 1, 8)

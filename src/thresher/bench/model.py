@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -147,6 +148,7 @@ def _measure(settings: Settings, decoder: DsaDecoder, name: str, selector: Selec
     timing = "graph" if device.type == "cuda" else "clock"
     ids = torch.randint(config.vocab_size, (batch,), generator=torch.Generator().manual_seed(settings.seed)).to(device)
     ceilings = measure_ceilings(device)
+    gc.collect()  # graphs of the selector before, and what they hold
     held = held_bytes(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -114,19 +114,21 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   auto meet_fetchers = [] { meet(15, THREADS + FETCHERS_OF_HISA * 32); };
   if (warp_of() >= GROUPS * WARPS) {
     fetch_tiles<BLOCKS>(of_blocks, work, warp_of() - GROUPS * WARPS, turn);
-    meet_fetchers();
+    meet_fetchers(), meet_fetchers();
     fetch_tiles<IN_BLOCKS>(in_blocks, work, warp_of() - GROUPS * WARPS, turn);
+    meet_fetchers();
     if (warp_of() == GROUPS * WARPS) take_whole(in_blocks, work);
     return;
   }
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();
   Selecting<DIM, HEADS, BLOCKS, TEAMS>{of_blocks, work}.run();
-  meet_all();
+  meet_fetchers();  // they look no more at where the tiles of means are: in a block that has none they may only have begun to
   for (u32 query = threadIdx.x; query < num; query += THREADS)
     work.first[query + 1] = work.first_in[query + 1], work.last[query] = work.last_in[query];
   if (threadIdx.x == 0) work.begins_in = work.in_begins_in;
   fence_for_async();  // tiles come where masks were
   meet_fetchers();
   Scorer<DIM, HEADS, IN_BLOCKS>{in_blocks, work, turn}.run();
+  meet_fetchers();  // nor at which blocks were chosen, which is cleared once all have selected
   Selecting<DIM, HEADS, IN_BLOCKS, TEAMS>{in_blocks, work}.run();
 }

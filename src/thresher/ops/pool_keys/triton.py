@@ -21,7 +21,7 @@ MAX_DIM = 1024
 PROGRAMS = 264  # that bring means up to date, mostly with nothing to do: two for each multiprocessor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_pages", "out_width", "out_pages"])
 def _pool_kernel(
     values_ptr,
     scales_ptr,
@@ -87,7 +87,7 @@ def _pool_kernel(
         tl.store(tickets_ptr + request, 0, mask=last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_pages"])
 def _partial_kernel(
     values_ptr,
     scales_ptr,
