@@ -154,6 +154,8 @@ def _panel(axes: Any, lines: Mapping[str, Mapping[int, Record]]) -> None:
     words = [f"{INNER}: {sentence}" for sentence in said(lines, inner=True)]
     axes.set_xlabel("\n".join(["context, tokens", "", *said(lines), *words]), fontsize=9)
     axes.grid(alpha=0.3)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend above all lines
     axes.legend(loc="upper left", frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -164,9 +165,15 @@ def _sequence(steps: Sequence[Step]) -> Step:
     return run
 
 
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace, 32 MiB on an H200, for each stream that it was called on."""
+    return torch.cuda.Stream(device)
+
+
 def _graph(name: str, steps: Sequence[Step]) -> Step:
     """A replay of all steps. They run once before, on a side stream, so that compilation and first allocations are not recorded."""
-    side = torch.cuda.Stream()
+    side = _side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         _sequence(steps)()
