@@ -54,13 +54,13 @@ def test_cruel_candidates(path, kind):
         check(scores, positions, topk, granularity, 2)
 
 
-@pytest.mark.parametrize("ranks", range(1, 9))
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks(path, ranks):
     scores, positions = propose("zeros of both signs", ranks, 2, 40, ranks)
     check(scores, positions, 40, 4, ranks // 2)
 
 
-@pytest.mark.parametrize("width", [1, 2, 127, 128, 129, 512, 700])
+@pytest.mark.parametrize("width", [1, 127, 128, 512, 700])
 def test_widths(path, width):
     """128 and 512 need no mask where they are held; 700 are written in two tiles."""
     for kind in ("normal", "all equal"):
@@ -74,7 +74,7 @@ def test_the_last_query_needs_nothing_of_the_first(path):
     assert torch.equal(alone.indices[0], kernel.keep_best(scores, positions, 1, 60).indices[3])
 
 
-@pytest.mark.parametrize("topk", [1, 63, 64, 65, 96, 127, 128, 129])
+@pytest.mark.parametrize("topk", [1, 64, 65, 96, 128, 129])
 def test_about_as_many_candidates_as_are_kept(path, topk):
     """128 in all, of which 96 are no NaN and 64 are above -inf; the worst have the smallest positions."""
     scores, _ = propose("normal", 2, 1, 64)
@@ -105,14 +105,14 @@ def test_ties_at_the_cut(path, spread, granularity):
         check(scores, positions, topk, granularity)
 
 
-@pytest.mark.parametrize("width", [3, 8, 16, 20, 100])
+@pytest.mark.parametrize("width", [3, 16, 100])
 def test_the_first_of_ties(path, width):
     """Position 0 alone, which as a number is -0.0."""
     positions = (torch.arange(width, dtype=torch.int32) * 3).expand(2, 1, width)
     check(torch.zeros(2, 1, width), positions, 1)
 
 
-@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 3e37])
+@pytest.mark.parametrize("scale", [1e-44, 3e37])
 def test_scores_whose_spread_has_no_square(path, scale):
     scores, positions = propose("normal", 2, 1, 100)
     check(scores * scale, positions, 100, 1, 0)

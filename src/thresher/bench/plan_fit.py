@@ -167,13 +167,14 @@ def fit(part: str, points: Sequence[Point], under: Fit | None = None) -> Fit:
 
 
 def load_records(path: Path) -> list[Record]:
-    """All records of a file, or of the ``*.jsonl`` of a folder and its folders, oldest first.
+    """All records of a file, or of the ``*.jsonl`` of a folder and its folders, oldest first; but for those of ``thresher bench-model``,
+    whose cases are whole models.
 
     Raises:
         ThresherError: nothing there, or a line that is no record.
     """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
-    records = [record for file in files for record in read(file)]
+    records = [record for file in files for record in read(file) if not record.case.startswith("model-")]
     require(bool(records), "--records must name a file of records, or a folder with some", path, "take them with tools/records")
     return sorted(records, key=lambda record: record.date)
 
