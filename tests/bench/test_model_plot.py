@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from thresher.bench.model_plot import FILE, LINES, by_panel, crossings, draw, main, said, table
-from thresher.bench.record import append
+from thresher.bench.record import RESULTS, append, read
 
 from .test_record import ALONE, make
 
@@ -105,3 +106,13 @@ def test_the_command(tmp_path, capsys):
     assert main([str(results), str(docs)]) == 0
     assert (docs / FILE).read_bytes() == first
     assert main([str(results), str(docs), "--gpu", "another"]) == 1
+
+
+def test_the_table_of_the_docs_is_that_of_the_records():
+    root = Path(__file__).resolve().parents[2]
+    records = [record for path in sorted((root / RESULTS / "model").glob("*.jsonl")) for record in read(path)]
+    panels = by_panel(records)
+    (commit,) = {record.commit for lines in panels.values() for line in lines.values() for record in line.values()}
+    docs = (root / "docs" / "benchmarks.md").read_text()
+    assert table(panels).strip() in docs, "run: python -m thresher.bench.model_plot benchmarks/results/model docs --gpu 'NVIDIA H200'"
+    assert f"at {commit}" in docs

@@ -43,13 +43,6 @@ class RankStep:
         return self.run()
 
 
-class _Localised(ExactMerge):
-    """``ExactMerge`` of queries whose positions are local ones already."""
-
-    def local_query(self, query: IndexQuery, rank: int) -> IndexQuery:
-        return query
-
-
 def our_steps(works: Sequence[RankWork]) -> Prepared:
     """The steps of ``idsa``, ``exact`` or ``replicated``."""
     run = _dealt if works[0].dealt else _whole
@@ -90,7 +83,7 @@ def _select(work: RankWork, query: IndexQuery) -> Selection:
     """Of queries with logical positions."""
     keys, local = work.held.index.keys, work.held.local(query)
     if isinstance(work.over, ExactMerge):
-        return _Localised(work.over.selector, work.over.ranks).own_set(local, Shard(keys, work.state), work.ranks)
+        return work.over.own_set_of(local, Shard(keys, work.state), work.ranks)
     return selector_here(work).select_indices(local, keys, work.state)
 
 

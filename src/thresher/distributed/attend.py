@@ -15,37 +15,25 @@ from thresher.ops.sparse_attend import kernel_over_fp8
 from thresher.types import PartialAttention
 
 
-def send_heads(ranks: Collectives, q: Tensor, shares: Sequence[int]) -> Callable[[], Tensor]:
-    """Begin to gather queries, which a rank can do before it selects.
-
-    Args:
-        ranks: the ranks.
-        q: ``[Q, own heads, ...]``, this rank's.
-        shares: how many heads each rank has, as ``collectives.share_heads`` says.
-
-    Returns:
-        A function that gives ``[Q, heads, ...]``, all ranks', which ``attend_merged`` must follow before heads are sent again.
-    """
-    begin = getattr(ranks, "send_heads", None)
-    if begin is not None:
-        receive: Callable[[], Tensor] = begin(q, shares)
-        return receive
-    gathered = ranks.gather_heads(q, shares)
-    return lambda: gathered
-
-
 def store_and_send(
     ranks: Collectives, attention_q: Tensor, shares: Sequence[int], *step: Any, **options: Any
 ) -> tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]:
-    """``ops.quantize.store_step`` and ``send_heads`` of ``attention_q``, over symmetric memory by one launch.
+    """Store a step's tokens and put the attention's queries on their way, over symmetric memory by one launch.
+
+    Args:
+        ranks: the ranks.
+        attention_q: ``[Q, own heads, ...]``, this rank's.
+        shares: how many heads each rank has, as ``collectives.share_heads`` says.
+        step, options: of ``ops.quantize.store_step``.
 
     Returns:
-        what the one gives, and what the other gives.
+        What ``store_step`` gives; and a function that gives all ranks' queries, ``[Q, heads, ...]``, which ``attend_merged`` must follow
+        before others are sent.
     """
     sending = getattr(ranks, "sending", None)
     if sending is None:
-        receive = send_heads(ranks, attention_q, shares)
-        return store_step(*step, **options), receive
+        gathered = ranks.gather_heads(attention_q, shares)
+        return store_step(*step, **options), lambda: gathered
     send, receive = sending(attention_q, shares)
     from thresher.ops.quantize.triton_step import store_step as launch
 

@@ -57,6 +57,19 @@ def pad_heads(x: Tensor, heads: int) -> Tensor:
     return torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1) if missing else x
 
 
+def unpad_heads(x: Tensor, shares: Sequence[int]) -> Tensor:
+    """``x [Q, R, n, ...]``, of which rank r has ``shares[r]`` heads, as ``[Q, heads, ...]``."""
+    if min(shares) == x.shape[2]:
+        return x.flatten(1, 2)
+    return torch.cat([x[:, rank, :share] for rank, share in enumerate(shares)], 1)
+
+
+def unheard(rank: int, ranks: int, timeout_s: float | None, why: str = "") -> str:
+    """What a rank says that waited for another in vain."""
+    within = "" if timeout_s is None else f" within {timeout_s:g} s"
+    return f"every rank must answer{within}; got: rank {rank} of {ranks} heard from one no more{why}; see what the others printed"
+
+
 class Alone:
     """One rank, which has nobody to ask."""
 
@@ -93,7 +106,7 @@ class ProcessGroup:
         self.group, self.timeout_s = group, timeout_s
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         on_gpu = dist.get_backend(group) == "nccl"
-        self._watch = Watch(timeout_s, self._unheard("")) if on_gpu and timeout_s is not None else None
+        self._watch = Watch(timeout_s, unheard(self.rank, self.ranks, timeout_s)) if on_gpu and timeout_s is not None else None
 
     def gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.ranks, *x.shape)
@@ -105,8 +118,7 @@ class ProcessGroup:
 
     def gather_heads(self, x: Tensor, shares: Sequence[int]) -> Tensor:
         check_own(x, shares, self)
-        gathered = self.gather(pad_heads(x, max(shares)))
-        return torch.cat([gathered[rank, :, :share] for rank, share in enumerate(shares)], 1)
+        return unpad_heads(self.gather(pad_heads(x, max(shares))).transpose(0, 1), shares)
 
     def merge(self, part: PartialAttention) -> PartialAttention:
         out, lse = self.gather(part.out), self.gather(part.lse)
@@ -126,14 +138,10 @@ class ProcessGroup:
         try:
             exchange()
         except RuntimeError as error:
-            raise ThresherError(self._unheard(f" ({str(error).strip().splitlines()[0]})")) from None
+            why = str(error).strip().splitlines()[0]
+            raise ThresherError(unheard(self.rank, self.ranks, self.timeout_s, f" ({why})")) from None
         if self._watch is not None:
             self._watch.expect()
-
-    def _unheard(self, why: str) -> str:
-        within = "" if self.timeout_s is None else f" within {self.timeout_s:g} s"
-        message = f"every rank must answer{within}; got: rank {self.rank} of {self.ranks} heard from one no more{why}"
-        return f"{message}; see what the others printed"
 
 
 def check_ranks(wanted: int, ranks: Collectives) -> None:

@@ -77,7 +77,7 @@ class ExactMerge:
         Raises:
             ThresherError: the selector has no topk, or returns no scores.
         """
-        positions, scores = self._proposed(query, shard, rank, attention)
+        positions, scores = self._proposed(self.local_query(query, rank), shard, attention)
         logical = self.placement.to_logical(rank, positions.long()).to(torch.int32)
         return scores.view(torch.float32).masked_fill(positions < 0, float("-inf")), logical
 
@@ -105,16 +105,22 @@ class ExactMerge:
         self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
     ) -> Selection:
         """The part of the global top-k that the rank holds, after all ranks' candidates are gathered."""
+        return self.own_set_of(self.local_query(query, ranks.rank), shard, ranks, attention)
+
+    def own_set_of(
+        self, local: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """``own_set`` of queries as the rank sees them (``local_query``), which layers of one step have in common."""
         if self.topk is None:
-            return self._all_of(query, shard, ranks.rank, attention)
-        everyone = ranks.gather(self._proposed(query, shard, ranks.rank, attention))
+            return self._all_of(local, shard, attention)
+        everyone = ranks.gather(self._proposed(local, shard, attention))
         return keep_best(everyone[:, 1].view(torch.float32), everyone[:, 0], ranks.rank, self._bounded_topk(), self.granularity)
 
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
         """Every rank's local selection, in one process; ``attention`` holds all keys."""
         inputs = [local_attention(attention, self.placement, rank) for rank in range(len(shards))]
         if self.topk is None:
-            return [self._all_of(query, shard, rank, inputs[rank]) for rank, shard in enumerate(shards)]
+            return [self._all_of(self.local_query(query, rank), shard, inputs[rank]) for rank, shard in enumerate(shards)]
         proposed = [self.candidates(query, shard, rank, inputs[rank]) for rank, shard in enumerate(shards)]
         whole = self.merged(torch.stack([p[0] for p in proposed]), torch.stack([p[1] for p in proposed]))
         return [localise(whole, self.placement, rank) for rank in range(self.ranks)]
@@ -125,18 +131,18 @@ class ExactMerge:
         """The global top-k as logical positions; see ``simulate.select_over_ranks``."""
         return select_over_ranks(self, query, keys, state, attention)
 
-    def _proposed(self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None) -> Tensor:
+    def _proposed(self, local: IndexQuery, shard: Shard, attention: AttentionInputs | None) -> Tensor:
         """A rank's candidates in one tensor: int32 ``[2, Q, k]``, local positions and the bits of their scores; -1 where there is none."""
         topk = self._bounded_topk()
-        picked = self.selector.shard(self.ranks, topk).select(self.local_query(query, rank), shard.keys, shard.state, attention)
+        picked = self.selector.shard(self.ranks, topk).select(local, shard.keys, shard.state, attention)
         require(picked.scores is not None, "ExactMerge needs a selector that returns scores", type(self.selector).__name__, "use IDSA")
         assert picked.scores is not None
         both = torch.stack([picked.indices, picked.scores.view(torch.int32)])
         return torch.nn.functional.pad(both, (0, topk - picked.topk), value=-1) if picked.topk < topk else both
 
-    def _all_of(self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None) -> Selection:
+    def _all_of(self, local: IndexQuery, shard: Shard, attention: AttentionInputs | None) -> Selection:
         """A rank's set where the selector has no topk: nothing is left out for want of room, so there is nothing to compare."""
-        return replace(self.selector.select(self.local_query(query, rank), shard.keys, shard.state, attention), space="local")
+        return replace(self.selector.select(local, shard.keys, shard.state, attention), space="local")
 
     def _bounded_topk(self) -> int:
         require(

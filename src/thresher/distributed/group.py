@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from thresher.distributed.collectives import Collectives, ProcessGroup
+from thresher.distributed.collectives import Collectives, ProcessGroup, unheard
 from thresher.distributed.reach import gave_up, unsupported
 from thresher.errors import ThresherError, require
 
@@ -54,7 +54,7 @@ def started(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Collectives]:
     if backend == "nccl":
         # PyTorch's own watchdog says it in many lines: it comes second.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + LATER_S))
-    who = f"rank {dist.get_rank()} of {dist.get_world_size()}"
+    message = unheard(dist.get_rank(), dist.get_world_size(), timeout_s)
     try:
         yield chosen(device, timeout_s)
     except BaseException as error:
@@ -63,8 +63,7 @@ def started(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Collectives]:
             dist.distributed_c10d._abort_process_group() if device == "cuda" else dist.destroy_process_group()
         if not gave_up(error):
             raise
-        message = f"every rank must answer within {timeout_s:g} s; got: {who} heard from one no more"
-        raise ThresherError(f"{message}; see what the others printed") from None
+        raise ThresherError(message) from None
     dist.destroy_process_group()
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from thresher.cache.device import overlapped
-from thresher.distributed.collectives import check_all, check_own, pad_heads, share_heads
+from thresher.distributed.collectives import check_all, check_own, pad_heads, share_heads, unpad_heads
 from thresher.distributed.reach import unsupported
 from thresher.distributed.symmetric_kernels import (
     MEETING,
@@ -109,7 +109,7 @@ class SymmetricMemory:
             row // word.itemsize, len(here), self.rank, R=self.ranks, BLOCK=BLOCK, num_warps=4, **overlapped(x),
         )  # fmt: skip
 
-    def send_heads(self, x: Tensor, shares: Sequence[int]) -> Received | Gathered:
+    def send_heads(self, x: Tensor, shares: Sequence[int]) -> Callable[[], Tensor]:
         """``gather_heads`` in two: this puts the rank's own heads on their way, in a launch that waits for nobody.
 
         Raises:
@@ -123,7 +123,7 @@ class SymmetricMemory:
             )  # fmt: skip
         return received
 
-    def sending(self, x: Tensor, shares: Sequence[int]) -> tuple[Send | None, Received | Gathered]:
+    def sending(self, x: Tensor, shares: Sequence[int]) -> tuple[Send | None, Callable[[], Tensor]]:
         """What a kernel is to send, None where nothing is left to send, and what ``send_heads`` returns."""
         check_own(x, shares, self)
         must = "heads that are sent must be asked for, and another exchange come, before the next are sent"
@@ -131,7 +131,8 @@ class SymmetricMemory:
         padded = pad_heads(x, max(shares))
         row = padded[:1].numel() * x.element_size()
         if row == 0 or row % 8:
-            return None, Gathered(self.gather_heads(x, shares))
+            gathered = self.gather_heads(x, shares)
+            return None, lambda: gathered
         word, here = _words(padded, row)
         need = self.ranks * padded.numel() * x.element_size()
         require(need <= self.room // 2, f"heads that are sent must fit {self.room // 2} bytes", need, "make SymmetricMemory with more room")
@@ -192,7 +193,8 @@ class SymmetricMemory:
         self._unread = 0 if self._unread == 1 else self._unread
 
 
-class Received(NamedTuple):
+@dataclass(frozen=True)
+class Received:
     """Heads of all ranks, which come to lie in this rank's memory: there until heads are sent again.
 
     Attributes:
@@ -221,16 +223,6 @@ class Received(NamedTuple):
         return unpad_heads(self.came, self.shares)
 
 
-class Gathered(NamedTuple):
-    """Heads of all ranks that are there."""
-
-    all_heads: Tensor
-
-    def __call__(self) -> Tensor:
-        """``[Q, heads, ...]``."""
-        return self.all_heads
-
-
 def size_of(ranks: int, room: int = ROOM) -> int:
     """Bytes of each rank's memory: flags, two buffers of ``room`` bytes, two small ones, and half of one for what is read later."""
     require(room % (2 * ALIGNED) == 0, f"room must be a multiple of {2 * ALIGNED} bytes", room, "round it up")
@@ -239,13 +231,6 @@ def size_of(ranks: int, room: int = ROOM) -> int:
 
 def _flags(ranks: int) -> int:
     return -(-SLOTS * ranks * 4 // ALIGNED) * ALIGNED
-
-
-def unpad_heads(x: Tensor, shares: Sequence[int]) -> Tensor:
-    """``x [Q, R, n, ...]``, of which rank r has ``shares[r]`` heads, as ``[Q, heads, ...]``."""
-    if min(shares) == x.shape[2]:
-        return x.flatten(1, 2)
-    return torch.cat([x[:, rank, :share] for rank, share in enumerate(shares)], 1)
 
 
 def _words(x: Tensor, row: int) -> tuple[torch.dtype, Tensor]:
