@@ -188,6 +188,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--peer", nargs="+", default=[], metavar="NAME", help="what to time beside it, over ranks several; see --list")
     parser.add_argument("--way", help="over ranks: idsa, exact or replicated (default: idsa)")
     parser.add_argument("--impl", default="auto", help="auto, or a name that thresher info lists (default: %(default)s)")
+    parser.add_argument("--check-only", action="store_true", help="check each case and its ways, and time nothing")
     parser.add_argument("--timing", choices=["graph", "events"], help="on a GPU (default: graph)")
     parser.add_argument("--repeats", type=int, default=50, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -230,6 +231,8 @@ def _add_bench_model(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument("--context", nargs="+", default=contexts, metavar="N", help=f"tokens a request (default: {' '.join(contexts)})")
     parser.add_argument("--batch", nargs="+", type=int, default=[1], metavar="B", help="requests (default: 1)")
     parser.add_argument("--selector", nargs="+", default=["dense", "dsa", "hisa"], help="(default: dense dsa hisa)")
+    where = "of the tokens over the ranks that torchrun started: replicated, exact, idsa (default: each of them)"
+    parser.add_argument("--placement", nargs="+", default=[], metavar="P", help=where)
     parser.add_argument("--repeats", type=int, default=20, help="samples (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     where = "append records here (default: benchmarks/results/model on a GPU, nowhere on a CPU)"
@@ -239,10 +242,17 @@ def _add_bench_model(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _bench_model(args: argparse.Namespace) -> None:
-    from thresher.bench.model import Settings, run_model
+    from contextlib import nullcontext
 
-    args.context, args.batch, args.selector = tuple(args.context), tuple(args.batch), tuple(args.selector)
-    run_model(Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}), print)
+    from thresher.bench.model import Settings, run_model
+    from thresher.bench.rank_run import TIMEOUT_S
+    from thresher.distributed.group import started, world_size
+
+    for name in ("context", "batch", "selector", "placement"):
+        setattr(args, name, tuple(getattr(args, name)))
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    with started(args.device, TIMEOUT_S) if world_size() > 1 else nullcontext() as ranks:
+        run_model(settings, print, ranks)
 
 
 def _add_record(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

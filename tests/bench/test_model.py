@@ -127,7 +127,7 @@ def test_a_red_check_gives_no_time(wrong, monkeypatch):
         monkeypatch.setattr(DsaConfig, "plan", lambda self, selector: plan(self, Random(24)))
     else:
         monkeypatch.setattr("thresher.bench.model_step.to_all", lambda made, slots, held: to_all(made, slots, held[:, ::8]))
-    words = {"bits": "a second run gives other bits", "logits": "logits are off by 0.0", "selection": "of a selection is not selected by"}
+    words = {"bits": "a second run gives other bits", "logits": "logits are off by 0.0", "selection": "of a selection is not selected"}
     name = "dense" if wrong == "dense" else "dsa"
     with pytest.raises(ThresherError, match=rf"a step by {name} must agree .*{words.get(wrong, 'logits are off')}.*no time is taken"):
         run_model(replace(TINY, selector=(name,)), print)
@@ -148,7 +148,7 @@ def test_options_that_do_not_fit(changes, words, monkeypatch):
 
 def test_the_command(monkeypatch, capsys, tmp_path):
     asked = []
-    monkeypatch.setattr(model, "run_model", lambda settings, write: asked.append(settings))
+    monkeypatch.setattr(model, "run_model", lambda settings, write, ranks: asked.append(settings))
     arguments = ["--model", "glm-5", "--context", "8k", "1m", "--batch", "1", "8", "--selector", "dsa", "--out", str(tmp_path / "a")]
     assert cli.main(["bench-model", "--device", "cpu", *arguments]) == 0
     assert asked == [Settings("glm-5", context=("8k", "1m"), batch=(1, 8), selector=("dsa",), device="cpu", out=tmp_path / "a")]

@@ -116,7 +116,7 @@ def watch(model: DsaModel):
             return lambda module, given, out: into.setdefault(number, []).append(out)
 
         hooks.append(layer.input_norm.register_forward_hook(keep(seen.hidden, number)))
-        hooks.append(layer.attention.register_forward_hook(keep(seen.attended, number)))
+        hooks.append(layer.attention.o.register_forward_hook(keep(seen.attended, number)))
         if layer.attention.indexer is not None:
             hooks.append(layer.attention.indexer.register_forward_hook(keep(seen.index, number)))
     try:

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from thresher.distributed import Alone
 from thresher.models.dsa_config import parse_config
 from thresher.models.dsa_moe import MoE, route
 from thresher.models.published import PUBLISHED
@@ -65,7 +66,7 @@ def test_negative_choices_are_not_taken_for_closed():
 
 def random_experts() -> tuple[MoE, torch.Generator]:
     draw = torch.Generator().manual_seed(1)
-    mlp = MoE(CONFIG, torch.float32).requires_grad_(False)
+    mlp = MoE(CONFIG, torch.float32, Alone()).requires_grad_(False)
     for p in mlp.parameters():
         p.normal_(std=0.1, generator=draw)
     return mlp, draw

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from thresher.cache.latents import LATENT_DIM
-from thresher.models.dsa_cache import PAGE_SIZE
+from thresher.distributed.attend import attend_merged
+from thresher.distributed.collectives import share_heads
+from thresher.models.dsa_cache import PAGE_SIZE, Fp8Cache
 from thresher.models.dsa_decoder import DsaDecoder
 from thresher.models.dsa_layers import Attend, DsaInput, DsaLayer, DsaModel
 from thresher.models.dsa_rope import rotation
@@ -30,18 +31,17 @@ class ModelStep:
     """
 
     def __init__(self, decoder: DsaDecoder, selector: Selector, ids: Tensor) -> None:
-        model, table = decoder.model, decoder.table
-        config = model.config
+        model, config = decoder.model, decoder.model.config
         self.model, self.layers, self.ids = model, layers_of(model), ids
-        self.positions, requests = table.lengths - 1, torch.arange(len(ids), device=ids.device)
-        every = torch.arange(decoder.length(), dtype=torch.int32, device=ids.device).expand(len(ids), -1)
-        held = to_slots(every, table.table, requests, PAGE_SIZE)
-        slots = held[:, -1].long()
-        dense = isinstance(selector, Dense)
-        self.attend = to_all(decoder, slots, held) if dense else decoder.attending(config.plan(selector), self.positions, slots, requests)
+        self.positions, slots, requests = decoder.last()
+        if isinstance(selector, Dense):
+            self.attend = to_all(decoder, slots, all_slots(decoder))
+        else:
+            self.attend = decoder.attending(config.plan(selector), self.positions, slots, requests)
         self.turn = rotation(config.rope, config.qk_rope_head_dim, self.positions)
-        self.x = model.embed(ids)
-        self.given = [self._given(layer) for layer in range(len(self.layers))]
+        self.x = model.embedded(ids)
+        with torch.no_grad():
+            self.given = [block.given(layer, self.x, self.turn) for layer, block in enumerate(self.layers)]
 
     @torch.no_grad()
     def whole(self) -> Tensor:
@@ -51,9 +51,7 @@ class ModelStep:
     @torch.no_grad()
     def attention(self, layer: int) -> Tensor:
         """The attention block of a layer: norm, projections, indexer, selection, attention over the cache, output projection."""
-        block = self.layers[layer]
-        out: Tensor = block.attention(layer, block.input_norm(self.x), self.turn, self.attend)
-        return out
+        return self.layers[layer].attended(layer, self.x, self.turn, self.attend)
 
     @torch.no_grad()
     def inner(self, layer: int) -> Tensor:
@@ -63,33 +61,32 @@ class ModelStep:
     @torch.no_grad()
     def mlp(self, layer: int) -> Tensor:
         """What follows in that layer: norm, and a dense MLP or experts."""
-        block = self.layers[layer]
-        out: Tensor = block.mlp(block.mlp_norm(self.x))
-        return out
-
-    @torch.no_grad()
-    def _given(self, layer: int) -> DsaInput:
-        """What the projections of a layer make of the tokens."""
-        held: list[DsaInput] = []
-
-        def keep(given: DsaInput) -> Tensor:
-            held.append(given)
-            return given.q[..., :LATENT_DIM]
-
-        block = self.layers[layer]
-        block.attention(layer, block.input_norm(self.x), self.turn, keep)
-        return held[0]
+        return self.layers[layer].fed_forward(self.x)
 
 
 def to_all(decoder: DsaDecoder, slots: Tensor, held: Tensor) -> Attend:
-    """Attention of a layer's token, stored at ``slots`` (int64 ``[T]``), to all that its request holds (int32 ``[T, n]``)."""
+    """Attention of a layer's token, stored at ``slots`` (int64 ``[T]``), to all that its request holds here (int32 ``[T, n]``)."""
+    config, ranks = decoder.model.config, decoder.ranks
+    shares = share_heads(config.num_attention_heads, ranks.ranks)
 
     def attend(given: DsaInput) -> Tensor:
         cache = decoder.caches[given.layer]
         cache.store(slots, given)
-        return cache.attend(given.q, held)
+        if not decoder.dealt:
+            return cache.attend(given.q, held)
+        assert isinstance(cache, Fp8Cache)
+        every = ranks.gather_heads(given.q.bfloat16(), shares)
+        return attend_merged(ranks, every, cache.latents.data, held, config.softmax_scale, shares).out
 
     return attend
+
+
+def all_slots(decoder: DsaDecoder) -> Tensor:
+    """int32 ``[B, n]``: slots of all tokens that every request holds on this rank, as many each."""
+    table = decoder.table
+    device = table.table.device
+    every = torch.arange(table.length(0), dtype=torch.int32, device=device).expand(table.num_requests, -1)
+    return to_slots(every, table.table, torch.arange(table.num_requests, device=device), PAGE_SIZE)
 
 
 def layers_of(model: DsaModel) -> list[DsaLayer]:

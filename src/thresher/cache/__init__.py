@@ -5,7 +5,19 @@ from thresher.cache.index_keys import IndexKeyCache, load_keys, pack_keys
 from thresher.cache.kv import KVCache
 from thresher.cache.latents import LatentCache
 from thresher.cache.pages import PageTable
+from thresher.cache.placed import PlacedTable
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
 
-__all__ = ["BlockMeans", "IndexKeyCache", "KVCache", "LatentCache", "LayerState", "PageTable", "Placement", "load_keys", "pack_keys"]
+__all__ = [
+    "BlockMeans",
+    "IndexKeyCache",
+    "KVCache",
+    "LatentCache",
+    "LayerState",
+    "PageTable",
+    "PlacedTable",
+    "Placement",
+    "load_keys",
+    "pack_keys",
+]

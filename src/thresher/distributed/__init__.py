@@ -5,7 +5,7 @@ from thresher.distributed.coverage import expected_coverage, local_topk, miss_pr
 from thresher.distributed.exact import ExactMerge
 from thresher.distributed.idsa import IDSA
 from thresher.distributed.ranks import run_on_rank
-from thresher.distributed.shards import Shard, local_attention, localise, split_keys, union
+from thresher.distributed.shards import Shard, gather_union, local_attention, localise, split_keys, union
 from thresher.distributed.simulate import run
 from thresher.distributed.single import Replicated, Single
 
@@ -19,6 +19,7 @@ __all__ = [
     "Shard",
     "Single",
     "expected_coverage",
+    "gather_union",
     "local_attention",
     "local_topk",
     "localise",

@@ -51,6 +51,16 @@ def own_heads(shares: Sequence[int], rank: int) -> slice:
     return slice(sum(shares[:rank]), sum(shares[: rank + 1]))
 
 
+def own_share(whole: int, ranks: Collectives) -> int:
+    """How many of so many heads, or of anything else that is shared out as they are, this rank has."""
+    return share_heads(whole, ranks.ranks)[ranks.rank]
+
+
+def add_up(part: Tensor, ranks: Collectives) -> Tensor:
+    """The sum over all ranks of ``part [T, ...]``, in fp32 and in rank order: on every rank the same bits."""
+    return part if ranks.ranks == 1 else ranks.gather(part).float().sum(0).to(part.dtype)
+
+
 def pad_heads(x: Tensor, heads: int) -> Tensor:
     """``x [Q, n, ...]`` with heads of zeros behind it, up to ``heads``."""
     missing = heads - x.shape[1]

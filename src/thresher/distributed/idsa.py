@@ -92,8 +92,14 @@ class IDSA:
     def own_set(
         self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
     ) -> Selection:
-        """``local_select`` on the rank that ``ranks`` is: nothing is exchanged."""
-        return self.local_select(query, shard, ranks.rank, attention)
+        """What the rank keeps of its own tokens: nothing is exchanged."""
+        return self.own_set_of(self.local_query(query, ranks.rank), shard, ranks, attention)
+
+    def own_set_of(
+        self, local: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """``own_set`` of queries as the rank sees them (``local_query``), which layers of one step have in common."""
+        return replace(self.local_selector.select_indices(local, shard.keys, shard.state, attention), space="local")
 
     def local_step(
         self, query: IndexQuery, shard: Shard, rank: int, attention: AttentionInputs | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from thresher.cache.index_keys import load_keys, pack_keys
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
+from thresher.distributed.collectives import Collectives
 from thresher.errors import require
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, PartialAttention, Selection
 
@@ -96,6 +97,15 @@ def union(selections: Sequence[Selection], placement: Placement, width: int | No
     columns = sum(part.topk for part in selections)
     joined = torch.cat(scores, dim=1) if len(scores) == len(selections) else None
     return _packed(torch.cat(logical, dim=1), joined, "logical", columns if width is None else width)
+
+
+def gather_union(selection: Selection, placement: Placement, ranks: Collectives) -> Selection:
+    """``union`` of the local selections that all ranks made for the same queries; on every rank the same. For measuring."""
+    if placement.kind == "replicated":
+        return replace(selection, space="logical")
+    widths = ranks.gather(torch.tensor([selection.topk], device=selection.indices.device))
+    padded = torch.nn.functional.pad(selection.indices, (0, int(widths.max()) - selection.topk), value=-1)
+    return union([Selection(part, (part >= 0).sum(1), "local") for part in ranks.gather(padded)], placement)
 
 
 def _held(placement: Placement, length: int, rank: int, device: torch.device) -> Tensor:

@@ -28,6 +28,12 @@ class OverRanks(Protocol):
     @property
     def width(self) -> int | None: ...
 
+    def select(
+        self, query: IndexQuery, keys: IndexKeys, state: LayerState | None = None, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """The logical union of what all ranks attend to, in one process, of keys that are not dealt out."""
+        ...
+
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
         """Every rank's local selection, in one process; ``attention`` holds all keys."""
         ...
@@ -35,7 +41,13 @@ class OverRanks(Protocol):
     def own_set(
         self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
     ) -> Selection:
-        """One rank's, the same; ``attention`` holds its own keys."""
+        """One rank's, the same; ``attention`` holds its own keys. It may lack scores."""
+        ...
+
+    def own_set_of(
+        self, local: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
+    ) -> Selection:
+        """``own_set`` of queries as the rank sees them."""
         ...
 
 

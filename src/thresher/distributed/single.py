@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from thresher.cache.placement import Placement
 from thresher.cache.state import LayerState
-from thresher.distributed.collectives import Alone, Collectives
+from thresher.distributed.collectives import Collectives
 from thresher.distributed.shards import Shard
 from thresher.selectors.base import Selector
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
@@ -39,11 +39,13 @@ class _Whole:
         self, query: IndexQuery, shard: Shard, ranks: Collectives, attention: AttentionInputs | None = None
     ) -> Selection:
         """The same, called local: its positions are logical ones as well. Nothing is exchanged."""
-        return replace(self.selector.select(query, shard.keys, shard.state, attention), space="local")
+        return replace(self.selector.select_indices(query, shard.keys, shard.state, attention), space="local")
+
+    own_set_of = own_set
 
     def local_sets(self, query: IndexQuery, shards: Sequence[Shard], attention: AttentionInputs | None = None) -> list[Selection]:
-        """``own_set`` of every rank, in one process."""
-        return [self.own_set(query, shard, Alone(), attention) for shard in shards]
+        """Every rank's set, in one process, with scores."""
+        return [replace(self.selector.select(query, shard.keys, shard.state, attention), space="local") for shard in shards]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,15 @@ from thresher.cache.pages import PageTable
 from thresher.cache.state import LayerState
 from thresher.errors import require
 from thresher.models.dsa_config import DsaConfig
-from thresher.models.dsa_layers import DsaInput, IndexInput
+from thresher.models.dsa_layers import DsaInput
 from thresher.ops import (
     index_score,
-    quantize_queries,
     select_topk,
     sparse_attend_mla,
     sparse_attend_mla_fp8,
     store_index_keys,
     store_latents,
+    store_step,
 )
 from thresher.selectors import DSA, Dense, Oracle, Random, Selector, Shared, Window
 from thresher.types import AttentionInputs, IndexKeys, IndexQuery, Selection
@@ -35,7 +36,7 @@ class DsaCache(ABC):
     """Latents of one layer and, where it has an indexer, index keys; the slot of a token is the same in every layer."""
 
     def __init__(self, config: DsaConfig, table: PageTable) -> None:
-        self.config, self.table = config, table
+        self.config, self.table = config, table  # of the tokens that this rank holds
         self.factor = (config.index_n_heads * config.index_head_dim) ** -0.5
 
     @property
@@ -45,14 +46,14 @@ class DsaCache(ABC):
 
     @abstractmethod
     def store(self, slots: Tensor, given: DsaInput) -> None:
-        """Keep T tokens at ``slots`` (int64 ``[T]``)."""
+        """Keep T tokens at ``slots`` (int64 ``[T]``, -1 for those that this rank does not hold)."""
 
     @abstractmethod
-    def query(self, index: IndexInput, positions: Tensor, requests: Tensor) -> IndexQuery:
-        """What the selectors score with, for T tokens at ``positions`` of ``requests`` (int64 ``[T]``)."""
+    def store_and_ask(self, slots: Tensor, given: DsaInput, positions: Tensor, requests: Tensor) -> IndexQuery:
+        """``store``, and what the selectors score with, for T tokens at ``positions`` of ``requests`` (int64 ``[T]``)."""
 
     @abstractmethod
-    def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs) -> Selection:
+    def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs | None) -> Selection:
         """What ``selector`` picks of this layer's index keys."""
 
     @abstractmethod
@@ -72,6 +73,7 @@ class Fp8Cache(DsaCache):
         device = table.table.device
         self.latents = LatentCache(table.num_pages, table.page_size, device=device)
         self.keys = IndexKeyCache(table.num_pages if has_indexer else 0, config.index_head_dim, table.page_size, device)
+        self._zeros = torch.zeros(0, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -80,15 +82,28 @@ class Fp8Cache(DsaCache):
     def store(self, slots: Tensor, given: DsaInput) -> None:
         store_latents(self.latents.data, slots, given.latent, given.rope)
         if given.index is not None:
-            positions = torch.zeros_like(slots)
-            store_index_keys(self.keys.pages, slots, given.index.key, positions, *PLAIN_ROPE)
+            store_index_keys(self.keys.pages, slots, given.index.key, torch.zeros_like(slots), *PLAIN_ROPE)
 
-    def query(self, index: IndexInput, positions: Tensor, requests: Tensor) -> IndexQuery:
-        q, weights = quantize_queries(index.q, index.weights, positions, *PLAIN_ROPE, factor=self.factor)
-        return IndexQuery(q, weights, positions, requests)
+    def store_and_ask(self, slots: Tensor, given: DsaInput, positions: Tensor, requests: Tensor) -> IndexQuery:
+        return IndexQuery(*store_step(*self.step(slots, given)), positions, requests)
 
-    def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs) -> Selection:
-        return selector.select_indices(query, self.keys.view(self.table.table, self.table.lengths), state, attention)
+    def step(self, slots: Tensor, given: DsaInput) -> tuple[Any, ...]:
+        """The arguments of ``ops.store_step`` for a layer with an indexer. All is rotated already: at position 0 nothing turns."""
+        index = given.index
+        assert index is not None
+        if len(self._zeros) < len(slots):
+            self._zeros = torch.zeros_like(slots)
+        return (
+            self.keys.pages, self.latents.data, slots, index.key, given.latent, given.rope, index.q, index.weights,
+            self._zeros[: len(slots)], *PLAIN_ROPE, self.factor,
+        )  # fmt: skip
+
+    def view(self) -> IndexKeys:
+        """The index keys held."""
+        return self.keys.view(self.table.table, self.table.lengths)
+
+    def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs | None) -> Selection:
+        return selector.select_indices(query, self.view(), state, attention)
 
     def attend(self, q: Tensor, slots: Tensor) -> Tensor:
         return sparse_attend_mla_fp8(q.bfloat16(), self.latents.data, slots, self.config.softmax_scale).out
@@ -120,10 +135,12 @@ class Fp32Cache(DsaCache):
         if given.index is not None:
             self.keys[slots] = given.index.key
 
-    def query(self, index: IndexInput, positions: Tensor, requests: Tensor) -> IndexQuery:
-        return IndexQuery(index.q, index.weights * self.factor, positions, requests)
+    def store_and_ask(self, slots: Tensor, given: DsaInput, positions: Tensor, requests: Tensor) -> IndexQuery:
+        self.store(slots, given)
+        assert given.index is not None
+        return IndexQuery(given.index.q, given.index.weights * self.factor, positions, requests)
 
-    def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs) -> Selection:
+    def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs | None) -> Selection:
         names = ", ".join(kind.__name__ for kind in self.RUNS)
         must = f"with precision fp32 a selector must be one of {names}"
         require(isinstance(selector, self.RUNS), must, type(selector).__name__, "pass precision='fp8'")

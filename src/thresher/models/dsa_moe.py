@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from thresher.distributed.collectives import Collectives, own_share
 from thresher.models.dsa_config import DsaConfig
 
 
 class MLP(nn.Module):
-    """SwiGLU; the rows of gate and up stand in one matrix."""
+    """SwiGLU; the rows of gate and up stand in one matrix. A rank has some of its inner dims, and makes a part of a sum."""
 
-    def __init__(self, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, inner: int, dtype: torch.dtype, ranks: Collectives) -> None:
         super().__init__()
+        inner = own_share(inner, ranks)
         self.gate_up = nn.Parameter(torch.empty(2 * inner, hidden, dtype=dtype))
         self.down = nn.Parameter(torch.empty(hidden, inner, dtype=dtype))
 
@@ -22,17 +24,20 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routed experts, and a shared one that every token goes through. The router is fp32."""
+    """Routed experts, and a shared one that every token goes through. The router is fp32.
 
-    def __init__(self, config: DsaConfig, dtype: torch.dtype) -> None:
+    A rank has some inner dims of every expert, so that all ranks have as much to do whatever is routed, and makes a part of a sum.
+    """
+
+    def __init__(self, config: DsaConfig, dtype: torch.dtype, ranks: Collectives) -> None:
         super().__init__()
         self.config = config
-        experts, hidden, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        experts, hidden, inner = config.n_routed_experts, config.hidden_size, own_share(config.moe_intermediate_size, ranks)
         self.router = nn.Parameter(torch.empty(experts, hidden, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(experts, dtype=torch.float32))
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, hidden, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, hidden, inner, dtype=dtype))
-        self.shared = MLP(hidden, inner * config.n_shared_experts, dtype)
+        self.shared = MLP(hidden, config.moe_intermediate_size * config.n_shared_experts, dtype, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         experts, weights = route(F.linear(x.float(), self.router), self.bias, self.config)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from thresher.cache.fp8 import decode_e4m3
+from thresher.distributed.collectives import Alone, Collectives, own_heads, share_heads
 from thresher.errors import require
 from thresher.models.dsa_config import BLOCK, DsaConfig, parse_config
 from thresher.models.dsa_layers import DsaAttention, DsaLayer, DsaModel
@@ -32,22 +33,49 @@ def to_stderr(line: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """The memory that a published tensor fills, and whether it may be FP8 with block scales."""
+    """The memory that a published tensor fills, over ranks with the rank's share of it.
+
+    Attributes:
+        memory: written to.
+        may_be_fp8: whether it may be published as FP8 with block scales.
+        dim: along which ranks share it out; None where each has all of it.
+        count: of what: heads, inner dims or tokens, each as many rows or columns as another.
+    """
 
     memory: Tensor
     may_be_fp8: bool = False
+    dim: int | None = None
+    count: int = 1
+
+    def own(self, values: Tensor, ranks: Collectives) -> Tensor:
+        """What of the whole tensor ``values`` belongs into ``memory`` on the rank that ``ranks`` is."""
+        if self.dim is None:
+            return values
+        unit, mine = values.shape[self.dim] // self.count, own_heads(share_heads(self.count, ranks.ranks), ranks.rank)
+        return values.narrow(self.dim, unit * mine.start, unit * (mine.stop - mine.start))
 
 
 def places(model: DsaModel) -> Iterator[tuple[str, Place]]:
     """Every tensor that a published checkpoint of this model holds, by its name there, layer after layer."""
-    yield "model.embed_tokens.weight", Place(model.embed.weight)
+    vocab = model.config.vocab_size
+    yield "model.embed_tokens.weight", Place(model.embed.weight, dim=0, count=vocab)
     for number, layer in enumerate(model.layers):
         assert isinstance(layer, DsaLayer)
-        for name, place in _of_layer(layer):
+        for name, place in _of_layer(layer, model.config):
             yield f"model.layers.{number}.{name}", place
     yield "model.norm.weight", Place(model.norm.weight)
     if model.head is not None:
-        yield "lm_head.weight", Place(model.head.weight)
+        yield "lm_head.weight", Place(model.head.weight, dim=0, count=vocab)
+
+
+def share_model(whole: DsaModel, ranks: Collectives) -> DsaModel:
+    """The weights of one rank, copied out of a whole model; frozen."""
+    with torch.device("meta"):
+        shapes = DsaModel(whole.config, whole.embed.weight.dtype, ranks)
+    model = shapes.to_empty(device=whole.device).requires_grad_(False)
+    for (_, place), (_, full) in zip(places(model), places(whole), strict=True):
+        place.memory.copy_(place.own(full.memory, ranks))
+    return model.eval()
 
 
 def load_model(
@@ -55,6 +83,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     write: Callable[[str], object] = to_stderr,
+    ranks: Collectives | None = None,
 ) -> DsaModel:
     """A published checkpoint, with FP8 weights expanded to ``dtype``, frozen.
 
@@ -66,27 +95,29 @@ def load_model(
         dtype: bfloat16 or float32.
         device: where the model goes.
         write: takes a line.
+        ranks: the ranks, of which this process is one: it reads all tensors and keeps its share of each. None for the whole model.
 
     Raises:
         ThresherError: naming the field, file or tensor: a config that ``parse_config`` refuses, a tensor that is missing, unknown or of
-            another shape or dtype, a shard that is missing or cut short.
+            another shape or dtype, a shard that is missing or cut short; more ranks than attention heads.
     """
+    ranks = ranks or Alone()
     folder = Path(folder)
     require(dtype in DTYPES, "dtype must be bfloat16 or float32", dtype, "pass torch.bfloat16")
     config = parse_config(read_json(folder / "config.json"))
     entries = read_entries(folder)
     with torch.device("meta"):
-        shapes = DsaModel(config, dtype)
+        shapes, mine = DsaModel(config, dtype), DsaModel(config, dtype, ranks)
     scales = _check(dict(places(shapes)), entries, config)
     skipped = [name for name in entries if _is_prediction(name, config)]
     if skipped:
         write(f"{len(skipped)} tensors of the layers for multi-token prediction are left out, {min(skipped)} first\n")
-    model = shapes.to_empty(device=device).requires_grad_(False)
-    memory = {name: place.memory for name, place in places(model)}
+    model = mine.to_empty(device=device).requires_grad_(False)
+    targets = dict(places(model))
     for name, values, blocks in read_tensors(folder, entries, scales):
-        target = memory[name]
-        values = values.to(target.device)
-        target.copy_(values if blocks is None else dequantize_blocks(values, blocks.to(target.device)))
+        values = values.to(model.device)
+        whole = values if blocks is None else dequantize_blocks(values, blocks.to(model.device))
+        targets[name].memory.copy_(targets[name].own(whole, ranks))
     return model.eval()
 
 
@@ -142,46 +173,49 @@ def _is_prediction(name: str, config: DsaConfig) -> bool:
     return any(name.startswith(f"model.layers.{layer}.") for layer in extra)
 
 
-def _of_layer(layer: DsaLayer) -> Iterator[tuple[str, Place]]:
+def _of_layer(layer: DsaLayer, config: DsaConfig) -> Iterator[tuple[str, Place]]:
     yield "input_layernorm.weight", Place(layer.input_norm.weight)
     yield "post_attention_layernorm.weight", Place(layer.mlp_norm.weight)
-    for name, place in _of_attention(layer.attention):
+    for name, place in _of_attention(layer.attention, config.num_attention_heads):
         yield f"self_attn.{name}", place
     if isinstance(layer.mlp, MoE):
-        yield from _of_experts(layer.mlp)
+        yield from _of_experts(layer.mlp, config)
     else:
-        yield from _swiglu("mlp", layer.mlp.gate_up, layer.mlp.down)
+        yield from _swiglu("mlp", layer.mlp.gate_up, layer.mlp.down, config.intermediate_size)
 
 
-def _of_attention(attention: DsaAttention) -> Iterator[tuple[str, Place]]:
-    yield "q_a_proj.weight", _linear(attention.q_a)
+def _of_attention(attention: DsaAttention, heads: int) -> Iterator[tuple[str, Place]]:
+    query, latent, rope, key = attention.rows
+    q_a, kv_a, wk = attention.low.split([query, latent + rope, key])
+    yield "q_a_proj.weight", Place(q_a, True)
     yield "q_a_layernorm.weight", Place(attention.q_norm.weight)
-    yield "q_b_proj.weight", _linear(attention.q_b)
-    yield "kv_a_proj_with_mqa.weight", _linear(attention.kv_a)
+    yield "q_b_proj.weight", Place(attention.q_b.weight, True, 0, heads)
+    yield "kv_a_proj_with_mqa.weight", Place(kv_a, True)
     yield "kv_a_layernorm.weight", Place(attention.kv_norm.weight)
-    yield "kv_b_proj.weight", Place(attention.kv_b.flatten(0, 1), True)
-    yield "o_proj.weight", _linear(attention.o)
+    yield "kv_b_proj.weight", Place(attention.kv_b.flatten(0, 1), True, 0, heads)
+    yield "o_proj.weight", Place(attention.o.weight, True, 1, heads)
     if attention.indexer is not None:
         yield "indexer.wq_b.weight", _linear(attention.indexer.wq_b)
-        yield "indexer.wk.weight", _linear(attention.indexer.wk)
+        yield "indexer.wk.weight", Place(wk, True)
         yield "indexer.k_norm.weight", Place(attention.indexer.k_norm.weight)
         yield "indexer.k_norm.bias", Place(attention.indexer.k_norm.bias)
         yield "indexer.weights_proj.weight", Place(attention.indexer.weights_proj.weight)
 
 
-def _of_experts(mlp: MoE) -> Iterator[tuple[str, Place]]:
+def _of_experts(mlp: MoE, config: DsaConfig) -> Iterator[tuple[str, Place]]:
+    inner = config.moe_intermediate_size
     yield "mlp.gate.weight", Place(mlp.router)
     yield "mlp.gate.e_score_correction_bias", Place(mlp.bias)
-    yield from _swiglu("mlp.shared_experts", mlp.shared.gate_up, mlp.shared.down)
+    yield from _swiglu("mlp.shared_experts", mlp.shared.gate_up, mlp.shared.down, inner * config.n_shared_experts)
     for expert in range(len(mlp.gate_up)):
-        yield from _swiglu(f"mlp.experts.{expert}", mlp.gate_up[expert], mlp.down[expert])
+        yield from _swiglu(f"mlp.experts.{expert}", mlp.gate_up[expert], mlp.down[expert], inner)
 
 
-def _swiglu(name: str, gate_up: Tensor, down: Tensor) -> Iterator[tuple[str, Place]]:
+def _swiglu(name: str, gate_up: Tensor, down: Tensor, inner: int) -> Iterator[tuple[str, Place]]:
     gate, up = gate_up.chunk(2)
-    yield f"{name}.gate_proj.weight", Place(gate, True)
-    yield f"{name}.up_proj.weight", Place(up, True)
-    yield f"{name}.down_proj.weight", Place(down, True)
+    yield f"{name}.gate_proj.weight", Place(gate, True, 0, inner)
+    yield f"{name}.up_proj.weight", Place(up, True, 0, inner)
+    yield f"{name}.down_proj.weight", Place(down, True, 1, inner)
 
 
 def _linear(linear: nn.Linear) -> Place:
