@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.bench.model_check import _differs
-from thresher.bench.model_step import ModelStep
+from thresher.bench import model_check
+from thresher.bench.model_step import ModelStep, all_slots, to_all
 from thresher.distributed.collectives import own_heads
 from thresher.distributed.shards import union
 from thresher.models.dsa_config import parse_config
@@ -18,7 +18,7 @@ from thresher.selectors import DSA, HISA, Dense
 from thresher.types import PartialAttention, Selection
 
 from ..models.dsa_peer import FAMILIES, TOPK
-from .test_symmetric import Ranks, poisoned  # noqa: F401
+from .test_symmetric import TURNS, Ranks, poisoned  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -55,11 +55,12 @@ def join(model, ranks) -> None:
 @pytest.mark.parametrize("selector", [DSA(TOPK), HISA(topk=TOPK, block_size=8, num_blocks=6), Dense()])
 @pytest.mark.parametrize("placement", ["replicated", "exact", "idsa:granularity=4"])
 def test_two_ranks_on_one_gpu(family, selector, placement, monkeypatch):
+    """Every rank and every replay has the same bits. Parts of sums are bf16, and so a block or two of the sets of later layers differ."""
     config = parse_config({**PUBLISHED[family], **TINY[family], "moe_intermediate_size": 64})  # half of it is aligned
     whole = random_model(config, torch.bfloat16, "cuda")
     ids = torch.tensor([3, 4], device="cuda")
     joined = Ranks(NUM)
-    decoders, graphs, outs = [], [], []
+    decoders, steps, graphs, outs = [], [], [], []
     for rank in range(NUM):
         decoder = DsaDecoder(share_model(whole, Copies(rank)), LENGTH, REQUESTS, placement=placement)
         decoder.fill(LENGTH)
@@ -70,21 +71,24 @@ def test_two_ranks_on_one_gpu(family, selector, placement, monkeypatch):
         join(decoder.model, joined.ranks[rank])
         decoder.ranks = joined.ranks[rank]
         step.attend = attend_of(decoder, selector)
+        steps.append(step)  # a graph keeps nothing alive
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=joined.streams[rank], capture_error_mode="relaxed"):
             outs.append(step.whole())
         graphs.append(graph)
-    taken = []
-    for _ in range(3):
+    turns = []
+    for _ in range(TURNS):
         joined.run(lambda rank: graphs[rank.rank].replay())
-        taken.append([out.clone() for out in outs])
-    assert all(torch.equal(out, taken[0][0]) for turn in taken for out in turn), "every rank has the same bits in every turn"
-    monkeypatch.setattr("thresher.bench.model_check.gather_union", lambda picked, where, ranks: unions(decoders, where, picked))
+        turns.append([out.clone() for out in outs])
+    assert all(torch.equal(out, turns[0][0]) for turn in turns for out in turn)
     there = DsaDecoder(whole, LENGTH, REQUESTS)
     there.fill(LENGTH)
-    monkeypatch.setattr("thresher.bench.model_check.ModelStep", lambda *given: Replayed(taken[0][0]))
-    assert _differs(decoders[0], there, selector, ids.cpu()) is None
+    monkeypatch.setattr(model_check, "ModelStep", lambda *given: Replayed(turns[0][0]))
+    monkeypatch.setattr(model_check, "gather_union", lambda picked, where, ranks: unions(decoders, where, picked))
+    monkeypatch.setattr(model_check, "ODD", 0.35)
+    with torch.no_grad():
+        assert model_check._differs(decoders[0], there, selector, ids.cpu()) is None
 
 
 class Replayed:
@@ -99,8 +103,6 @@ class Replayed:
 
 def attend_of(decoder, selector):
     """As ``ModelStep`` makes it, for the ranks that the decoder has by now."""
-    from thresher.bench.model_step import all_slots, to_all
-
     positions, slots, requests = decoder.last()
     if isinstance(selector, Dense):
         return to_all(decoder, slots, all_slots(decoder))
@@ -116,3 +118,4 @@ def unions(decoders, where, picked) -> Selection:
     width = max(chosen.topk for chosen in sets)
     padded = [torch.nn.functional.pad(chosen.indices, (0, width - chosen.topk), value=-1) for chosen in sets]
     return union([Selection(indices, (indices >= 0).sum(1), "local") for indices in padded], where)
+

@@ -30,10 +30,12 @@ def run(model, selector):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("selector", [None, HISA(topk=TOPK, block_size=8, num_blocks=4)])
 def test_the_decoder_of_checkpoints(family, selector):
-    """Matrix products round otherwise, and so a key or two may be swapped."""
+    """Matrix products round otherwise, and so a key or two may be swapped: in few rows, which then are off."""
     want, taken = run(tiny_model(family), selector)
     got, picked = run(copy.deepcopy(tiny_model(family)).to(DEVICE), selector)
-    assert float((got - want).norm() / want.norm()) < 0.05
+    off = (got - want).norm(dim=1) / want.norm(dim=1)
+    assert float(off.median()) < 0.01
+    assert float(off.max()) < 0.5
     assert all(len(mine & theirs) >= 0.9 * len(theirs) for mine, theirs in zip(picked, taken, strict=True))
 
 
