@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 
 from thresher.bench import rank_steps, ranks
+from thresher.bench.cases import parse_case
 from thresher.bench.peers import PEERS
 from thresher.bench.ranks import together
 from thresher.bench.run import Settings, run_bench
@@ -30,6 +31,7 @@ from ..ops.vendors import DeepGemm, FlashInfer, FlashMla, VllmOps
 
 CPU = torch.device("cpu")
 SMALL = "layer-2x256-h4-d32-k32"
+MANY = "layer-6x256-h4-d32-k32"  # more rows than the reference looks at
 PUBLIC = {name: dataclasses.replace(peer, modules={}) for name, peer in PEERS.items()}
 
 
@@ -49,9 +51,12 @@ def ours(group: Collectives, folder: Path) -> dict[str, list[str]]:
     found = {"all": bench(group, SMALL, "exact", "replicated", out=folder / "all.jsonl")}
     if group.ranks == 2:
         found["still held"] = held_afterwards(group)
+        found["shared"] = not_shared(group)
         found["hisa"] = bench(group, SMALL, "exact", "replicated", selector="hisa:block_size=8,num_blocks=8")
         found["misa"] = bench(group, SMALL, "idsa", selector="misa:block_size=8,active_heads=2", way="replicated")
         found["cruel"] = bench(group, "layer-2x256-h4-d32-k32-q2", "exact", inputs=("cruel",))
+        with patch("thresher.bench.timing._samples", fail):
+            found["checked"] = bench(group, SMALL, "exact", out=folder / "checked.jsonl", check_only=True)
     return found
 
 
@@ -76,7 +81,21 @@ def held_afterwards(group: Collectives) -> list[str]:
     return [str(there().shape) for there in made if there() is not None]
 
 
-def fail(*_: object) -> None:
+def not_shared(group: Collectives) -> list[str]:
+    """What of a shared context is not as the rank would draw it, before and after each rank writes to the same place of its own."""
+    given = parse_case(f"{SMALL}-r{group.ranks}"), "auto", "normal", 0, CPU, group
+    whole, want = ranks.share_whole(*given, copy=1), ranks.make_whole(*given, copy=1)
+    odd = []
+    for _ in range(2):
+        mine, theirs = ((x.index.keys.pages, x.attend.latents, x.attend.q, x.tokens.q, x.positions) for x in (whole, want))
+        odd += [str(at) for at, (one, other) in enumerate(zip(mine, theirs, strict=True)) if not torch.equal(one, other)]
+        for held in (whole, want):
+            held.attend.latents[0, 0, 0, :4] = 7 + group.rank
+        group.gather(torch.zeros(1))
+    return odd
+
+
+def fail(*_: object, **__: object) -> None:
     raise RuntimeError("out of memory\nat home")
 
 
@@ -90,6 +109,24 @@ def wrong(group: Collectives, folder: Path) -> dict[str, list[str]]:
         rest = [[p for p in range(60) if p not in row][: picked.topk] for row in picked.indices.tolist()]
         return dataclasses.replace(picked, indices=torch.tensor(rest, dtype=torch.int32))
 
+    def other_tokens_of_a_row(work, query):
+        """One that the reference does not look at."""
+        picked, other = select(work, query), other_tokens(work, query)
+        at = torch.arange(len(picked.indices))[:, None] == 1
+        return dataclasses.replace(picked, indices=torch.where(at, other.indices, picked.indices))
+
+    def another_tie(work, query):
+        """In the place of a token kept another one of its score."""
+        picked, held = select(work, query), work.held
+        proposed = rank_steps.selector_here(work).select(held.local(query), held.index.keys)
+        rows = []
+        for kept, candidates, scores in zip(*(x.tolist() for x in (picked.indices, proposed.indices, proposed.scores)), strict=True):
+            score = dict(zip(candidates, scores, strict=True))
+            own = [p for p in kept if p >= 0]
+            tie = next(p for p in candidates if p not in own and score[p] == score[own[-1]])
+            rows.append([*sorted([*own[:-1], tie]), *kept[len(own) :]])
+        return dataclasses.replace(picked, indices=torch.tensor(rows, dtype=torch.int32))
+
     def fewer_tokens(work, query):
         picked = select(work, query)
         return dataclasses.replace(picked, indices=picked.indices.clone().index_fill_(1, torch.tensor([0]), -1))
@@ -102,17 +139,20 @@ def wrong(group: Collectives, folder: Path) -> dict[str, list[str]]:
         return attend
 
     found = {}
-    for name, where, what, ways in (
-        ("other tokens", (rank_steps, "_select"), other_tokens, ()),
-        ("other tokens of all", (rank_steps, "_select"), other_tokens, ("replicated",)),
-        ("fewer tokens", (rank_steps, "_select"), fewer_tokens, ("exact",)),
-        ("outputs", (rank_steps, "attend_merged"), off(lambda: 0.1), ()),
-        ("twice", (rank_steps, "attend_merged"), off(lambda: 1e-6 * next(count)), ()),
-        ("dealt", (ranks, "deal"), lambda whole, placement, rank: deal(whole, placement, 0), ()),
-        ("inputs", (ranks, "deal"), fail, ()),
+    for name, where, what, options in (
+        ("other tokens", (rank_steps, "_select"), other_tokens, {}),
+        ("other tokens of all", (rank_steps, "_select"), other_tokens, {"way": "replicated"}),
+        ("another row", (rank_steps, "_select"), other_tokens_of_a_row, {"case": MANY}),
+        ("another tie", (rank_steps, "_select"), another_tie, {"way": "exact", "inputs": ("cruel-plateaus",)}),
+        ("fewer tokens", (rank_steps, "_select"), fewer_tokens, {"way": "exact"}),
+        ("outputs", (rank_steps, "attend_merged"), off(lambda: 0.1), {}),
+        ("twice", (rank_steps, "attend_merged"), off(lambda: 1e-6 * next(count)), {}),
+        ("dealt", (ranks, "deal"), lambda whole, placement, rank: deal(whole, placement, 0), {}),
+        ("inputs", (ranks, "deal"), fail, {}),
+        ("drawn", (ranks.torch, "load"), fail, {}),
     ):
         with patch.object(*where, what) if last else ExitStack(), patch("thresher.bench.timing._samples", fail):
-            found[name] = bench(group, SMALL, out=folder / "wrong.jsonl", way=next(iter(ways), None))
+            found[name] = bench(group, **{"case": SMALL, "out": folder / "wrong.jsonl", **options})
     found["write"] = bench(group, SMALL, out=folder)
     try:
         together(group, CPU, (lambda: fail()) if last else (lambda: None))

@@ -27,10 +27,11 @@ from thresher.errors import ThresherError
 from thresher.selectors import DSA, HISA
 
 from ..distributed.launch import launch
-from .ranks_worker import SMALL
+from .ranks_worker import MANY, SMALL
 
 CPU = torch.device("cpu")
 RED = "under normal inputs must agree with the reference; got: "
+ALONE = RED.replace("the reference", "one process")
 
 
 class Twins:
@@ -123,6 +124,7 @@ def test_ways_share_what_they_hold_and_no_state():
 def test_our_ways_over_two_ranks(ranks_run, tmp_path):
     first, second = ranks_run("ours", 2)
     assert first.pop("still held") == second.pop("still held") == [], "memory is free for the next case"
+    assert first.pop("shared") == second.pop("shared") == []
     assert second == {name: [] for name in first}, "rank 0 writes"
     name = f"{SMALL}-r2"
     for lines, words in (("all", "dsa normal reference: idsa"), ("hisa", "hisa normal reference: idsa")):
@@ -130,6 +132,8 @@ def test_our_ways_over_two_ranks(ranks_run, tmp_path):
     assert first["misa"][0].startswith(f"{name} layer misa normal reference: replicated ")
     assert all(f", {way} " in first["hisa"][0] for way in ("exact", "replicated"))
     assert [line.split()[3] for line in first["cruel"]] == ["cruel-plateaus", "cruel-ascending", "cruel-descending"]
+    assert first["checked"] == [f"{name} layer dsa normal: idsa, exact: right, and not timed"]
+    assert not (tmp_path / "checked.jsonl").exists()
     (record,) = read(tmp_path / "all.jsonl")
     assert (record.case, record.op, record.ranks, record.peer) == (name, "layer", 2, "exact")
     assert record.options == {"topk": 32}
@@ -160,11 +164,14 @@ def test_what_one_rank_cannot_do_ends_all_in_one_line(ranks_run, tmp_path):
     for name, words in (
         ("other tokens", f"rank 1 of 2: idsa of {SMALL}-r2 {RED}beside scores other tokens are selected; no time is taken on a red check"),
         ("other tokens of all", f"rank 1 of 2: replicated of {SMALL}-r2 {RED}beside scores other tokens"),
+        ("another row", f"rank 1 of 2: idsa of {MANY}-r2 {ALONE}row 1: 27 of 54 tokens are not those that it selects; no time is"),
+        ("another tie", f"exact of {SMALL}-r2 {ALONE.replace('normal', 'cruel-plateaus')}row 0: 1 of 32 tokens are not those that"),
         ("fewer tokens", f"exact of {SMALL}-r2 {RED}row 0: 31 tokens, not 32"),
         ("outputs", f"rank 1 of 2: idsa of {SMALL}-r2 {RED}outputs are off by 0.1"),
         ("twice", f"rank 1 of 2: idsa of {SMALL}-r2 {RED}a second run gives other bits"),
         ("dealt", f"rank 1 of 2: idsa of {SMALL}-r2 {RED}row 0: "),
         ("inputs", "rank 1 of 2: out of memory"),
+        ("drawn", "rank 1 of 2: out of memory"),
         ("write", "rank 0 of 2: records must be writable; got "),
     ):
         (line,) = first[name]

@@ -151,7 +151,7 @@ def test_cases_over_ranks_have_a_table_of_their_own():
     newer, other = dataclasses.replace(first, date="2026-01-03", dirty=True), over_ranks("layer-8x32k-h64-r2", "exact", exact=9.0, idsa=6.0)
     assert table([make()]) in table([make(), first]), "the other stays what it is"
     said, _, *lines = table([make(), first, newer, other]).removeprefix(table([make()])).strip().splitlines()
-    assert said == "In every row: selector dsa, inputs normal, impl triton, GPU NVIDIA H200, commit abc."
+    assert said == "In every row: selector dsa, inputs normal, exchange symmetric memory, impl triton, GPU NVIDIA H200, commit abc."
     assert lines == [
         "| case | idsa us | exact us | replicated us | best other / ours | MB held | date |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -159,6 +159,10 @@ def test_cases_over_ranks_have_a_table_of_their_own():
         "| layer-8x32k-h64-r2 | 6.0 | 9.0 | - | 0.67 | 413.0 | 2026-01-02 |",
     ]
     assert table([first]).splitlines()[0].endswith("date 2026-01-02, commit abc.")
+    slower = dataclasses.replace(over_ranks(idsa=70.0, exact=80.0, replicated=75.5), date="2026-01-04")
+    slower.settings["exchange"] = "NCCL"
+    both = table([first, slower]).splitlines()
+    assert [line.split(" | ")[1:3] for line in both[4:]] == [["NCCL", "70.0"], ["symmetric memory", "50.0"]]
 
 
 def test_a_page_is_updated_between_its_marks(tmp_path):

@@ -34,12 +34,12 @@ def load():
 
 
 GROUPS = load().GROUPS
-ROWS = sorted({(*row[:3], name, i) for rows in GROUPS.values() for row in rows for name in row.names for i in row.inputs}, key=str)
-WAYS = [(row.peer, *row.others) for rows in GROUPS.values() for row in rows if row.others]
+CASES = [(row, name, i) for rows in GROUPS.values() for row in rows for name in row.names for i in row.inputs]
+ROWS = sorted({(*row[:3], name, i, row.others) for row, name, i in CASES}, key=str)
 
 
-@pytest.mark.parametrize(("op", "peer", "selector", "name", "inputs"), ROWS)
-def test_a_case_suits_its_op_its_selector_its_peers_and_its_inputs(op, peer, selector, name, inputs):
+@pytest.mark.parametrize(("op", "peer", "selector", "name", "inputs", "others"), ROWS)
+def test_a_case_suits_its_op_its_selector_its_peers_and_its_inputs(op, peer, selector, name, inputs, others):
     case = parse_case(name)
     assert (op is None or case.kind == "layer") == (selector is not None)
     if selector is not None:
@@ -50,7 +50,8 @@ def test_a_case_suits_its_op_its_selector_its_peers_and_its_inputs(op, peer, sel
     if inputs == "recorded":  # what thresher record stores: docs/benchmarks.md
         assert (case.length, case.heads, case.head_dim) == (7680, 32, 64)
         assert case.rows <= (1024 if case.kind == "prefill" else 8)
-    for beside in () if peer is None else (peer,) if case.ranks == 1 else WAYS[0]:
+    assert others == () or case.ranks > 1
+    for beside in () if peer is None else (peer, *others):
         assert op in PEERS[beside].ops
         assert PEERS[beside].fits(case, op) is None
         assert (PEERS[beside].ranks > 1) == (case.ranks > 1)
@@ -59,11 +60,11 @@ def test_a_case_suits_its_op_its_selector_its_peers_and_its_inputs(op, peer, sel
 def test_the_plots_have_their_cases():
     """Issue 4: 8K to 1M, and 1 to 64 heads."""
     sizes = ("8k", "16k", "32k", "64k", "128k", "256k", "512k", "1m")
-    whole = {(selector, name) for _, _, selector, name, inputs in ROWS if inputs == "normal"}
+    whole = {(selector, name) for _, _, selector, name, inputs, _ in ROWS if inputs == "normal"}
     assert whole >= {("dsa", f"prefill-1024x{size}-h{heads}") for size in sizes for heads in (64, 32)}
     assert whole >= {(selector, f"prefill-1024x{size}-h64") for size in sizes for selector in ("misa:active_heads=8", "hisa")}
     assert whole >= {("dsa", f"prefill-1024x128k-h{heads}") for heads in (1, 2, 4, 8, 16, 32, 64)}
-    odd = {(selector.partition(":")[0], inputs) for _, _, selector, _, inputs in ROWS if inputs != "normal"}
+    odd = {(selector.partition(":")[0], inputs) for _, _, selector, _, inputs, _ in ROWS if inputs != "normal"}
     assert odd == {(name, inputs) for name in ("dsa", "misa", "hisa") for inputs in (*CRUEL, "recorded")}
 
 
@@ -78,7 +79,10 @@ def tool(monkeypatch, tmp_path):
             raise module.fails
         case = parse_case(settings.cases[0])
         picked = parse(settings.selector, defaults={"topk": case.topk})
-        over = {"way": "idsa", "others": dict.fromkeys(settings.others, make().time_us)} if case.ranks > 1 else {}
+        over = {}
+        if ranks is not None:
+            others = dict.fromkeys(settings.others, make().time_us)
+            over = {"way": "idsa", "others": others, "exchange": module.exchange_of(ranks)}
         how = {"op": settings.op or default_op(case), "selector": settings.selector.partition(":")[0], "ranks": case.ranks}
         how["settings"] = {**vars(picked), "copies": 2, **over}
         peer = ALONE if settings.peer is None else {"peer": settings.peer}
@@ -99,7 +103,7 @@ def tool(monkeypatch, tmp_path):
 
 def test_no_case_is_timed_twice(tool):
     for rows in GROUPS.values():
-        names = [(*row[:3], name, i) for row in rows for name in row.names for i in row.inputs]
+        names = [(*row[:3], name, i, row.nccl) for row in rows for name in row.names for i in row.inputs]
         assert len(set(names)) == len(names)
     code, timed = tool("heads", "lengths")
     assert code == 0
@@ -164,11 +168,11 @@ class Pair:
 def both(tool, monkeypatch):
     """``both(words)``: what each of two ranks timed, rank 0 first, whose clock ticks seconds; the other's ticks hours."""
 
-    def main(*words):
+    def main(*words, num=2):
         said, timed = [], []
         for rank, tick in enumerate((1, 3600)):
             clock = itertools.count(0, tick)
-            monkeypatch.setattr(tool.module, "world_size", lambda: 2)
+            monkeypatch.setattr(tool.module, "world_size", lambda: num)
             monkeypatch.setattr(tool.module, "started", lambda *a, rank=rank: nullcontext(Pair(rank, said)))
             monkeypatch.setattr(tool.module, "DEVICE", "cpu")
             monkeypatch.setattr(tool.module, "time", SimpleNamespace(monotonic=lambda clock=clock: next(clock)))
@@ -196,6 +200,34 @@ def test_ranks_do_what_rank_0_says(both, capsys):
     with pytest.raises(SystemExit, match="2"):
         both("heads")
     assert "heads is timed by as many processes as it has ranks, 1, not 2" in capsys.readouterr().err
+
+
+class Nccl(Pair):
+    """The same pair, told apart."""
+
+    def __init__(self, timeout_s):
+        super().__init__(0, [])
+
+
+def test_layers_that_are_predicted_are_timed_over_both_exchanges(both, tool, monkeypatch):
+    """Where ranks read one another's memory; else all goes through NCCL, and once."""
+    module, timed = tool.module, []
+    bench = module.run_bench
+
+    def noted(settings, write, ranks):
+        timed.append((settings.cases[0], isinstance(ranks, Nccl)))
+        bench(settings, write, ranks=ranks)
+
+    monkeypatch.setattr(module, "run_bench", noted)
+    monkeypatch.setattr(module, "ProcessGroup", Nccl)
+    monkeypatch.setattr(module, "exchange_of", lambda ranks: "NCCL" if isinstance(ranks, Nccl) else "symmetric memory")
+    code, first = both("ranks-8", num=8)[0]
+    names = [f"layer-{size}-h64-r8" for size in ("1x1m", "8x256k", "32x128k")]
+    assert (code, timed[:6]) == (0, [(name, nccl) for nccl in (False, True) for name in names])
+    assert {(settings.peer, settings.others) for settings in first} == {("public_exact", ("exact", "replicated"))}
+    assert both(num=8) == [(0, []), (0, [])], "all of eight ranks is done"
+    monkeypatch.setattr(module, "exchange_of", lambda ranks: "NCCL")
+    assert [settings.cases[0] for settings in both("ranks-4", num=4)[0][1]] == [name.replace("-r8", "-r4") for name in names]
 
 
 def test_a_lost_rank_is_one_line(tool, monkeypatch, capsys):

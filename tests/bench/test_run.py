@@ -55,6 +55,18 @@ def test_every_kind_of_case_runs_and_is_recorded(tmp_path):
         assert f"{record.time_us['p50']:.1f} us" in line
 
 
+def test_a_check_alone_takes_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "interleave", lambda *a: pytest.fail("it was timed"))
+    out = tmp_path / "a.jsonl"
+    records, lines = bench(DECODE, LAYER, MLA, inputs=("normal",), out=out, check_only=True)
+    assert (records, out.exists()) == ([], False)
+    ops = (f"{DECODE} select dsa", f"{LAYER} layer dsa", f"{MLA} sparse_attend_mla_fp8")
+    assert lines == [f"{what} normal: right, and not timed" for what in ops]
+    monkeypatch.setattr(run, "check_work", lambda work: "wrong")
+    with pytest.raises(ThresherError, match="got: wrong; no time is taken on a red check"):
+        bench(DECODE, check_only=True)
+
+
 @pytest.mark.parametrize(
     "selector",
     ["misa:active_heads=2,block_size=32", "misa_rerank:active_heads=2,block_size=32,candidates=64", "hisa:block_size=16,num_blocks=4"],

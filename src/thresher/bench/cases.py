@@ -154,4 +154,5 @@ CASES = (
     *(f"mla-decode-{b}-h{h}" for h in (16, 64, 128) for b in (1, 8, 32, 128)),
     *(f"layer-{size}-h{h}" for h in (64, 32) for size in ("1x128k", "1x512k", "1x1m", "8x128k", "8x256k", "32x128k")),
     *(f"layer-{b}x{n}-h64-r2" for b in (1, 8, 32) for n in ("32k", "64k", "128k", "256k", "512k", "1m")),
+    *(f"layer-{size}-h64-r{r}" for r in (4, 8) for size in ("1x1m", "8x256k", "32x128k")),
 )

@@ -121,14 +121,20 @@ def sample_rows(num: int) -> Tensor:
     return torch.linspace(0, num - 1, min(num, ROWS)).round().long().unique()
 
 
-def rows_to_cpu(query: IndexQuery, keys: IndexKeys, rows: Tensor) -> tuple[IndexQuery, IndexKeys]:
-    """Some queries with only the pages of their requests, on a CPU."""
+def rows_of(query: IndexQuery, keys: IndexKeys, rows: Tensor) -> tuple[IndexQuery, IndexKeys]:
+    """Some queries with only the pages of their requests."""
     some = query.rows(rows.to(query.q.device))
     requests, renumbered = some.requests.unique(return_inverse=True)
     table = keys.page_table[requests]
     pages, place = table.clamp(min=0).unique(return_inverse=True)
-    few = IndexKeys(keys.pages[pages].cpu(), place.int().masked_fill(table < 0, -1).cpu(), keys.lengths[requests].cpu())
-    return IndexQuery(some.q.cpu(), some.weights.cpu(), some.positions.cpu(), renumbered.cpu()), few
+    few = IndexKeys(keys.pages[pages], place.int().masked_fill(table < 0, -1), keys.lengths[requests])
+    return replace(some, requests=renumbered), few
+
+
+def rows_to_cpu(query: IndexQuery, keys: IndexKeys, rows: Tensor) -> tuple[IndexQuery, IndexKeys]:
+    """``rows_of``, on a CPU."""
+    some, few = rows_of(query, keys, rows)
+    return IndexQuery(*(x.cpu() for x in vars(some).values())), IndexKeys(*(x.cpu() for x in vars(few).values()))
 
 
 def score_bound(query: IndexQuery, keys: IndexKeys, bits: int) -> Tensor:

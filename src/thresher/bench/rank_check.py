@@ -1,11 +1,13 @@
 """The check of a step over ranks, before any time: sets and outputs of some rows, held against the reference on a CPU.
 
-Every rank checks its own heads, over the union of what all ranks attend to, and its own part of a set. A public way is held to what other
-packages promise: a top-k by its own roundings, in any order, outputs rounded to bf16.
+Every rank checks its own heads, over the union of what all ranks attend to, and its own part of a set. Sets of our ways, of all rows, are
+then held against one process, to the bit (``rank_alone``). A public way is held to what other packages promise: a top-k by its own
+roundings, in any order, outputs rounded to bf16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +28,7 @@ from thresher.bench.check import (
 )
 from thresher.bench.inputs import AttendInputs
 from thresher.bench.peer_steps import topk_differs
+from thresher.bench.rank_alone import OneProcess
 from thresher.bench.rank_steps import RankStep, selector_here
 from thresher.bench.ranks import OURS, Held, RankWork
 from thresher.distributed import ExactMerge, Replicated, split_keys, union
@@ -41,19 +44,20 @@ from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
 class Reference:
     """Some rows of a case, on a CPU: their queries, of logical positions, and all keys of their requests. What takes long is kept.
 
-    ``bits`` are those that a matrix unit of the device keeps, as in ``check.BITS``.
+    ``bits`` are those that a matrix unit of the device keeps, as in ``check.BITS``; ``alone`` is of other rows.
     """
 
     rows: Tensor
     query: IndexQuery
     keys: IndexKeys
     bits: int
+    alone: OneProcess
 
     @classmethod
-    def of(cls, whole: Held) -> Reference:
+    def of(cls, whole: Held, works: Mapping[str, RankWork]) -> Reference:
         query, keys = whole.index.query, whole.index.keys
         rows = sample_rows(query.num_queries)
-        return cls(rows, *rows_to_cpu(query, keys, rows), BITS[query.q.device.type])
+        return cls(rows, *rows_to_cpu(query, keys, rows), BITS[query.q.device.type], OneProcess.of(whole, works))
 
     @cached_property
     def scores(self) -> Tensor:
@@ -76,29 +80,33 @@ class Reference:
             return selector.select(self.query, self.keys) if isinstance(over, Replicated) else over.select(self.query, self.keys)
 
 
-
-def check_step(step: RankStep, reference: Reference, group: Collectives) -> str | None:
-    """Why a step is wrong on this rank, in one line, or None. All ranks call it, and tell one another all they must before one judges.
+def check_step(step: RankStep, reference: Reference, group: Collectives) -> tuple[Tensor, str | None]:
+    """Check a step on every rank. All call it, and tell one another all they must before one judges.
 
     Args:
         step: over the copy that the reference is of.
         reference: the rows to look at.
         group: the ranks.
+
+    Returns:
+        sets: ``[ranks, Q, k]`` on a CPU, for ``OneProcess.differs``, by which other ranks than the one at fault are red too.
+        why: what is wrong on this rank, in one line, or None.
     """
     work, rows = step.work, reference.rows
     here = rows.to(work.held.positions.device)
     first = _kept(step.run())
     second = _kept(step.run())
-    picked = step.select()[here]
+    every = step.select()
+    picked = every[here]
     beside = _scored(work) if work.way in OURS else None
     scores = None if beside is None or beside.scores is None else beside.scores[here]
-    sets = _of_all(work, picked, group)
+    sets = _of_all(work, every, group)
     proposed = None if scores is None or beside is None else (_of_all(work, beside.indices[here], group), _of_all(work, scores, group))
     attend = _attended(work, picked, here, group)
     if beside is not None and not same_bits(first, second):
-        return "a second run gives other bits"
-    why = _sets_differ(work, sets, proposed, beside, reference)
-    return why or _outputs_differ(first, attend, rows)
+        return sets, "a second run gives other bits"
+    why = _sets_differ(work, sets[:, rows], proposed, beside, reference)
+    return sets, why or _outputs_differ(first, attend, rows)
 
 
 def _kept(result: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from thresher.bench.cases import Case
 from thresher.bench.floor import floor_us, measure_ceilings, useful_work
@@ -17,7 +18,7 @@ from thresher.bench.once import peak_bytes, rows_redone
 from thresher.bench.peers import Peer, find_peer, versions
 from thresher.bench.rank_check import Reference, check_step
 from thresher.bench.rank_steps import RankStep
-from thresher.bench.ranks import OURS, RankWork, make_whole, make_works, together
+from thresher.bench.ranks import OURS, RankWork, make_whole, make_works, share_whole, together
 from thresher.bench.record import Record, ran_on, ratio_of
 from thresher.bench.timing import Prepared, in_turns, interleave_ranks, make_copies, num_copies
 from thresher.bench.work import all_preferred
@@ -60,7 +61,7 @@ def check_ways(settings: Settings, case: Case, ranks: int) -> tuple[str, ...]:
 
 def measure(
     settings: Settings, case: Case, inputs: str, selector: Selector, device: torch.device, ranks: Collectives, peers: Mapping[str, Peer]
-) -> Record:
+) -> Record | None:
     """Check every way, then time all of them.
 
     Args:
@@ -73,7 +74,7 @@ def measure(
         peers: where ways are found.
 
     Returns:
-        The record, with the same times on every rank.
+        The record, with the same times on every rank; None where there is only a check.
 
     Raises:
         ThresherError: a rank that cannot make its inputs or steps, or a way that is wrong, on all ranks alike.
@@ -86,21 +87,27 @@ def measure(
         return together(group, device, do)
 
     def make(copy: int) -> tuple[dict[str, RankWork], Reference | None]:
-        whole = make_whole(case, settings.impl, inputs, settings.seed, device, ranks, settings.recorded, copy)
-        return make_works(case, ways, selector, settings.impl, ranks, whole), None if copy else Reference.of(whole)
+        drawn = share_whole if device.type == "cpu" else make_whole
+        whole = drawn(case, settings.impl, inputs, settings.seed, device, ranks, settings.recorded, copy)
+        works = make_works(case, ways, selector, settings.impl, ranks, whole)
+        return works, None if copy else Reference.of(whole, works)
 
     if device.type == "cuda":
         torch.cuda.empty_cache()  # as for a case of one rank
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // case.ranks))  # torchrun leaves one, and the reference is long
     first, reference = all_do(lambda: make(0))
     assert reference is not None
-    copies = all_do(lambda: make_copies(first, lambda copy: make(copy)[0], num_copies(moved / case.ranks, device), device))
+    most = 1 if settings.check_only else num_copies(moved / case.ranks, device)
+    copies = all_do(lambda: make_copies(first, lambda copy: make(copy)[0], most, device))
     del copies[int(group.gather(torch.tensor([len(copies)], device=device)).min()) :]
     prepared: dict[str, Prepared] = {}
     for way in ways:
         prepare = find_peer(way, case, "layer", device, peers)
         prepared[way] = all_do(partial(prepare, [works[way] for works in copies]))
-        all_do(partial(_right, prepared[way].steps[0], reference, group, inputs))
+        sets = all_do(partial(_right, prepared[way].steps[0], reference, group, inputs))
+        all_do(partial(_as_one_process, first[way], sets, reference, inputs))
+    if settings.check_only:
+        return None
     steps = {way: in_turns(made.steps) if timing == "graph" else made.steps for way, made in prepared.items()}
     run = prepared[ways[0]].steps[0]
     peak, redone = all_do(lambda: (peak_bytes(run, device), rows_redone(run)))
@@ -152,9 +159,20 @@ def exchange_of(ranks: Collectives) -> str:
     return {"nccl": "NCCL"}.get(dist.get_backend(ranks.group), dist.get_backend(ranks.group))
 
 
-def _right(step: Any, reference: Reference, group: Collectives, inputs: str) -> None:
+def _right(step: Any, reference: Reference, group: Collectives, inputs: str) -> Tensor:
     assert isinstance(step, RankStep)
-    why = check_step(step, reference, group)
+    sets, why = check_step(step, reference, group)
+    _refuse(step.work, inputs, "the reference", why)
+    return sets
+
+
+def _as_one_process(work: RankWork, sets: Tensor, reference: Reference, inputs: str) -> None:
+    """Once no rank is red by itself: here all would see the tokens of the one that is."""
+    if work.way in OURS:
+        _refuse(work, inputs, "one process", reference.alone.differs(work, sets))
+
+
+def _refuse(work: RankWork, inputs: str, by: str, why: str | None) -> None:
+    must = f"{work.way} of {work.case.name} under {inputs} inputs must agree with {by}"
     if why is not None:
-        must = f"{step.work.way} of {step.work.case.name} under {inputs} inputs must agree with the reference"
         raise ThresherError(f"{must}; got: {why}; no time is taken on a red check")

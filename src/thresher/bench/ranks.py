@@ -1,12 +1,14 @@
 """What one rank of a layer case holds: the whole context, or the tokens dealt to it; and how ranks fail together.
 
-Every rank draws the same whole context from the seed and keeps its share.
+Every rank draws the same whole context from the seed and keeps its share. On CPUs one of them draws it for all.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,17 +94,43 @@ class RankWork:
         return self.over.placement.kind != "replicated"
 
 
-def make_whole(
-    case: Case, impl: str, inputs: str, seed: int, device: torch.device, ranks: Collectives, recorded: Path | None = None, copy: int = 0
+def draw_whole(
+    case: Case, impl: str, inputs: str, seed: int, device: torch.device, recorded: Path | None = None, copy: int = 0
 ) -> Held:
-    """The whole context with the new tokens stored, and the queries of a rank's own heads; arguments as for ``make_work``."""
+    """The whole context with the new tokens stored, and the queries of all heads; arguments as for ``make_work``."""
     index = make_inputs(case, inputs, seed, device, recorded, copy)
     attend = make_attend_inputs(case, seed, device, copy, fp8=True)
     tokens = make_new_tokens(case, index, seed, copy)
     with using(impl):
         query = store_tokens(tokens, index, attend)
+    return Held(Inputs(query, index.keys), attend, tokens, query.positions)
+
+
+def make_whole(
+    case: Case, impl: str, inputs: str, seed: int, device: torch.device, ranks: Collectives, recorded: Path | None = None, copy: int = 0
+) -> Held:
+    """``draw_whole``, with the queries of the rank's own heads alone."""
+    return _with_own_heads(draw_whole(case, impl, inputs, seed, device, recorded, copy), case, ranks)
+
+
+def share_whole(
+    case: Case, impl: str, inputs: str, seed: int, device: torch.device, ranks: Collectives, recorded: Path | None = None, copy: int = 0
+) -> Held:
+    """``make_whole`` on a CPU, whose memory ranks share: rank 0 draws it to a file that all map; a page that one writes becomes its own.
+
+    All ranks call this together, on one host.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(tell(ranks, device, folder)[0]) / "whole.pt"
+        draw = partial(draw_whole, case, impl, inputs, seed, device, recorded, copy)
+        together(ranks, device, lambda: torch.save(draw(), file) if ranks.rank == 0 else None)
+        whole: Held = together(ranks, device, lambda: torch.load(file, mmap=True, weights_only=False))
+    return _with_own_heads(whole, case, ranks)
+
+
+def _with_own_heads(whole: Held, case: Case, ranks: Collectives) -> Held:
     mine = own_heads(share_heads(case.attention_heads, ranks.ranks), ranks.rank)
-    return Held(Inputs(query, index.keys), replace(attend, q=attend.q[:, mine].contiguous()), tokens, query.positions)
+    return replace(whole, attend=replace(whole.attend, q=whole.attend.q[:, mine].contiguous()))
 
 
 def deal(whole: Held, placement: Placement, rank: int) -> Held:
@@ -153,6 +181,8 @@ def together(group: Collectives, device: torch.device, do: Callable[[], Made]) -
     Raises:
         ThresherError: one line, where any rank could not; says which.
     """
+    if group.ranks == 1:
+        return do()
     made: list[Made] = []
     why = ""
     try:

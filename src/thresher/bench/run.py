@@ -16,7 +16,7 @@ from thresher.bench.floor import floor_us, measure_ceilings, useful_work
 from thresher.bench.inputs import CRUEL, INPUTS
 from thresher.bench.once import peak_bytes, rows_redone
 from thresher.bench.peers import PEERS, Peer, find_peer, peer_reason, versions
-from thresher.bench.rank_run import check_ways, measure
+from thresher.bench.rank_run import check_ways, measure, ways_of
 from thresher.bench.ranks import together
 from thresher.bench.record import Record, append, ran_on, ratio_of, results_path
 from thresher.bench.timing import Step, in_turns, interleave, make_copies, num_copies
@@ -42,6 +42,7 @@ class Settings:
         timing: "graph" or "events"; None for graphs.
         out: a file to append to; None for the results folder on a GPU, and for nothing on a CPU.
         recorded: the file of recorded inputs.
+        check_only: whether a case is over when its check is: no time, no record.
     """
 
     cases: tuple[str, ...]
@@ -58,12 +59,16 @@ class Settings:
     timing: str | None = None
     out: Path | None = None
     recorded: Path | None = None
+    check_only: bool = False
 
 
 def run_bench(
     settings: Settings, write: Callable[[str], None], peers: Mapping[str, Peer] = PEERS, ranks: Collectives | None = None
 ) -> list[Record]:
     """Check and time every case under every input; each record is written as soon as it is there, by rank 0 where there are ``ranks``.
+
+    Returns:
+        The records; none where cases are only checked.
 
     Raises:
         ThresherError: an option that does not fit (before anything runs), or a check that fails (no time is taken then).
@@ -93,11 +98,20 @@ def run_bench(
                 record = _measure(settings, case, name, device, peers)
             else:
                 record = measure(settings, case, name, parse(settings.selector, defaults={"topk": case.topk}), device, ranks, peers)
-            together(everyone, device, partial(_keep, settings, record, everyone.rank))
+            if record is not None:
+                together(everyone, device, partial(_keep, settings, record, everyone.rank))
+                records.append(record)
             if everyone.rank == 0:
-                write(line_of(record))
-            records.append(record)
+                write(checked(settings, case, name) if record is None else line_of(record))
     return records
+
+
+def checked(settings: Settings, case: Case, inputs: str) -> str:
+    """One line for the terminal, of a case that was only checked."""
+    op = settings.op or default_op(case)
+    selector = settings.selector.partition(":")[0].strip() if _selector(settings, case, op) is not None else ""
+    ways = f": {', '.join(ways_of(settings))}" if case.ranks > 1 else ""
+    return f"{' '.join(word for word in (case.name, op, selector, inputs) if word)}{ways}: right, and not timed"
 
 
 def line_of(record: Record) -> str:
@@ -130,7 +144,7 @@ def _keep(settings: Settings, record: Record, rank: int) -> None:
         append(path, record)
 
 
-def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, peers: Mapping[str, Peer]) -> Record:
+def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, peers: Mapping[str, Peer]) -> Record | None:
     op = settings.op or default_op(case)
     selector = _selector(settings, case, op)
     timing = (settings.timing or "graph") if device.type == "cuda" else "clock"
@@ -147,6 +161,8 @@ def _measure(settings: Settings, case: Case, inputs: str, device: torch.device, 
     why = check_work(first)
     if why is not None:
         raise ThresherError(f"{case.name} under {inputs} inputs must agree with the reference; got: {why}; no time is taken on a red check")
+    if settings.check_only:
+        return None
     peak = peak_bytes(first.run, device)
     beside = first if case.kind == "layer" and op in SHARING else None
     copies = make_copies(first, lambda copy: make(copy, beside), num_copies(moved, device), device)

@@ -14,7 +14,7 @@ from thresher.errors import require
 BEGIN = "<!-- performance: generated from benchmarks/results by thresher.bench.table -->"
 END = "<!-- end of performance -->"
 COLUMNS = ("case", "op", "selector", "inputs", "impl", "us", "peer", "peer us", "peer / ours", "floor us", "GPU", "date", "commit")
-SHARED = ("selector", "inputs", "impl", "GPU", "date", "commit")
+SHARED = ("selector", "inputs", "exchange", "impl", "GPU", "date", "commit")
 
 
 def load(folder: Path) -> list[Record]:
@@ -35,7 +35,7 @@ def table(records: Sequence[Record]) -> str:
     tables = [_table(COLUMNS, [_cells(record) for record in alone])] if alone or not over else []
     if over:
         ways = [way for way in PLACED if any(way in record.ways for record in over)]
-        columns = (*SHARED[:2], *(f"{way} us" for way in ways), "best other / ours", "MB held", *SHARED[2:])
+        columns = (*SHARED[:3], *(f"{way} us" for way in ways), "best other / ours", "MB held", *SHARED[3:])
         tables.append(_table(("case", *columns), [_cells_over_ranks(record, ways) for record in over]))
     return "\n".join(tables)
 
@@ -53,12 +53,19 @@ def updated(text: str, records: Sequence[Record]) -> str:
     Raises:
         ThresherError: there are records, and not one pair of marks.
     """
-    if not records:
-        return text
-    marks = (text.count(BEGIN), text.count(END))
-    require(marks == (1, 1) and text.index(BEGIN) < text.index(END), f"the page must hold {BEGIN} and {END} once", marks, "add them")
-    head, _, rest = text.partition(BEGIN)
-    return f"{head}{BEGIN}\n{table(records)}{END}{rest.partition(END)[2]}"
+    return between(text, BEGIN, END, table(records)) if records else text
+
+
+def between(text: str, begin: str, end: str, made: str) -> str:
+    """A page with what was ``made``, whole lines, between its marks.
+
+    Raises:
+        ThresherError: not one pair of marks.
+    """
+    marks = (text.count(begin), text.count(end))
+    require(marks == (1, 1) and text.index(begin) < text.index(end), f"the page must hold {begin} and {end} once", marks, "add them")
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{made}{end}{rest.partition(end)[2]}"
 
 
 def _place(record: Record) -> tuple[str, str, str, int, int, int]:
@@ -69,7 +76,7 @@ def _place(record: Record) -> tuple[str, str, str, int, int, int]:
 def _key(record: Record) -> tuple[str, ...]:
     options = sorted((name, str(value)) for name, value in record.settings.items() if name not in (*HOW, *OVER_RANKS))
     ours = (record.gpu, record.op, record.case, record.selector or "", str(options), record.inputs, record.impl)
-    over = (record.settings["way"], *record.settings["others"]) if record.ranks > 1 else ()
+    over = (*(record.settings[name] for name in ("exchange", "way")), *record.settings["others"]) if record.ranks > 1 else ()
     return (*ours, record.peer or "", str(record.ranks), *over)
 
 
@@ -89,7 +96,8 @@ def _cells_over_ranks(record: Record, ways: Sequence[str]) -> tuple[str, ...]:
     best = min((time for name, time in times.items() if name != way), default=None)
     ratio = "-" if best is None else f"{best / times[way]:.2f}"
     held = f"{record.settings['cache_bytes'][way] / 1e6:.1f}"
-    what, where = (record.case, record.selector or "-", record.inputs), (record.impl, record.gpu, record.date, (record.commit or "-")[:8])
+    what = (record.case, record.selector or "-", record.inputs, record.settings["exchange"])
+    where = (record.impl, record.gpu, record.date, (record.commit or "-")[:8])
     return (*what, *cells, ratio, held, *where)
 
 
