@@ -144,6 +144,15 @@ def test_parts_of_a_row_add_up(planned):
         assert {part for part, us in row.parts_us.items() if us == 0} == none
 
 
+def test_queries_meet_while_tokens_are_selected(planned):
+    """Over symmetric memory only their bytes count; NCCL gathers them first."""
+    for kind in MEASURED:
+        (row,) = (row for row in planned(batch="4", exchange=kind, gpus=8, selector=("dsa",)).rows if row.way == "idsa")
+        whole, (fixed, _) = Exchange(8, kind=kind).time_us(4 * 16 * 1152), Exchange(8, kind=kind).coefficients()
+        assert fixed > 1
+        assert row.parts_us["gather"] == pytest.approx(whole - fixed if kind == "symmetric" else whole)
+
+
 def test_layers_without_an_indexer_skip_its_parts(planned):
     for row in planned(model="glm-5.2", batch="4").rows:
         rest = sum(us for part, us in row.parts_us.items() if part not in INDEXER)
@@ -153,7 +162,7 @@ def test_layers_without_an_indexer_skip_its_parts(planned):
 def test_what_lies_outside_the_records_is_marked(tmp_path):
     """Records of 1 to 128 requests, 16k to 1m, 64 index heads, 64 and 128 attention heads; the second top-k of another GPU."""
     for record in synthetic():
-        append(tmp_path / "a.jsonl", replace(record, gpu="NVIDIA H100") if record.op == "select_topk" else record)
+        append(tmp_path / "a.jsonl", replace(record, gpu="NVIDIA H100") if record.op == "keep_best" else record)
 
     def marks(**changes):
         rows = make_plan(Settings(**{"model": "deepseek-v3.2", "records": tmp_path, "selector": ("dsa", "hisa"), **changes})).rows

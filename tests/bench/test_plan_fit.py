@@ -53,7 +53,7 @@ def synthetic():
     blank = [timed(f"layer-{size}-h64", op, 1.0, "dsa") for size in SIZES for op in ("store", "to_slots")]
     blank += [timed(f"decode-{size}-h64", "select", 1.0, name) for size in SIZES for name in SELECTORS]
     blank += [timed(case, "sparse_attend_mla_fp8", 1.0) for case in ATTENDED]
-    blank += [timed(f"decode-{size}-h64", "select_topk", 1.0) for size in SIZES]
+    blank += [timed(f"decode-{size}-h64", "keep_best", 1.0) for size in SIZES]
     named = {op: part for part, (op, _) in PARTS.items()}
     return [
         timed(r.case, r.op, planted(f"select {r.selector}" if r.op == "select" else named[r.op], r), r.selector, commit="a") for r in blank
@@ -160,10 +160,10 @@ def test_a_gpu_is_named_by_part_of_its_name():
 
 
 def test_a_part_without_records_is_named_with_the_ops_that_there_are():
-    records = [r for r in synthetic() if r.op not in ("to_slots", "select_topk")]
+    records = [r for r in synthetic() if r.op not in ("to_slots", "keep_best")]
     with pytest.raises(ThresherError, match=r"must hold to_slots .*; got select, sparse_attend_mla_fp8, store; take them with"):
         fit_parts(records, GPU, ["dsa"])
-    other = [replace(r, gpu="NVIDIA H100") for r in synthetic() if r.op == "select_topk"]
+    other = [replace(r, gpu="NVIDIA H100") for r in synthetic() if r.op == "keep_best"]
     fits = fit_parts([*synthetic()[: -len(SIZES)], *other], GPU, ["dsa"])
     assert {point.gpu for point in fits["topk"].points} == {"NVIDIA H100"}, "the second top-k alone may be another GPU's"
 

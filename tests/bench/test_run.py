@@ -94,8 +94,9 @@ def test_on_a_cpu_nothing_is_written_unless_asked(tmp_path, monkeypatch):
     ("options", "words"),
     [
         ({"inputs": ("gentle",)}, "inputs of decode-2x300-h4-d64-k32 must be one of normal"),
-        ({"op": "layer"}, "the op of a decode case must be one of select, index_score, select_topk"),
+        ({"op": "layer"}, "the op of a decode case must be one of select, index_score, select_topk, keep_best"),
         ({"op": "sparse_attend_mla"}, "the op of a decode case"),
+        ({"op": "keep_best"}, "contexts of keep_best must be the 32 candidates of each of several ranks"),
         ({"impl": "fast"}, "impl must be one of auto, triton, reference"),
         ({"selector": "bogus"}, "a selector must be one of"),
         ({"selector": "hisa:block_size=1,num_blocks=2"}, "must be at least topk=32"),
@@ -209,6 +210,7 @@ def spoilt(result, how):
         (DECODE, "index_score", "scores"),
         (PREFILL, "index_score", "scores"),
         (DECODE, "select_topk", "one wrong token"),
+        ("decode-2x64-h4-d32-k16", "keep_best", "one wrong token"),
         (MLA, "sparse_attend_mla_fp8", "out"),
         (MLA, "sparse_attend_mla_fp8", "lse"),
         (MLA, "sparse_attend_mla", "out"),

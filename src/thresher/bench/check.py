@@ -14,7 +14,7 @@ from thresher.cache import IndexKeyCache, LatentCache
 from thresher.cache.fp8 import dequantize_fp8
 from thresher.cache.index_keys import planes, visible_counts
 from thresher.cache.latents import decode_records
-from thresher.ops import paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8, to_slots
+from thresher.ops import keep_best, paged_index_score, select_topk, sparse_attend_mla, sparse_attend_mla_fp8, to_slots
 from thresher.ops.dispatch import using
 from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
 
@@ -37,6 +37,10 @@ def check_work(work: Work) -> str | None:
         if work.op == "select_topk":
             assert work.scores is not None
             return _same_selection(_rows(got, rows), select_topk(work.scores[rows].cpu(), work.case.topk))
+        if work.op == "keep_best":
+            assert work.proposed is not None
+            scores, positions = (x[:, rows].cpu() for x in work.proposed)
+            return _same_selection(_rows(got, rows), keep_best(scores, positions, 0, work.case.topk))
         if work.op == "store":
             return _stores(work, got)
         if work.op == "to_slots":

@@ -72,6 +72,8 @@ def useful_work(case: Case, op: str, selector: Selector | None, lengths: list[in
         flops, moved = flops + add[0], moved + add[1]
     if op in ("index_score", "select_topk"):  # the scores between the two, written or read
         moved += 4.0 * sum(_contexts(case, lengths))
+    if op == "keep_best":  # all ranks' scores and positions read, one's own tokens and their scores written
+        moved += 8.0 * sum(_contexts(case, lengths)) + 8.0 * case.rows * case.topk
     if op in ("select", "select_topk", "layer"):
         moved += 4.0 * case.rows * case.topk
     if op in ("store", "layer"):  # bf16 read, FP8 written; a layer reads the query again

@@ -37,7 +37,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"select {name}": ("select", ("us",) if name == "misa" else ("us", BYTES, ROWS)) for name in SELECTORS},
     "to_slots": ("to_slots", ("us", BYTES)),
     "attend": ("sparse_attend_mla_fp8", ("us", "us/GFLOP")),
-    "topk": ("select_topk", ("us", BYTES, ROWS)),
+    "topk": ("keep_best", ("us", BYTES, ROWS)),
 }
 LEAST_STEPS = 4  # of a graph: up to 8 us of its beginning stand in one step's time otherwise (docs/benchmarks.md)
 SAME = 0.05  # times of one kernel's records, taken twice
@@ -121,7 +121,7 @@ def features(part: str, step: Step) -> Terms:
         padded = -(-step.attention_heads // HEAD_TILE) * HEAD_TILE
         return 1.0, 2e-9 * padded * (LATENT_DIM + VALUE_DIM) * step.attended * queries, float(queries)
     op = PARTS[part][0]
-    if op == "select_topk":
+    if op == "keep_best":
         case = Case("decode", queries, longest, step.index_heads, topk=step.columns)
     _, moved = useful_work(case, op, step.selector if op == "select" else None, list(step.lengths))
     return 1.0, 1e-6 * moved, float(queries)

@@ -113,8 +113,8 @@ def make_plan(settings: Settings) -> Plan:
     fits = fit_parts(records, gpu, settings.selector)
     ways = WAYS if settings.gpus > 1 else WAYS[:1]
     if len(ways) > 1 and "topk" not in fits:
-        must = "some record must hold select_topk, for the exact merge's second top-k"
-        raise ThresherError(f"{must}; got none; take them with tools/records topk")
+        must = "some record must hold keep_best, the exact merge's second top-k"
+        raise ThresherError(f"{must}; got none; take them with tools/records keep-best")
     room, weights = settings.memory_share * memory[0], model.weight_bytes(settings.gpus)
     rows = [
         row_of(model, way, name, context, batch, exchange, fits, gpu, room)
@@ -215,6 +215,8 @@ def row_of(
             outside.setdefault(letter, []).append(text)
     for part, size in sizes.items():
         times[part] = exchange.time_us(size)
+        if part == "gather" and exchange.kind == "symmetric":  # sent by what stores, waited for by what finds slots: nobody waits to meet
+            times[part] = max(0.0, times[part] - exchange.coefficients()[0])
         for text in exchange.outside(size):
             outside.setdefault("x", []).append(f"{part}: {text}")
     layer = sum(times.values())

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thresher.bench.cases import Case
+from thresher.bench.cases import Case, size_text
 from thresher.bench.inputs import INPUTS, SCALE, AttendInputs, Inputs, NewTokens, make_attend_inputs, make_inputs, make_new_tokens
 from thresher.cache import LayerState, load_keys
 from thresher.cache.index_keys import visible_counts
 from thresher.errors import require
 from thresher.ops import (
     index_score,
+    keep_best,
     paged_index_score,
     select_topk,
     sparse_attend_mla,
@@ -38,6 +39,7 @@ OPS = {
     "to_slots": ("layer",),
     "index_score": ("prefill", "decode"),
     "select_topk": ("prefill", "decode"),
+    "keep_best": ("decode",),
     "sparse_attend_mla_fp8": ("mla-decode", "layer"),
     "sparse_attend_mla": ("mla-decode",),
 }
@@ -60,6 +62,7 @@ class Work:
         picked: of layers: the selection, for "to_slots".
         contiguous: a prefill's keys and ranges, for "index_score": ``(k, k_scales, starts, ends)``.
         scores: fp32 ``[Q, N]``, for "select_topk".
+        proposed: for "keep_best": scores ``[R, Q, k]``, of tokens dealt out to ranks that propose all they hold, and their positions.
         ends: int64 ``[Q]``, how many of a row's scores count, where rows of "select_topk" differ in that.
         state: what a decoding step finds from the steps before it.
     """
@@ -74,6 +77,7 @@ class Work:
     picked: Selection | None
     contiguous: tuple[Tensor, Tensor, Tensor, Tensor] | None
     scores: Tensor | None
+    proposed: tuple[Tensor, Tensor] | None
     ends: Tensor | None
     state: LayerState | None
 
@@ -124,7 +128,7 @@ def make_work(
     else:
         index = None if case.kind == "mla-decode" else make_inputs(case, inputs, seed, device, recorded, copy)
         attend = make_attend_inputs(case, seed, device, copy, op != "sparse_attend_mla") if needs_attention else None
-    tokens = contiguous = scores = ends = state = picked = None
+    tokens = contiguous = scores = proposed = ends = state = picked = None
     if case.kind == "layer":
         assert index is not None
         assert attend is not None
@@ -137,13 +141,17 @@ def make_work(
     if index is not None and op == "index_score" and case.kind == "prefill":
         past = index.query.positions + 1
         contiguous = (*load_keys(index.keys, 0), torch.zeros_like(past), past)
+    if index is not None and op == "keep_best":
+        with using(impl):
+            dealt = paged_index_score(index.query, index.keys)[:, : case.length].unflatten(1, (case.topk, -1)).permute(2, 0, 1).contiguous()
+        proposed = dealt, torch.arange(case.topk, dtype=torch.int32, device=device).repeat(*dealt.shape[:2], 1)
     if index is not None and op == "select_topk":
         with using(impl):
             scores = paged_index_score(index.query, index.keys)
         ends = visible_counts(index.query, index.keys) if case.length is None else None
     if case.kind != "prefill" and op in ("select", "layer"):
         state = LayerState(0)
-    return Work(case, op, selector, impl, index, attend, tokens, picked, contiguous, scores, ends, state)
+    return Work(case, op, selector, impl, index, attend, tokens, picked, contiguous, scores, proposed, ends, state)
 
 
 def _shared(work: Work) -> tuple[Inputs, AttendInputs]:
@@ -159,6 +167,10 @@ def check_op(case: Case, op: str) -> None:
     """Raise ``ThresherError`` unless ``op`` is timed on this kind of case."""
     fitting = [name for name, kinds in OPS.items() if case.kind in kinds and (case.ranks == 1 or name == "layer")]
     require(op in fitting, f"the op of a {case.kind} case must be one of {', '.join(fitting)}", repr(op), "choose another op or case")
+    if op == "keep_best":
+        ranks, rest = divmod(case.length or 0, case.topk)
+        must = f"contexts of keep_best must be the {case.topk} candidates of each of several ranks"
+        require(ranks > 1 and rest == 0, must, case.name, f"name one such as decode-1x{size_text(8 * case.topk)}")
 
 
 def check_inputs(case: Case, name: str) -> None:
@@ -242,6 +254,11 @@ def _select_topk(work: Work) -> Selection:
     return select_topk(work.scores, work.case.topk, ends=work.ends, with_scores=False)
 
 
+def _keep_best(work: Work) -> Selection:
+    assert work.proposed is not None
+    return keep_best(*work.proposed, 0, work.case.topk)
+
+
 def _attend(work: Work) -> Any:
     assert work.attend is not None
     assert work.attend.slots is not None
@@ -263,6 +280,7 @@ _RUNS: dict[str, Callable[[Work], Any]] = {
     "select": _select,
     "index_score": _index_score,
     "select_topk": _select_topk,
+    "keep_best": _keep_best,
     "sparse_attend_mla_fp8": _attend,
     "sparse_attend_mla": _attend,
     "layer": _layer,
