@@ -30,9 +30,10 @@ from .test_record import ALONE, make
 GPU = "NVIDIA H200"
 PLANTED = {
     "store": (3.0, 4.0), "select dsa": (10.0, 0.25, 0.05), "select misa": (8.0,), "select hisa": (20.0, 0.2, 0.1), "to_slots": (1.2, 1.6),
-    "attend": (11.0, 3.0), "topk": (16.0, 0.6, 0.02),
+    "attend": (11.0, 3.0), "topk": (16.0, 0.6, 0.02, 0.5),
 }  # fmt: skip
 SIZES = ("1x128k", "1x1m", "8x128k", "32x128k", "128x16k")
+PROPOSED = ("1x4k", "8x8k", "32x16k", "128x8k", "1x32k", "8x64k")
 ATTENDED = ("mla-decode-1-h128", "mla-decode-8-h64", "mla-decode-32-h128", "mla-decode-128-h64")
 
 
@@ -53,7 +54,7 @@ def synthetic():
     blank = [timed(f"layer-{size}-h64", op, 1.0, "dsa") for size in SIZES for op in ("store", "to_slots")]
     blank += [timed(f"decode-{size}-h64", "select", 1.0, name) for size in SIZES for name in SELECTORS]
     blank += [timed(case, "sparse_attend_mla_fp8", 1.0) for case in ATTENDED]
-    blank += [timed(f"decode-{size}-h64", "keep_best", 1.0) for size in SIZES]
+    blank += [timed(f"decode-{size}-h64", "keep_best", 1.0) for size in PROPOSED]
     named = {op: part for part, (op, _) in PARTS.items()}
     return [
         timed(r.case, r.op, planted(f"select {r.selector}" if r.op == "select" else named[r.op], r), r.selector, commit="a") for r in blank

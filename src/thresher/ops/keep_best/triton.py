@@ -11,10 +11,10 @@ import triton
 from torch import Tensor
 
 from thresher.cache.device import on_device, overlapped, unit_rows
+from thresher.ops.keep_best import MOST_HELD
 from thresher.ops.keep_best.triton_kernels import keep_kernel
 from thresher.types import Selection
 
-MOST_HELD = 16384  # candidates in one program's registers, each rank's padded to a power of two, and ranks to one
 HELD = 32  # of a thread
 WALKED = 8192  # candidates that are looked at together where they are not held
 WRITTEN = 2048  # of its own that a program writes together
