@@ -165,7 +165,7 @@ def test_a_part_without_records_is_named_with_the_ops_that_there_are():
     with pytest.raises(ThresherError, match=r"must hold to_slots .*; got select, sparse_attend_mla_fp8, store; take them with"):
         fit_parts(records, GPU, ["dsa"])
     other = [replace(r, gpu="NVIDIA H100") for r in synthetic() if r.op == "keep_best"]
-    fits = fit_parts([*synthetic()[: -len(SIZES)], *other], GPU, ["dsa"])
+    fits = fit_parts([*synthetic()[: -len(PROPOSED)], *other], GPU, ["dsa"])
     assert {point.gpu for point in fits["topk"].points} == {"NVIDIA H100"}, "the second top-k alone may be another GPU's"
 
 

@@ -20,7 +20,7 @@ from thresher.bench.floor import useful_work
 from thresher.bench.plan_exchange import MEASURED, Exchange
 from thresher.bench.plan_fit import Step, load_records, usable
 from thresher.bench.plan_models import ModelShape
-from thresher.bench.plan_rows import WAYS, Plan, Settings, make_plan, rank_step, row_of
+from thresher.bench.plan_rows import WAYS, Plan, Settings, exchanged, make_plan, rank_step, row_of
 from thresher.bench.record import RESULTS, today
 from thresher.errors import ThresherError, require
 from thresher.eval.rundir import write_json
@@ -99,11 +99,12 @@ def predict(records: Path = RESULTS, gpu: str = "h200") -> Predictions:
 
 def _predict(plan: Plan, bandwidth: float, case: Case, ranks: int, exchange: str, way: str) -> Prediction:
     context, name = max(case.lengths(0)), f"{case.name}-r{ranks}"
-    row = row_of(plan.model, way, SELECTOR, context, case.rows, Exchange(ranks, kind=exchange), plan.fits, plan.gpu, plan.room_bytes)
+    between = Exchange(ranks, kind=exchange)
+    row = row_of(plan.model, way, SELECTOR, context, case.rows, between, plan.fits, plan.gpu, plan.room_bytes)
     moved = floor = None
     if way == "idsa":
         moved = rank_bytes(plan.model, rank_step(plan.model, way, SELECTOR, context, case.rows, ranks))
-        floor = 1e6 * moved / bandwidth + row.parts_us["gather"] + row.parts_us["merge"]
+        floor = 1e6 * moved / bandwidth + sum(map(between.time_us, exchanged(plan.model, way, case.rows, ranks).values()))
     return Prediction(name, exchange, way, row.layer_us, row.parts_us, row.outside, moved, floor)
 
 
