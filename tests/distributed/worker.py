@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from thresher.distributed import IDSA, ExactMerge, Replicated, local_attention, run
-from thresher.distributed.collectives import Collectives, own_heads, share_heads
+from thresher.distributed.collectives import Collectives, own_heads, rounded, share_heads
 from thresher.distributed.group import agree, started
 from thresher.distributed.ranks import run_on_rank
 from thresher.errors import ThresherError
@@ -76,7 +76,7 @@ def exchanges(ranks: Collectives) -> list[str]:
         want, whole = merge(parts), ranks.merge(parts[ranks.rank])
         if not (same(whole.out, want.out) and same(whole.lse, want.lse)):
             wrong.append(f"merge {heads}")
-        mine = ranks.merge_heads(parts[ranks.rank], shares)
+        mine, want = ranks.merge_heads(parts[ranks.rank], shares), merge([rounded(part) for part in parts])
         if not (same(mine.out, want.out[:, own]) and same(mine.lse, want.lse[:, own])):
             wrong.append(f"merge_heads {heads}")
     return wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from thresher.bench.model import Settings, run_model
 from thresher.bench.model_check import Beside
-from thresher.distributed.collectives import Collectives
+from thresher.distributed.collectives import Collectives, ProcessGroup, own_heads
 from thresher.distributed.group import started
 from thresher.distributed.parse import place
 from thresher.distributed.shards import gather_union
@@ -22,11 +23,20 @@ from thresher.models import dsa_dealt
 from thresher.models.dsa_decoder import DsaDecoder
 from thresher.models.dsa_weights import load_model, places, share_model
 from thresher.selectors import DSA, HISA, MISA, Dense, LayerPlan, Selector, Shared
+from thresher.types import PartialAttention
 
 from ..distributed.launch import as_a_rank
 from .dsa_peer import FAMILIES, FOLDER, TOPK, text, tiny_folder, tiny_model
 
 SMALL = {"dsa": DSA(TOPK), "misa": MISA(active_heads=4, block_size=8, topk=TOPK), "hisa": HISA(block_size=8, num_blocks=6, topk=TOPK)}
+
+
+class Unrounded(ProcessGroup):
+    """Outputs travel as fp32: as bf16 they would now and then move a token of these small models to another expert."""
+
+    def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
+        own, whole = own_heads(shares, self.rank), self.merge(part)
+        return PartialAttention(whole.out[:, own], whole.lse[:, own])
 
 
 def runs(family: str, ranks: Collectives) -> dict[str, list[float]]:
@@ -128,7 +138,7 @@ def bench(ranks: Collectives, folder: Path) -> dict[str, Any]:
 def main(families: str, folder: str) -> None:
     torch.set_num_threads(1)
     with started("cpu", 60.0) as ranks, torch.inference_mode():
-        found = {"runs": {what: seen for family in families.split("+") for what, seen in runs(family, ranks).items()}}
+        found = {"runs": {what: seen for family in families.split("+") for what, seen in runs(family, Unrounded()).items()}}
         if ranks.ranks == 2:
             found |= {"others": others(ranks), "refused": refused(ranks), "bench": bench(ranks, Path(folder))}
         (Path(folder) / f"{ranks.rank}.json").write_text(json.dumps(found))

@@ -216,7 +216,7 @@ def scores_agree(got: Tensor, want: Tensor, similarity: float = SIMILARITY) -> s
     return None if off <= similarity else f"scores are off by {off:.2g}, over {similarity:.2g}"
 
 
-def attention_agrees(attend: AttendInputs, got: PartialAttention, rows: Tensor, slots: Tensor) -> str | None:
+def attention_agrees(attend: AttendInputs, got: PartialAttention, rows: Tensor, slots: Tensor, rounded: bool = False) -> str | None:
     """Why rows of an attention differ from the reference's, or None, by FlashMLA's own tolerances: lse 8.01/65536 relative, and those of
     ``outputs_agree``.
 
@@ -225,6 +225,7 @@ def attention_agrees(attend: AttendInputs, got: PartialAttention, rows: Tensor, 
         got: those rows, on a CPU.
         rows: int64, which.
         slots: int32, theirs.
+        rounded: as for ``outputs_agree``.
     """
     want = reference_attention(attend, rows, slots)
     if not torch.equal(got.lse == -torch.inf, want.lse == -torch.inf):
@@ -232,7 +233,7 @@ def attention_agrees(attend: AttendInputs, got: PartialAttention, rows: Tensor, 
     full = want.lse != -torch.inf
     if not torch.allclose(got.lse[full], want.lse[full], rtol=8.01 / 65536, atol=1e-6):
         return f"lse is off by {float((got.lse[full] - want.lse[full]).abs().max()):.2g}"
-    return outputs_agree(got.out, want.out)
+    return outputs_agree(got.out, want.out, rounded)
 
 
 def reference_attention(attend: AttendInputs, rows: Tensor, slots: Tensor) -> PartialAttention:

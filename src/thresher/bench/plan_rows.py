@@ -179,13 +179,13 @@ def rank_step(model: ModelShape, way: str, name: str, context: int, batch: int, 
 def exchanged(model: ModelShape, way: str, batch: int, gpus: int) -> dict[str, float]:
     """Bytes that a rank has from each other rank, by part.
 
-    The bf16 queries of the other's heads; fp32 scores and int32 positions of its k candidates; and fp32 outputs and log-sum-exps of the
-    heads that the rank is to have. Index queries are made on every rank.
+    The bf16 queries of the other's heads; fp32 scores and int32 positions of its k candidates; and bf16 outputs and fp32 log-sum-exps of
+    the heads that the rank is to have. Index queries are made on every rank.
     """
     if way == "replicated":
         return {}
     heads = model.heads // gpus
-    sizes = {"gather": 2.0 * batch * heads * LATENT_DIM, "merge": 4.0 * batch * heads * (VALUE_DIM + 1)}
+    sizes = {"gather": 2.0 * batch * heads * LATENT_DIM, "merge": batch * heads * (2.0 * VALUE_DIM + 4.0)}
     return {**sizes, "candidates": 8.0 * batch * model.topk} if way == "exact" else sizes
 
 

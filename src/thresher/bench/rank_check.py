@@ -106,7 +106,7 @@ def check_step(step: RankStep, reference: Reference, group: Collectives) -> tupl
     if beside is not None and not same_bits(first, second):
         return sets, "a second run gives other bits"
     why = _sets_differ(work, sets[:, rows], proposed, beside, reference)
-    return sets, why or _outputs_differ(first, attend, rows)
+    return sets, why or _outputs_differ(first, attend, rows, work.dealt)
 
 
 def _kept(result: Any) -> Any:
@@ -170,11 +170,12 @@ def _with_scores(kept: Tensor, proposed: Tensor, scores: Tensor) -> Selection:
     return Selection(kept, (kept >= 0).sum(1), "local", found.masked_fill(kept < 0, -torch.inf))
 
 
-def _outputs_differ(result: Any, attend: tuple[AttendInputs, Tensor], rows: Tensor) -> str | None:
+def _outputs_differ(result: Any, attend: tuple[AttendInputs, Tensor], rows: Tensor, rounded: bool) -> str | None:
+    """With ``rounded``, parts travelled as bf16."""
     inputs, slots = attend
     some = torch.arange(len(rows))
     if isinstance(result, PartialAttention):
         got = PartialAttention(result.out[rows.to(result.out.device)].cpu(), result.lse[rows.to(result.lse.device)].cpu())
-        return attention_agrees(inputs, got, some, slots)
+        return attention_agrees(inputs, got, some, slots, rounded)
     got_out = result[rows.to(result.device)].float().cpu()
     return outputs_agree(got_out, reference_attention(inputs, some, slots).out, rounded=True)

@@ -66,7 +66,8 @@ def attend_merged(
         shares: how many heads each rank has, as ``collectives.share_heads`` says.
 
     Returns:
-        out fp32 ``[Q, own heads, 512]`` and lse fp32 ``[Q, own heads]``, with the bits of ``ops.merge`` over the ranks' parts.
+        out fp32 ``[Q, own heads, 512]`` and lse fp32 ``[Q, own heads]``, with the bits of ``ops.merge`` over the ranks' parts, each
+        ``collectives.rounded``: outputs travel as bf16.
     """
     merge_shares = getattr(ranks, "merge_shares", None)
     kernel = kernel_over_fp8(q, cache_data, slots, AUTO, q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Collectives(Protocol):
         ...
 
     def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
-        """``merge``, of which a rank gets its own heads alone."""
+        """``merge`` of parts that are ``rounded``, of which a rank gets its own heads alone: what a layer of attention ends with."""
         ...
 
 
@@ -59,6 +60,11 @@ def own_share(whole: int, ranks: Collectives) -> int:
 def add_up(part: Tensor, ranks: Collectives) -> Tensor:
     """The sum over all ranks of ``part [T, ...]``, in fp32 and in rank order: on every rank the same bits."""
     return part if ranks.ranks == 1 else ranks.gather(part).float().sum(0).to(part.dtype)
+
+
+def rounded(part: PartialAttention) -> PartialAttention:
+    """A part as ranks send it for ``merge_heads``: outputs in bf16, which is what the layer's next product is given."""
+    return replace(part, out=part.out.bfloat16().float())
 
 
 def pad_heads(x: Tensor, heads: int) -> Tensor:
@@ -97,7 +103,7 @@ class Alone:
 
     def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
         check_all(part, shares, self)
-        return merge([part])
+        return merge([rounded(part)])
 
 
 class ProcessGroup:
@@ -136,13 +142,17 @@ class ProcessGroup:
 
     def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
         check_all(part, shares, self)
-        both = torch.cat([part.out, part.lse[:, :, None]], 2)  # one exchange: a head's output and, behind it, its lse
+        # One exchange of bytes, since not every backend knows bf16: a head's output and, behind it, its lse.
+        out, lse = (x.contiguous().view(torch.uint8) for x in (part.out.bfloat16(), part.lse[:, :, None]))
+        both = torch.cat([out, lse], 2)
         pieces = both.split(list(shares), 1)
         sent = torch.cat([piece.flatten() for piece in pieces])
         got = sent.new_empty(self.ranks, both.shape[0], shares[self.rank], both.shape[2])
         sizes = [got[0].numel()] * self.ranks, [piece.numel() for piece in pieces]
         self._exchange(lambda: dist.all_to_all_single(got.view(-1), sent, *sizes, group=self.group))
-        return merge([PartialAttention(x[:, :, :-1].contiguous(), x[:, :, -1].contiguous()) for x in got])
+        outs, lses = (x.contiguous() for x in got.split([out.shape[2], 4], 3))
+        outs, lses = outs.view(torch.bfloat16).float(), lses.view(torch.float32)[..., 0]
+        return merge([PartialAttention(*each) for each in zip(outs, lses, strict=True)])
 
     def _exchange(self, exchange: Callable[[], object]) -> None:
         try:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from thresher.cache.device import overlapped
+from thresher.cache.device import INTERPRET, overlapped
 from thresher.distributed.collectives import check_all, check_own, pad_heads, share_heads, unpad_heads
 from thresher.distributed.reach import unsupported
 from thresher.distributed.symmetric_kernels import (
@@ -175,7 +175,8 @@ class SymmetricMemory:
         programs = self._programs(tasks, beside)
         given = (*part, result, lse, self._addresses, self._turns, self._patience)
         sizes = (num, every, shares, self.rank)
-        options = {"DIM": dim, "R": self.ranks, "SPLIT": split, "num_warps": 4, "maxnreg": REGISTERS // beside // 8 * 8}
+        options = {"DIM": dim, "R": self.ranks, "SPLIT": split, "INTERPRET": INTERPRET}
+        options |= {"num_warps": 4, "maxnreg": REGISTERS // beside // 8 * 8}
         options |= steps | overlapped(result)
         self._meets(4 * self.ranks * tasks * (dim + 1))
         if programs == tasks and 8 * self.ranks * tasks * (dim + 2) <= FEW:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from thresher.cache.device import wait_for_inputs
+from thresher.cache.device import round_to_bf16, wait_for_inputs
 from thresher.ops.send import PROGRAMS, await_sent, give_up, send_words
 from thresher.ops.sparse_attend.triton_kernels import add_shares
 
@@ -126,6 +126,31 @@ def _of_head(parts, peaks, totals, query, head, heads, shares, DIM: tl.constexpr
 
 
 @triton.jit
+def _as_sent(values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
+    """The bits of fp32 values, if SPLIT rounded to bf16 (``collectives.rounded``)."""
+    return (round_to_bf16(values, INTERPRET).to(tl.int32) << 16) if SPLIT else values.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _put(there, at, values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
+    """Into a buffer: if SPLIT as bf16, 16 bits each."""
+    if SPLIT:
+        tl.store(there.to(tl.pointer_type(tl.int16)) + at, round_to_bf16(values, INTERPRET))
+    else:
+        tl.store(there + at, values)
+
+
+@triton.jit
+def _get(here, at, SPLIT: tl.constexpr):
+    """What ``_put`` put there, as fp32."""
+    if SPLIT:
+        values = (tl.load(here.to(tl.pointer_type(tl.int16)) + at).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        values = tl.load(here + at)
+    return values
+
+
+@triton.jit
 def _store_merged(result, lse_result, row, values, lses, DIM: tl.constexpr, R: tl.constexpr):
     """All ranks' outputs and lse of one query and head, merged as ``ops.merge`` does it: in rank order."""
     peak = float("-inf")
@@ -148,10 +173,11 @@ def _store_merged(result, lse_result, row, values, lses, DIM: tl.constexpr, R: t
 @triton.jit(do_not_specialize=["patience", "begin", "room", "num_queries", "heads", "shares", "rank"])
 def merge_kernel(
     parts, peaks, totals, result, lse_result, addresses, turns, patience, begin, room, num_queries, heads, shares, rank,
-    DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+    DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Every rank's attention, its ``shares`` added up (``sparse_attend.triton.Shares``) and merged as ``ops.merge`` does it: of all heads,
-    or if SPLIT of those of the rank alone, as ``collectives.share_heads`` shares them out.
+    or if SPLIT of those of the rank alone, as ``collectives.share_heads`` shares them out, from outputs in bf16.
 
     A query and head at a time. What is a peer's goes straight to its buffer; what is the rank's own, into its own, while that is under way.
     """
@@ -160,17 +186,20 @@ def merge_kernel(
     turn, at = _turn(turns, begin, room)
     most = (heads + R - 1) // R if SPLIT else heads
     tasks = num_queries * most
+    lses_at = tasks.to(tl.int64) * (R * DIM)  # in words of 4 bytes
+    if SPLIT:
+        lses_at = (lses_at + 1) // 2
     d = tl.arange(0, DIM)
     for step in tl.static_range(1, R + 1):
         to = (rank + step) % R
         there = _buffer(addresses, to, at, result)
-        lse_there = there + tasks.to(tl.int64) * (R * DIM)
+        lse_there = there + lses_at
         for task in range(program, tasks, programs):
             head = task % most + (to * heads // R if SPLIT else 0)
             if head < ((to + 1) * heads // R if SPLIT else heads):
                 values, lse = _of_head(parts, peaks, totals, (task // most).to(tl.int64), head, heads, shares, DIM, SHARES, STEP)
                 row = rank.to(tl.int64) * tasks + task
-                tl.store(there + row * DIM + d, values)
+                _put(there, row * DIM + d, values, SPLIT, INTERPRET)
                 tl.store(lse_there + row, lse)
         if step == R - 1:
             _arrive(addresses, turns, turn, rank, R)
@@ -183,8 +212,8 @@ def merge_kernel(
             values, lses = tl.tuple([]), tl.tuple([])
             for peer in tl.static_range(R):
                 row = peer * tasks.to(tl.int64) + task
-                values = values + (tl.load(here + row * DIM + d),)  # noqa: RUF005 (Triton knows no star in a tuple)
-                lses = lses + (tl.load(here + tasks.to(tl.int64) * (R * DIM) + row),)  # noqa: RUF005
+                values = values + (_get(here, row * DIM + d, SPLIT),)  # noqa: RUF005 (Triton knows no star in a tuple)
+                lses = lses + (tl.load(here + lses_at + row),)  # noqa: RUF005
             _store_merged(result, lse_result, (task // most).to(tl.int64) * some + task % most, values, lses, DIM, R)
 
 
@@ -201,7 +230,8 @@ def _await_word(words, turn, began, patience):
 @triton.jit(do_not_specialize=["patience", "begin", "room", "num_queries", "heads", "shares", "rank"])
 def merge_few_kernel(
     parts, peaks, totals, result, lse_result, addresses, turns, patience, begin, room, num_queries, heads, shares, rank,
-    DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, OVERLAP: tl.constexpr,
+    DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``merge_kernel``, a program for each query and head. Every number goes out with the turn beside it, in one word: twice the bytes, but
     nobody waits for what is written to have come before saying so."""
@@ -220,11 +250,12 @@ def merge_few_kernel(
         if head < ((to + 1) * heads // R if SPLIT else heads):
             values, lse = _of_head(parts, peaks, totals, query, head, heads, shares, DIM, SHARES, STEP)
             there = _buffer(addresses, to, at, turns).to(tl.pointer_type(tl.int64)) + (rank * programs + program).to(tl.int64) * (DIM + 2)
-            tl.store(there + d, (values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | tag)
+            tl.store(there + d, (_as_sent(values, SPLIT, INTERPRET).to(tl.int64) & 0xFFFFFFFF) | tag)
             tl.store(there + DIM, (lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | tag)
     _count_turn(turns, turn)
     if place < some:
         own_values, own_lse = _of_head(parts, peaks, totals, query, first + place, heads, shares, DIM, SHARES, STEP)
+        own_values = _as_sent(own_values, SPLIT, INTERPRET).to(tl.float32, bitcast=True)
         here = _buffer(addresses, rank, at, turns).to(tl.pointer_type(tl.int64))
         values, lses = tl.tuple([]), tl.tuple([])
         for peer in tl.static_range(R):
