@@ -15,7 +15,7 @@ from thresher.ops.keep_best import MOST_HELD
 from thresher.ops.keep_best.triton_kernels import keep_kernel
 from thresher.types import Selection
 
-HELD = 32  # of a thread
+HELD = 64  # of a thread
 WALKED = 8192  # candidates that are looked at together where they are not held
 WRITTEN = 2048  # of its own that a program writes together
 
