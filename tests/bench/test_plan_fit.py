@@ -30,7 +30,7 @@ from .test_record import ALONE, make
 GPU = "NVIDIA H200"
 PLANTED = {
     "store": (3.0, 4.0), "select dsa": (10.0, 0.25, 0.05), "select misa": (8.0,), "select hisa": (20.0, 0.2, 0.1), "to_slots": (1.2, 1.6),
-    "attend": (11.0, 3.0), "topk": (16.0, 0.6, 0.02),
+    "attend": (11.0, 3.0), "topk": (16.0, 0.6, 0.02, 0.5),
 }  # fmt: skip
 SIZES = ("1x128k", "1x1m", "8x128k", "32x128k", "128x16k")
 PROPOSED = ("1x4k", "8x8k", "32x16k", "128x8k", "1x32k", "8x64k")

@@ -149,12 +149,12 @@ for ranks, width, granularity in ((2, 2048, 1), (2, 2048, 64), (4, 2048, 1), (8,
 def test_compiles_for_hopper(compile_for_hopper):
     made = compile_for_hopper(COMPILE)
     assert {one.name for one in made} == {"keep_kernel"}
-    assert [one.num_warps for one in made] == [4, 4, 4, 8, 4, 4, 16]
+    assert [one.num_warps for one in made] == [4, 4, 4, 8, 4, 4, 16]  # the last one walks
     for one in made:
         assert one.shared <= 1024
         assert ".ftz" not in one.ptx.replace("sqrt.approx.ftz", ""), "subnormal scores must keep their order, and so must ties"
         assert "griddepcontrol.wait" in one.ptx
-    assert all(getattr(one, "stack", 0) == 0 for one in made[:-1]), "it spills"  # of 16 ranks it does, and is five times as fast as walking
+    assert all(getattr(one, "stack", 0) == 0 for one in made), "it spills"
     for one, held in zip(made[:4], (32, 32, kernel.HELD, kernel.HELD), strict=True):
         loads = [line for line in one.ptx.splitlines() if "ld.global.v4" in line]
         assert sum("@" not in line for line in loads) >= 2 * 2 * held // 4, "16 bytes at a time and under no mask, twice"
