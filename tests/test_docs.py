@@ -120,7 +120,7 @@ def test_paths_are_seen(tmp_path):
 
 HOMES = (
     "ops", "ops.sparse_attend.compiled", "cache", "selectors", "selectors.compiled", "distributed", "distributed.group", "models.decoder",
-    "models.indexer", "eval.probe", "eval.recall", "integrations",
+    "models.dsa_decoder", "models.indexer", "eval.probe", "eval.recall", "integrations",
 )  # fmt: skip
 SIGNATURE = re.compile(r"(?<![\w.])(\.?\w+)\(((?:[^()]|\([^()]*\))*)\)")
 FACTORY = "<factory>"

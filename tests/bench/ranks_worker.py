@@ -149,7 +149,7 @@ def wrong(group: Collectives, folder: Path) -> dict[str, list[str]]:
         ("twice", (rank_steps, "attend_merged"), off(lambda: 1e-6 * next(count)), {}),
         ("dealt", (ranks, "deal"), lambda whole, placement, rank: deal(whole, placement, 0), {}),
         ("inputs", (ranks, "deal"), fail, {}),
-        ("drawn", (ranks.torch, "load"), fail, {}),
+        ("drawn", (ranks, "_map"), fail, {}),
     ):
         with patch.object(*where, what) if last else ExitStack(), patch("thresher.bench.timing._samples", fail):
             found[name] = bench(group, **{"case": SMALL, "out": folder / "wrong.jsonl", **options})

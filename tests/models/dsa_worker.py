@@ -13,16 +13,14 @@ from unittest.mock import patch
 import torch
 
 from thresher.bench.model import Settings, run_model
-from thresher.bench.model_check import Beside
+from thresher.bench.model_check import Beside, _beside
 from thresher.distributed.collectives import Collectives, ProcessGroup, own_heads
 from thresher.distributed.group import started
-from thresher.distributed.parse import place
-from thresher.distributed.shards import gather_union
 from thresher.errors import ThresherError
 from thresher.models import dsa_dealt
 from thresher.models.dsa_decoder import DsaDecoder
 from thresher.models.dsa_weights import load_model, places, share_model
-from thresher.selectors import DSA, HISA, MISA, Dense, LayerPlan, Selector, Shared
+from thresher.selectors import DSA, HISA, MISA, Dense
 from thresher.types import PartialAttention
 
 from ..distributed.launch import as_a_rank
@@ -60,7 +58,7 @@ def runs(family: str, ranks: Collectives) -> dict[str, list[float]]:
             ids = text(80, seed=request)[slice(*([0, *ends])[-2:])]
             of = torch.full_like(ids, request)
             got = here.run(ids, selector, of)
-            plan = beside(here, selector, placement)
+            plan = _beside(here.model.config, selector, here, there)
             want = there.run(ids, plan, of)
             off.append(float((got - want).norm() / want.norm()))
             first += plan[0].odd
@@ -70,15 +68,6 @@ def runs(family: str, ranks: Collectives) -> dict[str, list[float]]:
             raise AssertionError(f"{kept} of 72 and 34 are held")
         found[f"{family} {placement} {selector}"] = [max(off), max(first), max(odd)]
     return found
-
-
-def beside(here: DsaDecoder, selector: Selector, placement: str) -> LayerPlan:
-    (over,) = place(placement, [selector], here.ranks.ranks)
-    layers = []
-    for layer, source in enumerate(here.model.config.index_layers):
-        picked = gather_union(here.selections[layer], over.placement, here.ranks)
-        layers.append(Beside(over, picked) if source == layer else Shared(source))
-    return LayerPlan(tuple(layers))
 
 
 def others(ranks: Collectives) -> list[str]:

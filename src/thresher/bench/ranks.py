@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from thresher.ops import to_slots
 from thresher.ops.dispatch import using
 from thresher.selectors import DSA
 from thresher.selectors.base import Selector
-from thresher.types import IndexQuery
+from thresher.types import IndexKeys, IndexQuery
 
 # Ways to decode over ranks -> how their tokens are placed. Public ones do DSA's work whatever the selector.
 PLACED = {"idsa": IDSA, "exact": ExactMerge, "replicated": Replicated, "public_exact": ExactMerge, "public_replicated": Replicated}
@@ -121,11 +121,32 @@ def share_whole(
     All ranks call this together, on one host.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(tell(ranks, device, folder)[0]) / "whole.pt"
+        file = Path(tell(ranks, device, folder)[0]) / "whole.safetensors"
         draw = partial(draw_whole, case, impl, inputs, seed, device, recorded, copy)
-        together(ranks, device, lambda: torch.save(draw(), file) if ranks.rank == 0 else None)
-        whole: Held = together(ranks, device, lambda: torch.load(file, mmap=True, weights_only=False))
+        together(ranks, device, lambda: _write(draw(), file) if ranks.rank == 0 else None)
+        whole = together(ranks, device, lambda: _map(file))
     return _with_own_heads(whole, case, ranks)
+
+
+def _write(whole: Held, file: Path) -> None:
+    from safetensors.torch import save_file
+
+    parts = {"query": whole.index.query, "keys": whole.index.keys, "attend": whole.attend, "tokens": whole.tokens}
+    named = {f"{part}.{name}": x for part, held in parts.items() for name, x in vars(held).items() if x is not None}
+    save_file({name: x.contiguous() for name, x in named.items()}, file)
+
+
+def _map(file: Path) -> Held:
+    """What ``_write`` wrote, mapped rather than read."""
+    from safetensors import safe_open
+
+    parts: dict[str, dict[str, Any]] = {"query": {}, "keys": {}, "attend": {"slots": None}, "tokens": {}}
+    with safe_open(file, framework="pt") as held:
+        for name in held.keys():  # noqa: SIM118
+            part, _, field = name.partition(".")
+            parts[part][field] = held.get_tensor(name)
+    query = IndexQuery(**parts["query"])
+    return Held(Inputs(query, IndexKeys(**parts["keys"])), AttendInputs(**parts["attend"]), NewTokens(**parts["tokens"]), query.positions)
 
 
 def _with_own_heads(whole: Held, case: Case, ranks: Collectives) -> Held:
