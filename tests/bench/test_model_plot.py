@@ -108,10 +108,22 @@ def test_the_command(tmp_path, capsys):
     assert main([str(results), str(docs), "--gpu", "another"]) == 1
 
 
-def test_the_table_of_the_docs_is_that_of_the_records():
+def committed():
     root = Path(__file__).resolve().parents[2]
-    records = [record for path in sorted((root / RESULTS / "model").glob("*.jsonl")) for record in read(path)]
-    panels = by_panel(records)
+    return root, by_panel([record for path in sorted((root / RESULTS / "model").glob("*.jsonl")) for record in read(path)])
+
+
+def test_memory_was_as_planned():
+    _, panels = committed()
+    records = [record for lines in panels.values() for line in lines.values() for record in line.values()]
+    assert {len(line) for lines in panels.values() for line in lines.values()} == {7}, "8k to 512k"
+    for record in records:
+        for name, planned in record.settings["planned_bytes"].items():
+            assert record.settings["bytes"][name] == pytest.approx(planned, rel=0.1 if name == "peak" else 0.002), (record.case, name)
+
+
+def test_the_table_of_the_docs_is_that_of_the_records():
+    root, panels = committed()
     (commit,) = {record.commit for lines in panels.values() for line in lines.values() for record in line.values()}
     docs = (root / "docs" / "benchmarks.md").read_text()
     assert table(panels).strip() in docs, "run: python -m thresher.bench.model_plot benchmarks/results/model docs --gpu 'NVIDIA H200'"
