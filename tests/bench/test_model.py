@@ -18,6 +18,7 @@ from thresher.bench.record import read
 from thresher.errors import ThresherError
 from thresher.models.dsa_config import DsaConfig, parse_config
 from thresher.models.dsa_decoder import DsaDecoder
+from thresher.models.dsa_layers import DsaModel
 from thresher.models.published import PUBLISHED, random_model
 from thresher.selectors import DSA, HISA, Dense, Random
 
@@ -82,6 +83,24 @@ def test_useful_work_of_true_shapes():
     flops, moved = useful_work(attention, DSA(), long, 8)
     assert flops == 8 * sparse[0]
     assert moved - sparse[1] == 7 * (132 * long + 656 * 2048), "weights are read once"
+
+
+def test_a_rank_has_a_share_of_the_work_and_of_the_memory():
+    """Over 8 ranks: dealt, an eighth of the tokens with all heads; replicated, all tokens with an eighth of the heads."""
+    config, long = config_of(TRUE, 2**17), 2**17
+    with torch.device("meta"):
+        attention = layers_of(DsaModel(config, torch.bfloat16, Eighth()))[0].attention
+    replicated, dealt = (useful_work(attention, DSA(), long, 1, 8, dealt) for dealt in (False, True))
+    assert replicated[0] - dealt[0] == pytest.approx(2 * 64 * 128 * (long - long // 8), rel=1e-4), "as many scores for as many heads fewer"
+    assert replicated[1] - dealt[1] == pytest.approx((132 * long + 656 * 2048) * 7 / 8, rel=1e-4)
+    whole, split, tokens = (planned_bytes(config, DSA(), long, 4, *share) for share in ((1, False), (8, False), (8, True)))
+    assert split["weights"] == tokens["weights"] < 0.2 * whole["weights"]
+    assert split["caches"] == whole["caches"] == 8 * tokens["caches"]
+    assert tokens["peak"] == tokens["weights"] + tokens["caches"]
+
+
+class Eighth:
+    rank, ranks = 3, 8
 
 
 def decoder(length=96, requests=2):
