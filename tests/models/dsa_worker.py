@@ -45,7 +45,7 @@ def runs(family: str, ranks: Collectives) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for placement, selector in (
         ("replicated", SMALL["hisa"]), ("exact", SMALL["dsa"]), ("exact:granularity=3", SMALL["hisa"]), ("idsa", SMALL["dsa"]),
-        ("idsa:granularity=16", SMALL["misa"]), ("idsa", SMALL["hisa"]), ("idsa", Dense()),
+        ("idsa:granularity=16", SMALL["misa"]), ("idsa", Dense()),
     ):  # fmt: skip
         here, there = DsaDecoder(model, 160, 2, placement=placement), DsaDecoder(whole, 160, 2)
         off, first, odd = [], [], []

@@ -411,7 +411,7 @@ short = ((3, 300, 64), (64, 8192, 64), (4, 8191, 2048), (1024, 4096, 2048), (102
 long = ((4, 131072, 64), (1, 131071, 2048), (200, 32768, 2048), (300, 32768, 2048), (1, 2**20, 2048), (1, 2**21, 8192))
 for rows, width, topk in short + long:
     kernel.select_topk(torch.empty(rows, width), topk)
-for rows, width, _ in short:
+for rows, width, _ in short[:1] + short[4:6]:
     kernel.select_topk(torch.empty(rows, width), 2048, with_scores=False)
 for width in (8192, 65536):
     scores, requests = torch.empty(2, width), torch.empty(2, dtype=torch.int64)
