@@ -265,7 +265,7 @@ for num, heads, dim, requests, size in ((8, 64, 128, 8, 64), (16, 64, 128, 8, 64
                                         (8, 8, 128, 8, 64), (99, 8, 128, 1, 64), (8, 128, 128, 8, 64), (99, 64, 64, 1, 64),
                                         (99, 64, 128, 1, 61)):
     kernels.paged_index_score(*paged(num, heads, dim, requests, size), width=256)
-for heads, dim in ((8, 128), (16, 128), (64, 128), (128, 128), (32, 64)):
+for heads, dim in ((8, 128), (64, 128), (128, 128), (32, 64)):
     for kernels.MANY_GATHERED in (10**9, 0):
         kernels.gathered_index_score(*paged(8, heads, dim, 8), torch.zeros(8, 256).long())
 for num, heads, dim, page_size, block_size in ((1024, 64, 128, 64, 128), (1, 64, 128, 64, 128), (8, 64, 128, 61, 128), (8, 64, 128, 64, 8),
@@ -282,7 +282,7 @@ def test_compiles_for_hopper_and_all_forms_add_alike():
     run = subprocess.run([sys.executable, str(tool)], input=LAUNCHES, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-2000:]
     records = [json.loads(line) for line in run.stdout.splitlines()]
-    assert [sum(r["name"] == f"{form}_kernel" for r in records) for form in ("ragged", "paged", "gathered", "block")] == [8, 9, 9, 7]
+    assert [sum(r["name"] == f"{form}_kernel" for r in records) for form in ("ragged", "paged", "gathered", "block")] == [8, 9, 7, 7]
     for record in records:
         ptx = record["ptx"]
         assert record["shared"] <= 232448 // 2, "two programs must fit on a multiprocessor"
