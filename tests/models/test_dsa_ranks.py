@@ -24,9 +24,9 @@ def told(ranks, families, folder):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def agree(runs):
+def agree(runs, count):
     """Where sums of ranks are rounded otherwise, FP8 keys of later layers may go to a neighbour; layer 0 is given the same."""
-    assert len(runs) == 6
+    assert len(runs) == count
     for what, (off, first, odd) in runs.items():
         assert off < 0.004, what
         assert first == 0, what
@@ -36,7 +36,7 @@ def agree(runs):
 @pytest.mark.slow
 def test_three_ranks_attend_and_compute_as_one(tmp_path):
     found = told(3, FAMILIES[0], tmp_path)
-    agree(found[0]["runs"])
+    agree(found[0]["runs"], 3)
     assert found[1] == found[2] == found[0]
 
 
@@ -44,7 +44,7 @@ def test_three_ranks_attend_and_compute_as_one(tmp_path):
 def test_two_ranks_that_share_heads_layers_and_a_checkpoint(tmp_path):
     """GLM's layers that share; fp32, the loader, what is refused, and the bench of a model."""
     found = told(2, FAMILIES[1], tmp_path)
-    agree(found[0]["runs"])
+    agree(found[0]["runs"], 6)
     assert [seen["others"] for seen in found] == [[], []]
     must = "the placement must be for the 2 ranks there are"
     refused = ["tokens that are dealt out must be fp8; got fp32; pass placement='replicated'"]
