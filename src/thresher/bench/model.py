@@ -22,7 +22,7 @@ from thresher.bench.floor import LATENT_BYTES, LATENT_DIM, VALUE_DIM, floor_us, 
 from thresher.bench.model_check import CHECKED, check_model, check_over_ranks
 from thresher.bench.model_step import ModelStep, layers_of, without_indexers
 from thresher.bench.plan_models import ModelShape
-from thresher.bench.plan_rows import size_of
+from thresher.bench.plan_rows import WAYS, size_of
 from thresher.bench.rank_run import exchange_of
 from thresher.bench.ranks import together
 from thresher.bench.record import RESULTS, Record, append, ran_on, results_path
@@ -44,7 +44,6 @@ from thresher.selectors.parse import parse
 
 FAMILY = {"deepseek-v3.2": "deepseek_v32", "glm-5": "glm_moe_dsa"}
 FOLDER = RESULTS / "model"
-PLACEMENTS = ("replicated", "exact", "idsa")
 WEIGHT_BYTES = 2  # of a parameter: weights are bf16 here, whatever they are published in
 
 
@@ -120,8 +119,8 @@ def placements_of(settings: Settings, ranks: int) -> tuple[str, ...]:
     if ranks == 1:
         do = "torchrun --nproc-per-node 2 -m thresher bench-model starts two"
         require(not settings.placement, "--placement must come with several processes", " ".join(settings.placement), do)
-        return (PLACEMENTS[0],)
-    named = tuple(dict.fromkeys(settings.placement or PLACEMENTS))
+        return WAYS[:1]
+    named = tuple(dict.fromkeys(settings.placement or WAYS))
     for text in named:
         (where,) = place(text, [Dense()], ranks)
         must = f"a placement must be for the {ranks} ranks there are"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from thresher.bench.cases import parse_size, size_text
 from thresher.bench.curves import origin, parse_arguments, records_of, save
 from thresher.bench.record import Record
+from thresher.bench.table import markdown
 from thresher.errors import ThresherError
 from thresher.eval.plots import COLOURS
 from thresher.selectors import DSA, HISA, Dense, Selector
@@ -104,7 +105,6 @@ def table(panels: Panels) -> str:
     """Markdown: medians of a layer's attention block, in brackets of what lies between its projections, and then where these cross."""
     names = [name for name in LINES if any(name in lines for lines in panels.values())]
     rows = [("model", "requests", "context", *(f"{LINES[name][1]} us" for name in names))]
-    rows.append(("---",) * len(rows[0]))
     notes = []
     for (model, batch), lines in panels.items():
         for context in sorted({context for line in lines.values() for context in line}):
@@ -113,7 +113,7 @@ def table(panels: Panels) -> str:
             rows.append((model, str(batch), size_text(context), *cells))
         notes += [f"- {model}, batch {batch}: {sentence}." for sentence in said(lines)]
         notes += [f"- {model}, batch {batch}, {INNER}: {sentence}." for sentence in said(lines, inner=True)]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *notes])
+    return "\n".join([markdown(rows), "", *notes])
 
 
 def draw(panels: Panels, title: str) -> Figure:

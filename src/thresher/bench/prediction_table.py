@@ -15,7 +15,7 @@ from thresher.bench.plan_fit import SELECTORS
 from thresher.bench.plan_rows import WAYS
 from thresher.bench.predictions import Prediction, Predictions, read_predictions
 from thresher.bench.record import Record
-from thresher.bench.table import between, load
+from thresher.bench.table import between, load, markdown
 from thresher.errors import ThresherError
 from thresher.eval.rundir import write_text
 
@@ -79,7 +79,7 @@ def table(made: Predictions, records: Sequence[Record]) -> str:
     outside = {way: sorted({letter for layer in made.layers if layer.way == way for letter in layer.outside}) for way in WAYS}
     beyond = "; ".join(f"{way} {''.join(letters)}" for way, letters in outside.items() if letters)
     foot = f"Outside what was measured, by the letters of [plan.md](plan.md): {beyond or 'nothing'}."
-    return "\n".join([*head, "", *_markdown(times), "", *_markdown(ratios), "", foot, ""])
+    return "\n".join([*head, "", markdown(times), "", markdown(ratios), "", foot, ""])
 
 
 def _time_cells(key: tuple[str, str, str], said: Times, taken: Times) -> tuple[str, str]:
@@ -110,10 +110,6 @@ def _ratio(over: float | None, under: float | None, least: float | None = None, 
         return "-"
     ratio = over / under
     return f"{ratio:.2f}" + ("!" if (least is not None and ratio < least) or (most is not None and ratio > most) else "")
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:])]
 
 
 def updated(text: str, made: Predictions, records: Sequence[Record]) -> str:

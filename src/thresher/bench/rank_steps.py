@@ -81,10 +81,7 @@ def _dealt(work: RankWork) -> PartialAttention:
 
 def _select(work: RankWork, query: IndexQuery) -> Selection:
     """Of queries with logical positions."""
-    keys, local = work.held.index.keys, work.held.local(query)
-    if isinstance(work.over, ExactMerge):
-        return work.over.own_set_of(local, Shard(keys, work.state), work.ranks)
-    return selector_here(work).select_indices(local, keys, work.state)
+    return work.over.own_set_of(work.held.local(query), Shard(work.held.index.keys, work.state), work.ranks)
 
 
 def _picked(work: RankWork) -> Tensor:

@@ -43,8 +43,13 @@ def table(records: Sequence[Record]) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     same = [at for at, name in enumerate(columns) if name in SHARED and len({row[at] for row in rows}) == 1]
     said = ", ".join(f"{columns[at]} {rows[0][at]}" for at in same if rows[0][at] != "-")
-    lines = [[cell for at, cell in enumerate(row) if at not in same] for row in (columns, ("---",) * len(columns), *rows)]
-    return (f"In every row: {said}.\n\n" if said else "") + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    lines = [[cell for at, cell in enumerate(row) if at not in same] for row in (columns, *rows)]
+    return (f"In every row: {said}.\n\n" if said else "") + markdown(lines) + "\n"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, of which the first row names the columns."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:]))
 
 
 def updated(text: str, records: Sequence[Record]) -> str:

@@ -47,9 +47,11 @@ class PlacedTable:
         end = start + num_tokens
         must = f"the text of request {request} must fit its {self.capacity} tokens"
         require(end <= self.capacity, must, f"{end} tokens", "ask for a larger capacity")
-        self.pages.append(request, self._held(end) - self.pages.length(request))
+        slots = self.pages.append(request, self._held(end) - self.pages.length(request))
         self._length[request] = end
-        return self.slots(request, torch.arange(start, end, device=self.pages.table.device))
+        positions = torch.arange(start, end, device=slots.device)
+        # By the mask alone, so that nothing waits for the device.
+        return torch.full_like(positions, -1).masked_scatter(self.placement.holds(positions, self.rank), slots)
 
     def rollback(self, request: int, length: int) -> int:
         """Keep the first ``length`` tokens of ``request``; how many of them are held here.

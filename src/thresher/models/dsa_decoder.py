@@ -93,7 +93,7 @@ class DsaDecoder:
         """
         held = self.length(request)
         require(held == 0, "prefill starts a request", f"{held} tokens held", f"call rollback(0, request={request}) first")
-        return self.model.logits(self.run(ids, plan, torch.full_like(ids, request))[-1:])[0]
+        return self._last_logits(ids, plan, request)
 
     def step(self, ids: Tensor, plan: LayerPlan | Selector | None = None, requests: Tensor | None = None) -> Tensor:
         """``run``, with logits: one token of each of several requests, or several of one. fp32 ``[T, vocab]``."""
@@ -143,14 +143,14 @@ class DsaDecoder:
 
         Yields token ids until one that ends the text or ``max_tokens`` of them.
         """
-        logits = self.model.logits(self.run(ids, plan, torch.full_like(ids, request))[-1:])[0]
+        logits = self._last_logits(ids, plan, request)
         for count in range(max_tokens):
             token = int(logits.argmax())
             if token in self.model.config.eos_token_ids:
                 return
             yield token
             if count + 1 < max_tokens:
-                logits = self.step(ids.new_tensor([token]), plan, ids.new_tensor([request]))[-1]
+                logits = self._last_logits(ids.new_tensor([token]), plan, request)
 
     def rollback(self, length: int, request: int = 0) -> None:
         """Forget every token of ``request`` past the first ``length``."""
@@ -221,6 +221,10 @@ class DsaDecoder:
         positions = torch.tensor(ends, device=self.model.device)
         slots = torch.cat([self.tokens.slots(request, positions[request, None]) for request in range(len(ends))])
         return positions, slots, torch.arange(len(ends), device=self.model.device)
+
+    def _last_logits(self, ids: Tensor, plan: LayerPlan | Selector | None, request: int) -> Tensor:
+        """fp32 ``[vocab]``, after the last of further tokens of one request."""
+        return self.model.logits(self.run(ids, plan, torch.full_like(ids, request))[-1:])[0]
 
     def _run(self, ids: Tensor, requests: Tensor, plan: LayerPlan) -> Tensor:
         positions, slots = self._append(requests)
