@@ -68,7 +68,7 @@ def test_the_floor_by_hand(made):
     attended = 656 * m + 128 * (2 * 576 + 4 * 512 + 4)
     assert layer.rank_bytes == 131072 * 132 + index_query + 4 * m + stored + attended
     # Whole, though queries meet while tokens are selected.
-    exchanges = sum(Exchange(8).time_us(16 * size) for size in (2 * 576, 2 * 512 + 4))
+    exchanges = Exchange(8).time_us("gather", 16 * 2 * 576) + Exchange(8).time_us("merge", 16 * (2 * 512 + 4))
     assert layer.floor_us == pytest.approx(layer.rank_bytes / made.bandwidth * 1e6 + exchanges)
     copies = [record.settings["ceilings"]["copy"] for record in load(RESULTS) if record.gpu == made.gpu]
     assert min(copies) <= made.bandwidth <= max(copies)
@@ -166,9 +166,10 @@ def test_where_they_are_from_is_said(made):
 
 
 def committed():
-    """The file that the page names."""
+    """The page, and the file that its commands take; the page names every one that there is."""
     page = (ROOT / "docs" / "predictions.md").read_text()
-    (name,) = set(re.findall(r"benchmarks/predictions/([\w.-]+\.json)", page))
+    assert set(re.findall(r"benchmarks/predictions/([\w.-]+\.json)", page)) == {path.name for path in FOLDER.iterdir()}
+    (name,) = set(re.findall(r"\.prediction\w+ .*benchmarks/predictions/([\w.-]+\.json)", page))
     return page, FOLDER / name
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from thresher.bench.cases import size_text
-from thresher.bench.plan_exchange import MEASURED, SOURCE, Exchange
+from thresher.bench.plan_exchange import SOURCE, Exchange
 from thresher.bench.plan_fit import Error, Fit
 from thresher.bench.plan_rows import MEMORY_SHARE, ROW_PARTS, Plan, Settings, as_json, best, make_plan
 from thresher.errors import require
@@ -82,7 +82,8 @@ def _times(plan: Plan) -> str:
 
 
 def _best(plan: Plan) -> str:
-    worst = max((abs(error.relative) for error in plan.layers), default=0.0)
+    over_ranks = [error for errors in plan.over_ranks.values() for error in errors]
+    worst = max((abs(error.relative) for error in over_ranks or plan.layers), default=0.0)
     lines, close = ["Best way that fits, for each selector, ms a step:"], False
     ranked = best(plan.rows)
     for batch in dict.fromkeys(batch for batch, _ in ranked):
@@ -97,7 +98,7 @@ def _best(plan: Plan) -> str:
             said.append(text)
         lines.append(f"batch {batch}: " + "; ".join(said))
     if close:
-        lines.append(f"~ closer than the worst error of a whole layer, {worst:.0%}: measure both")
+        lines.append(f"~ closer than the worst error of a {'layer over ranks' if over_ranks else 'whole layer'}, {worst:.0%}: measure both")
     return "\n".join(lines)
 
 
@@ -105,12 +106,16 @@ def _errors(plan: Plan) -> str:
     lines: list[Sequence[str]] = [("part", "fit", "records", "median", "worst", "of")]
     lines += [(part, _formula(fitted), str(len(fitted.points)), *_summary(fitted.held_out())) for part, fitted in plan.fits.items()]
     lines.append(("whole layer", "the sum of its parts, each fitted without its sizes", str(len(plan.layers)), *_summary(plan.layers)))
-    kind = plan.settings.exchange
-    fixed, slope = Exchange(1, kind=kind).coefficients()
-    notes = [
-        "Exchanges are from a pair of GPUs, and not fitted to layers over several, of which there are no records yet:",
-        f"{SOURCE}; {kind}: {fixed:.1f} us + bytes / {1e-3 / slope:.0f} GB/s, from {len(MEASURED[kind])} sizes.",
+    lines += [
+        (f"layer over ranks, {way}", "parts as above, and exchanges; fitted to no layer", str(len(errors)), *_summary(errors))
+        for way, errors in plan.over_ranks.items()
     ]
+    exchange = Exchange(1, kind=plan.settings.exchange)
+    notes = [f"Exchanges are from a pair of GPUs: {SOURCE}."]
+    for part in ("gather", "merge"):
+        fixed, slope = exchange.coefficients(part)
+        sizes = len(exchange.measured(part))
+        notes.append(f"{part}, {exchange.kind}: {fixed:.1f} us + bytes / {1e-3 / slope:.0f} GB/s, from {sizes} sizes")
     others = {fitted.points[0].gpu for fitted in plan.fits.values()} - {plan.gpu}
     if others:
         notes.append(f"The second top-k (topk) is fitted to records of {', '.join(sorted(others))}, since {plan.gpu} has none.")

@@ -9,18 +9,29 @@ from thresher.bench.plan_fit import non_negative
 from thresher.errors import require
 
 KIB = 1024
-# us, by the bytes that a rank has from the other, as tests/gpu/test_two_gpus.py times them: queries gathered, and over symmetric memory
-# outputs merged, of 1, 8 and 32 requests. The time in which ranks wait for one another is in them.
-SOURCE = "two H200 of one host, NVLink, PyTorch 2.11, CUDA graphs of 16, medians, 2026-11-30"
+# Key of ``MEASURED`` -> what records call it.
+KINDS = {"symmetric": "symmetric memory", "nccl": "NCCL"}
+# us, by the bytes that a rank has from the other, of 1, 8 and 32 requests as tests/gpu/test_two_gpus.py times them: bf16 queries gathered;
+# bf16 outputs with fp32 log-sum-exps exchanged and merged. The time in which ranks wait for one another is in them.
+SOURCE = "two H200 of one host, NVLink, PyTorch 2.11, CUDA graphs of 16, means of both ranks' medians, 2026-11-30"
+_QUERIES, _OUTPUTS = ([requests * each for requests in (1, 8, 32)] for each in (64 * 1152, 64 * 1028))
 MEASURED = {
-    "symmetric": {72 * KIB: 5.9, 131328: 7.2, 576 * KIB: 7.5, 1050624: 9.8, 2304 * KIB: 15.2, 4202496: 19.8},
-    "nccl": {72 * KIB: 8.8, 576 * KIB: 13.4, 2304 * KIB: 30.0},
+    "symmetric": {
+        "gather": dict(zip(_QUERIES, (5.9, 7.6, 15.6), strict=True)),
+        "merge": dict(zip(_OUTPUTS, (3.9, 8.3, 15.0), strict=True)),
+    },
+    "nccl": {
+        "gather": dict(zip(_QUERIES, (9.1, 14.7, 33.8), strict=True)),
+        "merge": dict(zip(_OUTPUTS, (26.6, 41.9, 83.2), strict=True)),
+    },
 }
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One exchange: every rank has some bytes from each of the others.
+    """How ranks exchange: every rank has some bytes from each of the others.
+
+    Methods take the part of a step that an exchange is: "gather", "merge", or "candidates", which are gathered as queries are.
 
     Attributes:
         ranks: GPUs, all nodes together.
@@ -51,29 +62,35 @@ class Exchange:
             given = 0 <= latency < math.inf and 0 < bandwidth < math.inf
             require(given, must, link, "give --link-latency-us and --link-bandwidth-gbs")
 
-    def coefficients(self) -> tuple[float, float]:
-        """Of a fit to ``MEASURED``: us of an exchange however small, and us a byte."""
-        fixed, slope = non_negative([(1.0, float(size)) for size in MEASURED[self.kind]], list(MEASURED[self.kind].values()))
+    def measured(self, part: str) -> dict[int, float]:
+        """Bytes -> us, of the one that is timed for this part."""
+        return MEASURED[self.kind]["gather" if part == "candidates" else part]
+
+    def coefficients(self, part: str) -> tuple[float, float]:
+        """Of a fit to what was measured: us of an exchange however small, and us a byte."""
+        measured = self.measured(part)
+        fixed, slope = non_negative([(1.0, float(size)) for size in measured], list(measured.values()))
         return fixed, slope
 
-    def time_us(self, bytes_each: float) -> float:
+    def time_us(self, part: str, bytes_each: float) -> float:
         """``a + b * bytes`` from the ranks of this node, then ``latency + bytes / bandwidth`` from the others; 0 for one rank.
 
         Args:
+            part: which exchange.
             bytes_each: what a rank has from each other rank.
         """
         if self.ranks == 1:
             return 0.0
         near = self.ranks // self.nodes
-        fixed, slope = self.coefficients()
+        fixed, slope = self.coefficients(part)
         time = fixed + slope * bytes_each * (near - 1)
         if self.latency_us is not None and self.bandwidth is not None:
             time += self.latency_us + 1e6 * bytes_each * (self.ranks - near) / self.bandwidth
         return time
 
-    def outside(self, bytes_each: float) -> list[str]:
+    def outside(self, part: str, bytes_each: float) -> list[str]:
         """In what this exchange is not one that was measured."""
-        sizes, near = list(MEASURED[self.kind]), self.ranks // self.nodes
+        sizes, near = list(self.measured(part)), self.ranks // self.nodes
         received = bytes_each * (near - 1)
         found = [] if self.ranks == 2 and self.nodes == 1 else [f"{self.ranks} ranks, measured 2"]
         found += [] if self.nodes == 1 else ["the link between nodes, as given"]

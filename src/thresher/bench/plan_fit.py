@@ -201,7 +201,7 @@ def usable(records: Sequence[Record], gpu: str) -> list[Record]:
     off newer ones of the same cases (median), that kernel has been replaced since: what it alone was the fastest in is left out.
     """
     newest: dict[tuple[str, ...], Record] = {}
-    taken = [record for record in records if record.gpu == gpu and _comparable(record)]
+    taken = [record for record in records if record.gpu == gpu and record.ranks == 1 and comparable(record)]
     newest.update((_key(record), record) for record in taken)
     shared = defaultdict(list)
     for record in taken:
@@ -268,11 +268,12 @@ def layer_errors(records: Sequence[Record], gpu: str, fits: dict[str, Fit]) -> l
     return found
 
 
-def _comparable(record: Record) -> bool:
+def comparable(record: Record) -> bool:
+    """Whether a record is of a case as models have it, with a known selector, over normal inputs, in a graph of several steps."""
     case = parse_case(record.case)
     steps = record.settings.get("steps", record.settings.get("copies", 0))
-    how = record.inputs == "normal" and record.ranks == 1 and record.settings.get("timing") == "graph" and steps >= LEAST_STEPS
-    one = case.kind != "prefill" and case.queries == 1 and case == Case(case.kind, case.rows, case.length, case.heads)
+    how = record.inputs == "normal" and record.settings.get("timing") == "graph" and steps >= LEAST_STEPS
+    one = case.kind != "prefill" and case == Case(case.kind, case.rows, case.length, case.heads, ranks=record.ranks)
     # Contexts that are kept whole are not scored; a top-k of mixed lengths takes as long as its longest row.
     scored = record.op not in ("select", "layer") or max(case.lengths(record.seed)) > case.topk
     known = record.selector is None or (record.selector in SELECTORS and record.options == asdict(SELECTORS[record.selector]))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from thresher.bench.cases import parse_size
+from thresher.bench.cases import parse_case, parse_size
 from thresher.bench.floor import LATENT_DIM, VALUE_DIM
-from thresher.bench.plan_exchange import Exchange
-from thresher.bench.plan_fit import SELECTORS, Error, Fit, Step, features, fit_parts, gpu_named, layer_errors, load_records
+from thresher.bench.plan_exchange import KINDS, Exchange
+from thresher.bench.plan_fit import SELECTORS, Error, Fit, Step, comparable, features, fit_parts, gpu_named, layer_errors, load_records
 from thresher.bench.plan_models import GPU_BYTES, MODELS, ModelShape
-from thresher.bench.record import RESULTS
+from thresher.bench.record import RESULTS, Record
 from thresher.distributed import IDSA, local_topk
 from thresher.errors import ThresherError, require
 from thresher.selectors.base import Selector
@@ -76,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is printed: the rows, the fits they are from, and the fits' errors."""
+    """All that is printed: the rows, the fits they are from, and errors: of the fits, of whole layers, and by way of those over ranks."""
 
     settings: Settings
     model: ModelShape
@@ -85,6 +86,7 @@ class Plan:
     rows: tuple[Row, ...]
     fits: Mapping[str, Fit]
     layers: tuple[Error, ...]
+    over_ranks: Mapping[str, tuple[Error, ...]]
     room_bytes: float
     weight_bytes: float
 
@@ -122,8 +124,8 @@ def make_plan(settings: Settings) -> Plan:
         for way in ways
         for name in dict.fromkeys(settings.selector)
     ]
-    errors = layer_errors(records, gpu, fits)
-    return Plan(settings, model, gpu, context, tuple(rows), fits, tuple(errors), room, weights)
+    errors, over_ranks = tuple(layer_errors(records, gpu, fits)), rank_errors(records, gpu, fits)
+    return Plan(settings, model, gpu, context, tuple(rows), fits, errors, over_ranks, room, weights)
 
 
 def size_of(text: str) -> int:
@@ -176,6 +178,13 @@ def rank_step(model: ModelShape, way: str, name: str, context: int, batch: int, 
     return Step((held,) * batch, local, model.index_heads, model.heads, columns, min(most, held))
 
 
+def steps_of(model: ModelShape, way: str, name: str, context: int, batch: int, gpus: int) -> dict[str, Step]:
+    """Part of the fits -> what ``rank_step`` is to it; the second top-k is over the candidates of all ranks."""
+    step = rank_step(model, way, name, context, batch, gpus)
+    used = dict.fromkeys(("store", f"select {name}", "to_slots", "attend"), step)
+    return {**used, "topk": dataclasses.replace(step, lengths=(gpus * model.topk,) * batch)} if way == "exact" else used
+
+
 def exchanged(model: ModelShape, way: str, batch: int, gpus: int) -> dict[str, float]:
     """Bytes that a rank has from each other rank, by part.
 
@@ -202,22 +211,19 @@ def row_of(
         room: bytes of a GPU for weights and caches.
     """
     gpus = exchange.ranks
-    step = rank_step(model, way, name, context, batch, gpus)
     times = dict.fromkeys(ROW_PARTS, 0.0)
-    used = {"store": step, f"select {name}": step, "to_slots": step, "attend": step}
-    if way == "exact":
-        used["topk"] = dataclasses.replace(step, lengths=(gpus * model.topk,) * batch)
-    sizes = exchanged(model, way, batch, gpus)
+    used, sizes = steps_of(model, way, name, context, batch, gpus), exchanged(model, way, batch, gpus)
+    step = used["store"]
     outside: dict[str, list[str]] = {}
     for part, done in used.items():
         times[part.partition(" ")[0]] = fits[part].time_us(done)
         for letter, text in beyond(part, fits[part], done, gpu):
             outside.setdefault(letter, []).append(text)
     for part, size in sizes.items():
-        times[part] = exchange.time_us(size)
+        times[part] = exchange.time_us(part, size)
         if part == "gather" and exchange.kind == "symmetric":  # sent by what stores, waited for by what finds slots: nobody waits to meet
-            times[part] = max(0.0, times[part] - exchange.coefficients()[0])
-        for text in exchange.outside(size):
+            times[part] = max(0.0, times[part] - exchange.coefficients(part)[0])
+        for text in exchange.outside(part, size):
             outside.setdefault("x", []).append(f"{part}: {text}")
     layer = sum(times.values())
     whole = model.layers * layer - (model.layers - model.index_layers) * sum(times[part] for part in INDEXER)
@@ -225,6 +231,34 @@ def row_of(
     largest = max(0, int((room - weights) // cache))
     held = weights + batch * cache
     return Row(batch, way, name, times, layer, whole, 1e6 * batch / whole, cache, held, batch <= largest, largest, outside)
+
+
+def rank_errors(records: Sequence[Record], gpu: str, fits: Mapping[str, Fit]) -> dict[str, tuple[Error, ...]]:
+    """Way -> layers timed over several ranks, beside ``row_of`` with parts fitted, where others are left, without the points of that step's
+    sizes; no way without such a layer.
+
+    Nothing is fitted to these layers. Of each case, selector and exchange the newest record counts; one whose heads are no model's, or
+    whose selector or second top-k has no fit, is left out.
+    """
+    kinds = {called: kind for kind, called in KINDS.items()}
+    newest: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        kind = kinds.get(record.settings.get("exchange", ""))
+        layer = record.op == "layer" and record.gpu == gpu and record.ranks > 1 and parse_case(record.case).length is not None
+        if layer and record.selector is not None and kind is not None and comparable(record):
+            newest[record.case, record.selector, kind] = record
+    found: dict[str, list[Error]] = {way: [] for way in WAYS}
+    for (name, selector, kind), record in newest.items():
+        case, exchange = parse_case(name), Exchange(record.ranks, kind=kind)
+        models = [model for model in MODELS.values() if (model.index_heads, model.heads) == (case.heads, case.attention_heads)]
+        for model, way in itertools.product(models[:1], WAYS):
+            asked = (model, way, selector, case.lengths(record.seed)[0], case.rows)
+            used = steps_of(*asked, record.ranks)
+            if way in record.ways and used.keys() <= fits.keys():
+                others = {part: fits[part].without(step) or fits[part] for part, step in used.items()}
+                row = row_of(*asked, exchange, others, gpu, room=0.0)
+                found[way].append(Error(f"{name} {selector} {kind}", record.ways[way], row.layer_us))
+    return {way: tuple(errors) for way, errors in found.items() if errors}
 
 
 def beyond(part: str, fitted: Fit, step: Step, gpu: str) -> list[tuple[str, str]]:
@@ -289,4 +323,5 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for part, fitted in plan.fits.items()
         },
         "layers": errors(plan.layers),
+        "layers_over_ranks": {way: errors(found) for way, found in plan.over_ranks.items()},
     }

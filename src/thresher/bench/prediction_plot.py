@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from thresher.bench.cases import parse_case, size_text
 from thresher.bench.curves import save
-from thresher.bench.prediction_table import EXCHANGES, Times, measured
+from thresher.bench.plan_exchange import KINDS
+from thresher.bench.prediction_table import Times, measured
 from thresher.bench.predictions import LAYERS, Prediction, Predictions, read_predictions
 from thresher.bench.table import load
 from thresher.errors import ThresherError
@@ -46,8 +47,8 @@ def draw(made: Predictions, taken: Times, title: str) -> Figure:
 
     figure = Figure(figsize=(4.6 * len(LAYERS), 6.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(EXCHANGES), len(LAYERS), sharex="col", sharey=True, squeeze=False)
-    for row, (exchange, called) in zip(panels, EXCHANGES.items(), strict=True):
+    panels = figure.subplots(len(KINDS), len(LAYERS), sharex="col", sharey=True, squeeze=False)
+    for row, (exchange, called) in zip(panels, KINDS.items(), strict=True):
         for axes, name in zip(row, LAYERS, strict=True):
             case = parse_case(name)
             assert case.length is not None

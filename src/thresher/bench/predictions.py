@@ -104,7 +104,8 @@ def _predict(plan: Plan, bandwidth: float, case: Case, ranks: int, exchange: str
     moved = floor = None
     if way == "idsa":
         moved = rank_bytes(plan.model, rank_step(plan.model, way, SELECTOR, context, case.rows, ranks))
-        floor = 1e6 * moved / bandwidth + sum(map(between.time_us, exchanged(plan.model, way, case.rows, ranks).values()))
+        exchanges = exchanged(plan.model, way, case.rows, ranks)
+        floor = 1e6 * moved / bandwidth + sum(between.time_us(part, size) for part, size in exchanges.items())
     return Prediction(name, exchange, way, row.layer_us, row.parts_us, row.outside, moved, floor)
 
 
