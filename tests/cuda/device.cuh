@@ -223,6 +223,7 @@ template <class T>
 void publish(T* to, T word) {
   *to = word, host::moved = true;
 }
+inline void publish_far(u32* to, u32 word) { *to = word, host::moved = true; }
 template <class T>
 T await_word(const T* from) {
   while (*from == 0) host::yield();

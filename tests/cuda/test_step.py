@@ -15,6 +15,7 @@ from thresher.ops import select_blocks, select_topk, select_topk_in_blocks
 from thresher.ops.hisa_select import cuda as hisa
 from thresher.ops.pool_keys import walks
 from thresher.ops.score_select import cuda as step
+from thresher.ops.send import Send
 from thresher.types import IndexKeys, IndexQuery, Selection
 
 from ..triton.gluon_on_numpy import heads_in_order
@@ -259,6 +260,71 @@ def test_means_grow_in_the_same_launch(dim, block, lengths, programs, order):
         assert torch.equal(empty.lengths, length // block)
         agree(got, hisa.select_step(world.query, held, whole, *sizes), True)
     assert torch.equal(empty.pages, whole.pages)
+
+
+class Memories:
+    """Of some ranks: flags, and behind them what is sent to each, ``[tokens, R, row]``; all are in their third turn."""
+
+    def __init__(self, ranks: int, tokens: int, row: int, seed: int) -> None:
+        rng = torch.Generator().manual_seed(seed)
+        self.words = torch.randint(-(2**62), 2**62, (ranks, tokens, row), generator=rng)
+        self.held = torch.zeros(ranks, 1024 // 8 + tokens * ranks * row, dtype=torch.int64)
+        self.addresses = torch.tensor([held.data_ptr() for held in self.held])
+        self.turns = torch.full((ranks, 9), 2, dtype=torch.int32)
+
+    def send(self, rank: int) -> Send:
+        return Send(self.words[rank].flatten(), self.words.shape[2], self.addresses, 1024, self.turns[rank], 2, rank)
+
+    def check(self) -> None:
+        ranks, programs = len(self.words), self.send(0).programs
+        for rank, held in enumerate(self.held):
+            assert torch.equal(held[128:].view(-1, ranks, self.words.shape[2]), self.words.transpose(0, 1))
+            flags = held[:128].view(torch.int32)[: 9 * ranks].view(9, ranks)
+            want = torch.zeros_like(flags)
+            want[2 : 2 + programs] = 3
+            want[:, rank] = 0
+            assert torch.equal(flags, want)
+        want = torch.full_like(self.turns, 2)
+        want[:, 2 : 2 + programs] = 3
+        assert torch.equal(self.turns, want)
+
+
+@pytest.mark.parametrize(("ranks", "tokens", "row"), [(2, 5, 144), (3, 1, 34), (2, 1, 1600)])
+def test_words_are_sent_beside(ranks, tokens, row, any_order):
+    """By a selection whose set is the same; by one that has less to do than to send; by HISA's."""
+    world = World(8, 64, [1300, 0, 500, 64], 7, any_order, block=64)
+    want = step.select_step(world.query, world.keys, 64, True, 9)
+    by_blocks = world.query, world.keys, world.means, 9, 64, 64, True, 9
+    for keys in (world.keys, replace(world.keys, lengths=torch.zeros_like(world.keys.lengths))):
+        made = Memories(ranks, tokens, row, any_order)
+        for rank in range(ranks):
+            got = step.select_step(world.query, keys, 64, True, 9, send=made.send(rank))
+        made.check()
+        assert keys is not world.keys or torch.equal(got.indices, want.indices)
+    want, made = hisa.select_step(*by_blocks), Memories(ranks, tokens, row, any_order)
+    for rank in range(ranks):
+        got = hisa.select_step(*by_blocks, send=made.send(rank))
+    made.check()
+    agree(got, want, True)
+
+
+@pytest.mark.parametrize("change", ["row", "address", "programs"])
+def test_words_that_a_selection_cannot_send(change, monkeypatch):
+    """Then nothing is left to send: another launch has."""
+    launched = []
+    monkeypatch.setattr(Send, "launch", lambda send: launched.append(send))
+    made = Memories(2, 5, 144, 0).send(0)
+    changed = {
+        "row": replace(made, row=135, words=made.words[: 5 * 135]),
+        "address": replace(made, words=torch.cat([made.words, made.words])[1:721]),
+        "programs": made,
+    }[change]
+    assert made.programs == 3
+    got = step.Sending.of(changed, 2 if change == "programs" else 3)
+    assert [id(send) for send in launched] == [id(changed)]
+    assert got.num == got.blocks == 0
+    assert step.Sending.of(made, 3).num == 360
+    assert step.Sending.of(None, 3).num == 0
 
 
 def test_shared_memory_is_laid_out_as_the_kernel_has_it():

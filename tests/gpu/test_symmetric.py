@@ -6,10 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from thresher.cache.scratch import Scratch
 from thresher.distributed.collectives import own_heads, rounded, share_heads
 from thresher.errors import ThresherError
+from thresher.ops import pool_blocks
+from thresher.ops.hisa_select import hisa_select
 from thresher.ops.merge import merge
+from thresher.ops.score_select import score_select
 from thresher.types import PartialAttention
+
+from .test_score_select import world
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -124,6 +130,50 @@ def test_heads_are_sent_and_received(num, queries, heads):
         receives = all_ranks.run(lambda rank, q=q: rank.send_heads(q[:, own_heads(shares, rank.rank)].contiguous(), shares))
         for got in all_ranks.run(lambda rank, receives=receives: receives[rank.rank]()):
             assert same(got, q)
+        all_ranks.run(lambda rank, parts=parts: rank.merge(parts[rank.rank]))
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize(("queries", "heads"), [(1, 128), (8, 128), (32, 128), (3, 7)])
+@pytest.mark.parametrize("how", ["score_select", "hisa_select"])
+def test_heads_are_sent_by_a_selection(num, queries, heads, how):
+    """Whose set is what it is without, in a graph too."""
+    made, all_ranks, shares = torch.Generator().manual_seed(queries), Ranks(num), share_heads(heads, num)
+    query, keys = world("normal", [20000] * queries, queries, 64, 128)
+    means, scratches = pool_blocks(keys, 128), [Scratch() for _ in range(num)]
+
+    def select(scratch: Scratch):
+        if how == "score_select":
+            return score_select(query, keys, 512, with_scores=False, impl="cuda", scratch=scratch)
+        return hisa_select(query, keys, means, 40, 128, 512, with_scores=False, impl="cuda", scratch=scratch)
+
+    want, own = select(scratches[0]), [torch.zeros(queries, share, 576, device="cuda", dtype=torch.bfloat16) for share in shares]
+
+    def send(rank):
+        scratches[rank.rank].errand, received = rank.sending(own[rank.rank], shares)
+        got = select(scratches[rank.rank])
+        assert scratches[rank.rank].errand is None
+        return got, received
+
+    graphs = []
+    for turn in range(TURNS):
+        q = torch.randn(queries, heads, 576, generator=made).bfloat16().cuda()
+        for rank in range(num):
+            own[rank].copy_(q[:, own_heads(shares, rank)])
+        if turn < 2:
+            sent = all_ranks.run(send)
+        elif turn == 2:
+            torch.cuda.synchronize()
+            sent, graphs = [], [torch.cuda.CUDAGraph() for _ in range(num)]
+            for graph, rank, stream in zip(graphs, all_ranks.ranks, all_ranks.streams, strict=True):
+                with torch.cuda.graph(graph, stream=stream):
+                    sent.append(send(rank))
+        if graphs:
+            all_ranks.run(lambda rank, graphs=graphs: graphs[rank.rank].replay())
+        for rank, got in enumerate(all_ranks.run(lambda rank, sent=sent: sent[rank.rank][1]())):
+            assert same(got, q)
+            assert same(sent[rank][0].indices, want.indices)
+        parts = [part_of(made, 2, 4, 16) for _ in range(num)]
         all_ranks.run(lambda rank, parts=parts: rank.merge(parts[rank.rank]))
 
 

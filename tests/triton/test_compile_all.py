@@ -22,7 +22,6 @@ from thresher.ops.keep_best import triton as keep_best
 from thresher.ops.merge import triton as merge
 from thresher.ops.pool_keys import triton as pool_keys
 from thresher.ops.quantize import triton as quantize, triton_step
-from thresher.ops.send import Send
 from thresher.ops.route_heads import triton as route_heads
 from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
@@ -75,9 +74,8 @@ quantize.store_index_keys(IndexKeyCache(2, 128).pages, zeros, x, zeros, 1e4, 64,
 quantize.quantize_queries(x[:, None].repeat(1, 64, 1), torch.zeros(8, 64), zeros, 1e4, 64, "half")
 latent, rope = torch.zeros(8, 512, dtype=half), torch.zeros(8, 64, dtype=half)
 quantize.store_latents(LatentCache(2).data, zeros, latent, rope, zeros)
-for send in (None, Send(torch.zeros(2**12, dtype=torch.int64), 2**9, torch.zeros(2, dtype=torch.int64), 1024, zeros.int(), 0, 0)):
-    caches, parts = (IndexKeyCache(2, 128).pages, LatentCache(2).data), (x, latent, rope, x[:, None].repeat(1, 64, 1), torch.zeros(8, 64))
-    triton_step.store_step(*caches, zeros, *parts, zeros, 1e4, 64, "half", send=send)
+caches, parts = (IndexKeyCache(2, 128).pages, LatentCache(2).data), (x, latent, rope, x[:, None].repeat(1, 64, 1), torch.zeros(8, 64))
+triton_step.store_step(*caches, zeros, *parts, zeros, 1e4, 64, "half")
 # What a GPU of compute capability 9.0 takes instead.
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 for module in (index_score, sparse_attend):

@@ -1,4 +1,4 @@
-"""All that a step stores, in one launch: the bits of the three kernels of one part each, and words that it sends besides."""
+"""All that a step stores, in one launch: the bits of the three kernels of one part each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from thresher.cache import IndexKeyCache, LatentCache
 from thresher.ops.quantize import triton as kernels
 from thresher.ops.quantize import triton_launch, triton_step
 from thresher.ops.quantize.triton_step import store_step
-from thresher.ops.send import FEW, MANY, PROGRAMS, Send
 
 from .test_quantize import poisoned, same  # noqa: F401 (a fixture)
 
@@ -96,69 +95,18 @@ def test_types_may_differ():
     assert all(map(same, got, one_by_one(*caches(6, 64), *given.values(), *rotation, factor=1.0)))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "num", "row", "word"),
-    [(2, 3, 700, torch.int64), (3, 1, 5, torch.int32), (2, 2, 2 * FEW, torch.uint8), (2, 0, 5, torch.int64)],
-)
-def test_what_a_step_sends_is_in_every_rank_s_memory(ranks, num, row, word):
-    """The ranks one after the other, in one process: none waits for another."""
-    first, at, limit = 7, 4096, num * row * ranks * word.itemsize
-    words = [torch.randint(0, 100, (num, row), generator=torch.Generator().manual_seed(rank)).to(word) for rank in range(ranks)]
-    memory = [torch.zeros(at + limit + 512, dtype=torch.uint8) for _ in range(ranks)]
-    turns = [torch.arange(at // 4 // ranks, dtype=torch.int32) for _ in range(ranks)]
-    addresses = torch.tensor([there.data_ptr() for there in memory])
-    given, rotation = step(1, 1, 64, torch.bfloat16), (THETA, 32, "half")
-    stored = one_by_one(*caches(1, 64), *given.values(), *rotation, factor=1.0)
-    programs = -(-num * row // FEW)
-    for again in range(1, 3):
-        for rank in range(ranks):
-            send = Send((words[rank] + again).view(-1), row, addresses, at, turns[rank], first, rank)
-            assert send.programs == programs
-            pages, data = caches(1, 64)
-            got = pages, data, *store_step(pages, data, *given.values(), *rotation, send=send)
-            assert all(map(same, got, stored)), "it stores as without"
-        for rank in range(ranks):
-            came = memory[rank][at : at + limit].view(word).view(num, ranks, row)
-            assert torch.equal(came, torch.stack([x + again for x in words], 1))
-            assert not memory[rank][at + limit :].any()
-            flags = memory[rank][:at].view(torch.int32)[: at // 4 // ranks * ranks].view(-1, ranks)
-            want = torch.zeros_like(flags)
-            want[first : first + programs] = torch.arange(first, first + programs)[:, None] + again
-            want[:, rank] = 0  # it tells nobody that it has come to itself
-            assert torch.equal(flags, want)
-            counted_on = torch.arange(len(turns[rank]), dtype=torch.int32)
-            counted_on[first : first + programs] += again
-            assert torch.equal(turns[rank], counted_on)
-
-
-def test_many_words_are_sent_by_few_programs():
-    words = torch.arange(MANY * (PROGRAMS + 1) + 3)
-    memory = [torch.zeros(2**15 + 2 * 8 * len(words), dtype=torch.uint8) for _ in range(2)]
-    send = Send(words, len(words), torch.tensor([x.data_ptr() for x in memory]), 2**15, torch.zeros(PROGRAMS, dtype=torch.int32), 0, 1)
-    assert send.programs == PROGRAMS
-    store_step(*caches(1, 64), *step(1, 1, 64, torch.float32).values(), THETA, 0, "half", send=send)
-    for there in memory:
-        came = there[2**15 :].view(torch.int64).view(2, -1)
-        assert torch.equal(came[1], words)
-        assert not came[0].any()
-
-
 COMPILE = """
 import torch
 from thresher.cache import IndexKeyCache, LatentCache
-from thresher.ops.send import Send
 from thresher.ops.quantize.triton_step import store_step
 
 def zeros(*shape, dtype=torch.bfloat16):
     return torch.zeros(*shape, dtype=dtype)
 
 for num in (1, 32):
-    for ranks in (1, 2, 8):
-        caches, slots = (IndexKeyCache(16, 128).pages, LatentCache(16).data), zeros(num, dtype=torch.int64)
-        words, turns = zeros(num * 2304, dtype=torch.int64), zeros(2000, dtype=torch.int32)
-        send = Send(words, 2304, zeros(ranks, dtype=torch.int64), 2**20, turns, 1056, 0) if ranks > 1 else None
-        parts = zeros(num, 128), zeros(num, 512), zeros(num, 64), zeros(num, 64, 128), zeros(num, 64)
-        store_step(*caches, slots, *parts, slots, 1e4, 64, "interleaved", send=send)
+    caches, slots = (IndexKeyCache(16, 128).pages, LatentCache(16).data), zeros(num, dtype=torch.int64)
+    parts = zeros(num, 128), zeros(num, 512), zeros(num, 64), zeros(num, 64, 128), zeros(num, 64)
+    store_step(*caches, slots, *parts, slots, 1e4, 64, "interleaved")
 """
 
 
@@ -180,9 +128,8 @@ def reached_without_waiting(ptx: str) -> list[str]:
 
 def test_compiles_for_hopper(compile_for_hopper):
     found = compile_for_hopper(COMPILE)
-    assert [kernel.name for kernel in found] == ["step_kernel"] * 6
-    for kernel, ranks in zip(found, (1, 2, 8) * 2, strict=True):
-        assert kernel.ptx.count("atom.global.sys.release.exch") == ranks - 1, "it tells its peers when its words are there"
+    assert [kernel.name for kernel in found] == ["step_kernel"] * 2
+    for kernel in found:
         assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.ptx, "the cast is the hardware's"
         assert "div.full" not in kernel.ptx
         early = reached_without_waiting(kernel.ptx)

@@ -122,3 +122,65 @@ def test_heads_are_sent_and_received(ranks_of, num, queries, heads):
             assert slots.tolist() == [[70, 194, -1]]
             assert torch.equal(came.heads(), q)
             rank._unread = 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num", "row", "word"),
+    [(2, 3, 700, torch.int64), (3, 1, 5, torch.int32), (2, 2, 2 * send.FEW, torch.uint8), (2, 0, 5, torch.int64)],
+)
+def test_what_is_sent_is_in_every_rank_s_memory(ranks, num, row, word):
+    """The ranks one after the other, in one process: none waits for another."""
+    first, at, limit = 7, 4096, num * row * ranks * word.itemsize
+    words = [torch.randint(0, 100, (num, row), generator=torch.Generator().manual_seed(rank)).to(word) for rank in range(ranks)]
+    memory = [torch.zeros(at + limit + 512, dtype=torch.uint8) for _ in range(ranks)]
+    turns = [torch.arange(at // 4 // ranks, dtype=torch.int32) for _ in range(ranks)]
+    addresses = torch.tensor([there.data_ptr() for there in memory])
+    programs = -(-num * row // send.FEW)
+    for again in range(1, 3):
+        for rank in range(ranks):
+            sending = send.Send((words[rank] + again).view(-1), row, addresses, at, turns[rank], first, rank)
+            assert sending.programs == programs
+            if programs:
+                sending.launch()
+        for rank in range(ranks):
+            came = memory[rank][at : at + limit].view(word).view(num, ranks, row)
+            assert torch.equal(came, torch.stack([x + again for x in words], 1))
+            assert not memory[rank][at + limit :].any()
+            flags = memory[rank][:at].view(torch.int32)[: at // 4 // ranks * ranks].view(-1, ranks)
+            want = torch.zeros_like(flags)
+            want[first : first + programs] = torch.arange(first, first + programs)[:, None] + again
+            want[:, rank] = 0  # it tells nobody that it has come to itself
+            assert torch.equal(flags, want)
+            counted_on = torch.arange(len(turns[rank]), dtype=torch.int32)
+            counted_on[first : first + programs] += again
+            assert torch.equal(turns[rank], counted_on)
+
+
+def test_many_words_are_sent_by_few_programs():
+    words = torch.arange(send.MANY * (send.PROGRAMS + 1) + 3)
+    memory = [torch.zeros(2**15 + 2 * 8 * len(words), dtype=torch.uint8) for _ in range(2)]
+    addresses, turns = torch.tensor([x.data_ptr() for x in memory]), torch.zeros(send.PROGRAMS, dtype=torch.int32)
+    sending = send.Send(words, len(words), addresses, 2**15, turns, 0, 1)
+    assert sending.programs == send.PROGRAMS
+    sending.launch()
+    for there in memory:
+        came = there[2**15 :].view(torch.int64).view(2, -1)
+        assert torch.equal(came[1], words)
+        assert not came[0].any()
+
+
+COMPILE = """
+import torch
+from thresher.ops.send import Send
+
+for ranks in (2, 8):
+    words, addresses = torch.zeros(2304, dtype=torch.int64), torch.zeros(ranks, dtype=torch.int64)
+    Send(words, 2304, addresses, 2**20, torch.zeros(2000, dtype=torch.int32), 1056, 0).launch()
+"""
+
+
+def test_every_peer_is_told_once_its_words_are_there(compile_for_hopper):
+    found = compile_for_hopper(COMPILE)
+    assert [kernel.name for kernel in found] == ["send_kernel"] * 2
+    for kernel, ranks in zip(found, (2, 8), strict=True):
+        assert kernel.ptx.count("atom.global.sys.release.exch") == ranks - 1

@@ -73,9 +73,9 @@ def _dealt(work: RankWork) -> PartialAttention:
     held, keys, asked = work.held, work.held.index.keys, work.held.index.query
     with using(work.impl):
         stored = store_arguments(held.tokens, held.index, held.attend)
-        made, received = store_and_send(work.ranks, held.attend.q, work.shares, *stored)
+        made, received = store_and_send(work.ranks, held.attend.q, work.shares, keys, work.state.scratch, *stored)
         picked = _select(work, IndexQuery(*made, asked.positions, asked.requests))
-        slots, q = slots_and_heads(received, picked.indices, keys.page_table, asked.requests, keys.page_size)
+        slots, q = slots_and_heads(received, picked.indices, keys.page_table, asked.requests, keys.page_size, work.state.scratch)
         return attend_merged(work.ranks, q, held.attend.latents, slots, SCALE, work.shares)
 
 

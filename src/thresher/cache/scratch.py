@@ -1,11 +1,15 @@
-"""Device memory that a launch leaves as it found it, in zeros, so that the next one need not clear it."""
+"""What launches of a step hand on: memory that each leaves as it found it, in zeros, and words that one is to send for another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from thresher.ops.send import Send
 
 
 @dataclass
@@ -13,8 +17,12 @@ class Scratch:
     """Zeros for kernels whose launches follow one another on one stream: of a layer, or of all layers of a model.
 
     It grows outside of CUDA graphs, and what it once gave stays allocated, since a graph may hold it.
+
+    Attributes:
+        errand: what the next selection that can sends beside its work (``ops.send``): it has a warp to spare for that.
     """
 
+    errand: Send | None = field(default=None, repr=False)
     _held: dict[torch.device, list[Tensor]] = field(default_factory=dict, repr=False)
 
     def zeros(self, words: int, device: torch.device) -> Tensor:
@@ -29,3 +37,8 @@ class Scratch:
             return torch.zeros(words, dtype=torch.int32, device=device)
         held.append(torch.zeros(max(words, 2 * len(held[-1]) if held else 0), dtype=torch.int32, device=device))
         return held[-1]
+
+    def take_errand(self) -> Send | None:
+        """The errand, whoever asks being the one who does it."""
+        errand, self.errand = self.errand, None
+        return errand

@@ -132,6 +132,8 @@ __device__ __forceinline__ void await_all(const u32* at, u32 times) {
 // A word that others read as soon as it is not zero: no arrival need be waited for, nor one ordered behind it.
 __device__ __forceinline__ void publish(u64* to, u64 word) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory"); }
 __device__ __forceinline__ void publish(u32* to, u32 word) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory"); }
+// A word that tells other GPUs what this warp, or whom it has met, wrote to their memory before.
+__device__ __forceinline__ void publish_far(u32* to, u32 word) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory"); }
 __device__ __forceinline__ void look(const u64* from, u64& word) { asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory"); }
 __device__ __forceinline__ void look(const u32* from, u32& word) { asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory"); }
 __device__ __forceinline__ void pause() { __nanosleep(1500); }  // before a thread looks again

@@ -34,6 +34,46 @@ constexpr u32 FORCED = 0xfffffffe;        // the rank of a block that is chosen 
 // What is selected: tokens; blocks of them by their means, the first and a query's own always; tokens of the blocks chosen.
 enum Stage { TOKENS, BLOCKS, IN_BLOCKS };
 
+// What the launch sends to every rank beside its work, pieces of 16 bytes: see ops/send.py. It goes out while all others are at theirs.
+struct Sending {
+  const Four* pieces;    // [tokens, row]
+  const u64* addresses;  // [ranks]
+  u32* turns;            // of flags
+  u64 at;                // where in a rank's memory [tokens, ranks, row] are, in bytes
+  u32 num, row, ranks, rank, first, blocks;  // pieces, 0 if there are none; of a token; the first flag, and how many: one of a thread block
+
+  // By so many threads, of which this is one.
+  template <u32 THREADS>
+  __device__ __forceinline__ void send(u32 thread) const {
+    constexpr u32 AHEAD = 8;  // of a thread, all read before the first is written
+    u32 each = blocks * THREADS;
+    if (blockIdx.x >= blocks) return;
+    for (u32 start = blockIdx.x * THREADS + thread; start < num; start += AHEAD * each) {
+      Four piece[AHEAD];
+#pragma unroll
+      for (u32 at = 0; at < AHEAD; at++)
+        if (start + at * each < num) piece[at] = fresh(&pieces[start + at * each]);
+      for (u32 step = 1; step <= ranks; step++) {  // from the next rank on, so that not all write to one at once
+        auto there = (Four*)(addresses[(rank + step) % ranks] + this->at);
+#pragma unroll
+        for (u32 at = 0; at < AHEAD; at++) {
+          u32 n = start + at * each;
+          if (n < num) there[(n / row * ranks + rank) * (u64)row + n % row] = piece[at];
+        }
+      }
+    }
+  }
+  // By a warp, once all of the block has been sent: tell the others.
+  __device__ __forceinline__ void tell() const {
+    if (blockIdx.x >= blocks) return;
+    u32 flag = first + blockIdx.x, turn = turns[flag] + 1;
+    __syncwarp();
+    for (u32 peer = lane_of(); peer < ranks; peer += 32)
+      if (peer != rank) publish_far((u32*)addresses[peer] + flag * ranks + rank, turn);
+    if (lane_of() == 0) turns[flag] = turn;
+  }
+};
+
 struct Step {
   TileMap tiles;               // of the pages' keys
   const unsigned char* pages;  // page_bytes each: 64 keys, then their scales
@@ -56,7 +96,7 @@ struct Step {
   u32 parts;         // of a block at most
   u32 row_tiles;     // of a query at most; table_tiles are those of a request's tokens
   u32 block_size, most_blocks;  // tokens of a block; blocks of a query, its own among them
-  u32 spare[15];
+  Sending sending;              // of IN_BLOCKS, where there are two
 };
 
 // What a block knows of a query, of which it has a part.
@@ -294,8 +334,10 @@ __device__ __forceinline__ void step(const Step& c) {
   u32 turn = 0;
   Bound bound{work.bound};
   if (warp_of() == GROUPS * WARPS + FETCHERS) {
+    c.sending.send<32>(lane_of());
     take_whole(c, work);
     bound.keep(work.bins, c.topk);
+    c.sending.tell();  // what was sent has come by now, so that nobody waits for it
     return;
   }
   if (warp_of() >= GROUPS * WARPS) {

@@ -114,10 +114,11 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
   auto meet_fetchers = [] { meet(15, THREADS + FETCHERS_OF_HISA * 32); };
   if (warp_of() >= GROUPS * WARPS) {
     fetch_tiles<BLOCKS>(of_blocks, work, warp_of() - GROUPS * WARPS, turn);
+    in_blocks.sending.send<FETCHERS_OF_HISA * 32>(threadIdx.x - THREADS);  // while blocks are chosen
     meet_fetchers(), meet_fetchers();
     fetch_tiles<IN_BLOCKS>(in_blocks, work, warp_of() - GROUPS * WARPS, turn);
     meet_fetchers();
-    if (warp_of() == GROUPS * WARPS) take_whole(in_blocks, work);
+    if (warp_of() == GROUPS * WARPS) in_blocks.sending.tell(), take_whole(in_blocks, work);
     return;
   }
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();

@@ -1,4 +1,5 @@
-"""Attention over what all ranks hold, of the heads that are this rank's own: queries go out early, outputs are merged at the end."""
+"""Attention over what all ranks hold, of the heads that are this rank's own: queries go out while tokens are selected, outputs are merged
+at the end."""
 
 from __future__ import annotations
 
@@ -7,23 +8,27 @@ from typing import Any
 
 from torch import Tensor
 
+from thresher.cache.scratch import Scratch
 from thresher.distributed.collectives import Collectives
 from thresher.ops import sparse_attend_mla_fp8, to_slots
-from thresher.ops.dispatch import AUTO
+from thresher.ops.dispatch import AUTO, meaning, reason
 from thresher.ops.quantize import store_step
 from thresher.ops.sparse_attend import kernel_over_fp8
-from thresher.types import PartialAttention
+from thresher.types import IndexKeys, PartialAttention
 
 
 def store_and_send(
-    ranks: Collectives, attention_q: Tensor, shares: Sequence[int], *step: Any, **options: Any
+    ranks: Collectives, attention_q: Tensor, shares: Sequence[int], keys: IndexKeys, scratch: Scratch, *step: Any, **options: Any
 ) -> tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]:
-    """Store a step's tokens and put the attention's queries on their way, over symmetric memory by one launch.
+    """Store a step's tokens and put the attention's queries on their way, which nobody waits for before tokens are selected: over symmetric
+    memory by the launch that selects, which has a warp to spare, or where that cannot by one of their own.
 
     Args:
         ranks: the ranks.
         attention_q: ``[Q, own heads, ...]``, this rank's.
         shares: how many heads each rank has, as ``collectives.share_heads`` says.
+        keys: that are selected from.
+        scratch: of the selection.
         step, options: of ``ops.quantize.store_step``.
 
     Returns:
@@ -34,16 +39,31 @@ def store_and_send(
     if sending is None:
         gathered = ranks.gather_heads(attention_q, shares)
         return store_step(*step, **options), lambda: gathered
+    made = store_step(*step, **options)
     send, receive = sending(attention_q, shares)
-    from thresher.ops.quantize.triton_step import store_step as launch
+    if send is not None and _selection_sends(attention_q, keys):
+        scratch.errand = send
+    elif send is not None:
+        send.launch()
+    return made, receive
 
-    return launch(*step, **options, send=send), receive
+
+def _selection_sends(q: Tensor, keys: IndexKeys) -> bool:
+    """Whether the selection is a launch of step.cu, as far as that is known before."""
+    if meaning() not in (AUTO, "cuda") or reason("score_select", "cuda", q.device) is not None:
+        return False
+    from thresher.ops.score_select.cuda import worthwhile
+
+    return worthwhile(0, q.shape[0], keys.num_requests, keys.room, True)
 
 
 def slots_and_heads(
-    received: Callable[[], Tensor], indices: Tensor, page_table: Tensor, requests: Tensor, page_size: int
+    received: Callable[[], Tensor], indices: Tensor, page_table: Tensor, requests: Tensor, page_size: int, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
-    """``ops.to_slots``, and what ``received`` gives, over symmetric memory by one launch."""
+    """``ops.to_slots``, and what ``received`` gives, over symmetric memory by one launch; ``scratch`` as for ``store_and_send``."""
+    unsent = scratch.take_errand()
+    if unsent is not None:  # a selector that runs no such launch
+        unsent.launch()
     sent = getattr(received, "sent", None)
     if sent is None or not indices.numel():
         return to_slots(indices, page_table, requests, page_size), received()

@@ -19,7 +19,6 @@ from thresher.distributed.symmetric_kernels import (
     merge_few_kernel,
     merge_kernel,
     receive_kernel,
-    send_kernel,
 )
 from thresher.errors import require
 from thresher.ops.score_select.triton import multiprocessors
@@ -32,9 +31,9 @@ ROOM = 64 * 2**20
 
 ALIGNED = 1024  # bytes that buffers begin at a multiple of
 BLOCK = 1024  # words that a program of a gather passes on at a time
-FEW = 2 * 2**20  # bytes of a merge, at most, that is done without flags: four requests of 128 heads of V3.2 on two ranks
+FEW = 9 * 2**19  # bytes of a merge, at most, that is done without flags: 17 requests of 128 heads of V3.2
 # Shares loaded at once -> programs that a multiprocessor has room for: they all must be at work together.
-BESIDE = {32: 2, 16: 2, 8: 4, 4: 4, 2: 8, 1: 8}
+BESIDE = {32: 2, 16: 2, 8: 4, 4: 8, 2: 8, 1: 8}
 REGISTERS = 65536 * 7 // 8 // 128  # of a thread, where a multiprocessor has one program of four warps; an eighth is left
 
 
@@ -117,10 +116,7 @@ class SymmetricMemory:
         """
         send, received = self.sending(x, shares)
         if send is not None:
-            send_kernel[(send.programs,)](
-                send.words, send.addresses, send.turns, send.at, send.row, len(send.words), self.rank,
-                R=self.ranks, FIRST=send.first, BLOCK=send.block, num_warps=4, **overlapped(x),
-            )  # fmt: skip
+            send.launch()
         return received
 
     def sending(self, x: Tensor, shares: Sequence[int]) -> tuple[Send | None, Callable[[], Tensor]]:
@@ -179,7 +175,8 @@ class SymmetricMemory:
         options |= {"num_warps": 4, "maxnreg": REGISTERS // beside // 8 * 8}
         options |= steps | overlapped(result)
         self._meets(4 * self.ranks * tasks * (dim + 1))
-        if programs == tasks and 8 * self.ranks * tasks * (dim + 2) <= FEW:
+        words = dim // 2 if split else dim
+        if programs == tasks and words and 8 * self.ranks * tasks * (words + 2) <= FEW:
             merge_few_kernel[(programs,)](*given, self._begin + 2 * self.room, FEW, *sizes, **options)
         else:
             merge_kernel[(programs,)](*given, self._begin, self.room, *sizes, **options)

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from thresher.cache.device import round_to_bf16, wait_for_inputs
-from thresher.ops.send import PROGRAMS, await_sent, give_up, send_words
+from thresher.ops.send import PROGRAMS, await_sent, give_up
 from thresher.ops.sparse_attend.triton_kernels import add_shares
 
 MEETING = 8 * 132  # programs that meet, at most
@@ -98,14 +98,6 @@ def gather_kernel(
                 tl.store(out + (n // row * R + peer).to(tl.int64) * row + n % row, tl.load(theirs + n, mask=n < num), mask=n < num)
 
 
-@triton.jit(do_not_specialize=["at", "row", "num_words", "rank"], do_not_specialize_on_alignment=["words"])
-def send_kernel(
-    words, addresses, turns, at, row, num_words, rank, R: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """Words of this rank to every rank; see ``Send``."""
-    send_words(tl.program_id(0), tl.num_programs(0), words, addresses, turns, at, row, num_words, rank, R, FIRST, BLOCK, OVERLAP)
-
-
 @triton.jit(do_not_specialize=["programs", "patience", "rank"])
 def receive_kernel(
     addresses, turns, programs, patience, rank, R: tl.constexpr, FIRST: tl.constexpr, FLAGS: tl.constexpr, OVERLAP: tl.constexpr
@@ -126,9 +118,31 @@ def _of_head(parts, peaks, totals, query, head, heads, shares, DIM: tl.constexpr
 
 
 @triton.jit
-def _as_sent(values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
-    """The bits of fp32 values, if SPLIT rounded to bf16 (``collectives.rounded``)."""
-    return (round_to_bf16(values, INTERPRET).to(tl.int32) << 16) if SPLIT else values.to(tl.int32, bitcast=True)
+def _pack(values, DIM: tl.constexpr, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
+    """Words of 32 bits: fp32 values, or if SPLIT two in each, rounded to bf16 (``collectives.rounded``), the first below."""
+    if SPLIT:
+        low, high = tl.split(tl.reshape(round_to_bf16(values, INTERPRET), (DIM // 2, 2)))
+        words = (high.to(tl.int32) << 16) | (low.to(tl.int32) & 0xFFFF)
+    else:
+        words = values.to(tl.int32, bitcast=True)
+    return words
+
+
+@triton.jit
+def _unpack(words, DIM: tl.constexpr, SPLIT: tl.constexpr):
+    """The fp32 values of what ``_pack`` makes, from words that are typed fp32."""
+    if SPLIT:
+        bits = words.to(tl.int32, bitcast=True)
+        low, high = (bits << 16).to(tl.float32, bitcast=True), (bits & -65536).to(tl.float32, bitcast=True)
+        values = tl.reshape(tl.join(low, high), (DIM,))
+    else:
+        values = words
+    return values
+
+
+@triton.jit
+def _with_turn(words, tag):
+    return (words.to(tl.int64) & 0xFFFFFFFF) | tag
 
 
 @triton.jit
@@ -201,8 +215,7 @@ def merge_kernel(
                 row = rank.to(tl.int64) * tasks + task
                 _put(there, row * DIM + d, values, SPLIT, INTERPRET)
                 tl.store(lse_there + row, lse)
-        if step == R - 1:
-            _arrive(addresses, turns, turn, rank, R)
+    _arrive(addresses, turns, turn, rank, R)
     _await_peers(addresses, turn, rank, patience, R)
     here = _buffer(addresses, rank, at, result)
     some = ((rank + 1) * heads // R if SPLIT else heads) - (rank * heads // R if SPLIT else 0)
@@ -233,8 +246,9 @@ def merge_few_kernel(
     DIM: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr, INTERPRET: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """``merge_kernel``, a program for each query and head. Every number goes out with the turn beside it, in one word: twice the bytes, but
-    nobody waits for what is written to have come before saying so."""
+    """``merge_kernel``, a program for each query and head. Every 32 bits go out with the turn beside them, in one word: twice the bytes,
+    but nobody waits for what is written to have come before saying so."""
+    WORDS: tl.constexpr = DIM // 2 if SPLIT else DIM
     program, programs = tl.program_id(0), tl.num_programs(0)
     wait_for_inputs(OVERLAP)
     began = globaltimer()
@@ -242,28 +256,29 @@ def merge_few_kernel(
     first = rank * heads // R if SPLIT else 0
     some = ((rank + 1) * heads // R if SPLIT else heads) - first
     query, place = (program // (programs // num_queries)).to(tl.int64), program % (programs // num_queries)
-    d = tl.arange(0, DIM)
+    w = tl.arange(0, WORDS)
     tag = turn.to(tl.int64) << 32
     for step in tl.static_range(1, R):
         to = (rank + step) % R
         head = place + (to * heads // R if SPLIT else 0)
         if head < ((to + 1) * heads // R if SPLIT else heads):
             values, lse = _of_head(parts, peaks, totals, query, head, heads, shares, DIM, SHARES, STEP)
-            there = _buffer(addresses, to, at, turns).to(tl.pointer_type(tl.int64)) + (rank * programs + program).to(tl.int64) * (DIM + 2)
-            tl.store(there + d, (_as_sent(values, SPLIT, INTERPRET).to(tl.int64) & 0xFFFFFFFF) | tag)
-            tl.store(there + DIM, (lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF) | tag)
+            there = _buffer(addresses, to, at, turns).to(tl.pointer_type(tl.int64)) + (rank * programs + program).to(tl.int64) * (WORDS + 2)
+            tl.store(there + w, _with_turn(_pack(values, DIM, SPLIT, INTERPRET), tag))
+            tl.store(there + WORDS, _with_turn(lse.to(tl.int32, bitcast=True), tag))
     _count_turn(turns, turn)
     if place < some:
         own_values, own_lse = _of_head(parts, peaks, totals, query, first + place, heads, shares, DIM, SHARES, STEP)
-        own_values = _as_sent(own_values, SPLIT, INTERPRET).to(tl.float32, bitcast=True)
+        if SPLIT:
+            own_values = (round_to_bf16(own_values, INTERPRET).to(tl.int32) << 16).to(tl.float32, bitcast=True)
         here = _buffer(addresses, rank, at, turns).to(tl.pointer_type(tl.int64))
         values, lses = tl.tuple([]), tl.tuple([])
         for peer in tl.static_range(R):
             value, lse = own_values, own_lse
             if peer != rank:
-                word = here + (peer * programs + program).to(tl.int64) * (DIM + 2)
-                value = _await_word(word + d, turn, began, patience)
-                lse = tl.max(_await_word(word + DIM + tl.arange(0, 1), turn, began, patience), 0)
+                word = here + (peer * programs + program).to(tl.int64) * (WORDS + 2)
+                value = _unpack(_await_word(word + w, turn, began, patience), DIM, SPLIT)
+                lse = tl.max(_await_word(word + WORDS + tl.arange(0, 1), turn, began, patience), 0)
             values = values + (value,)  # noqa: RUF005 (Triton knows no star in a tuple)
             lses = lses + (lse,)  # noqa: RUF005
         _store_merged(result, lse_result, query * some + place, values, lses, DIM, R)

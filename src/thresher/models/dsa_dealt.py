@@ -52,12 +52,12 @@ def attend_dealt(
             every = ranks.gather_heads(own, shares)
             received = lambda: every  # noqa: E731
         else:
-            made, received = store_and_send(ranks, own, shares, *cache.step(slots, given))
+            made, received = store_and_send(ranks, own, shares, cache.view(), state.scratch, *cache.step(slots, given))
             asked[layer] = IndexQuery(*made, local, requests)
         picked = placed[layer].own_set_of(asked[source], Shard(caches[source].view(), state), ranks)
         state.selections[layer] = picked
         table = cache.table
-        there, q = slots_and_heads(received, picked.indices, table.table, requests, table.page_size)
+        there, q = slots_and_heads(received, picked.indices, table.table, requests, table.page_size, state.scratch)
         return attend_merged(ranks, q, cache.latents.data, there, config.softmax_scale, shares).out
 
     return attend

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Words that a launch sends to every rank beside its other work; who needs them waits in a later kernel.
+"""Words that a launch sends to every rank, by itself or beside its other work; who needs them waits in a later kernel.
 
 Ranks' symmetric memory begins with flags, int32 ``[., R]``: word r of a flag is the turn in which rank r came there last. A program writes
 its words where its peers read them, then the turn into its flag at each of them.
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-from thresher.cache.device import wait_for_inputs
+from thresher.cache.device import overlapped, wait_for_inputs
 
 PROGRAMS = 132  # that send, at most: one for each multiprocessor of an H200
 FEW, MANY = 256, 1024  # words that a program sends at a time: few while there are programs for all
@@ -52,6 +52,13 @@ class Send:
         """How many send, each with a flag."""
         return min(triton.cdiv(len(self.words), self.block), PROGRAMS)
 
+    def launch(self) -> None:
+        """Send them, by a launch of its own."""
+        send_kernel[(self.programs,)](
+            self.words, self.addresses, self.turns, self.at, self.row, len(self.words), self.rank,
+            R=len(self.addresses), FIRST=self.first, BLOCK=self.block, num_warps=4, **overlapped(self.words),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Sent:
@@ -77,12 +84,12 @@ class Sent:
         return {"R": ranks, "FIRST": self.first, "FLAGS": triton.next_power_of_2(self.programs * ranks)}
 
 
-@triton.jit
-def send_words(
-    program, programs, words_ptr, addresses, turns, at, row, num_words, rank,
-    R: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """What the ``program``-th of ``programs`` sends; see ``Send``."""
+@triton.jit(do_not_specialize=["at", "row", "num_words", "rank"], do_not_specialize_on_alignment=["words_ptr"])
+def send_kernel(
+    words_ptr, addresses, turns, at, row, num_words, rank, R: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
+    """See ``Send``."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     wait_for_inputs(OVERLAP)
     turn = tl.load(turns + FIRST + program) + 1
     # From the next rank on, so that not all write to one at once; the last is the rank itself.

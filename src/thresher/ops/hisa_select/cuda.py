@@ -7,6 +7,7 @@ can be recorded in a CUDA graph and replayed with other lengths.
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from thresher.cache.scratch import Scratch
 from thresher.ops.score_select import cuda as step
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
+
+if TYPE_CHECKING:
+    from thresher.ops.send import Send
 
 BEFORE_PAIRS = step.BEFORE_PAIRS + 11264  # as struct Workspace of step.cu has it for HISA
 MEETING = 4  # words of all thread blocks; two are used
@@ -68,7 +72,8 @@ def hisa_select(
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     programs = multiprocessors(query.q.device)
     shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, num_blocks, programs), query.q.device)
-    return select_step(query, keys, means, num_blocks, block_size, topk, with_scores, programs, shared)
+    send = None if scratch is None else scratch.take_errand()
+    return select_step(query, keys, means, num_blocks, block_size, topk, with_scores, programs, shared, send)
 
 
 def select_step(
@@ -81,8 +86,9 @@ def select_step(
     with_scores: bool,
     programs: int,
     shared: Tensor | None = None,
+    send: Send | None = None,
 ) -> Selection:
-    """``hisa_select`` on so many multiprocessors; ``programs`` and ``shared`` as for ``score_select.cuda.select_step``,
+    """``hisa_select`` on so many multiprocessors; ``programs``, ``shared`` and ``send`` as for ``score_select.cuda.select_step``,
     with ``shared_words`` of this module."""
     num, device = query.num_queries, query.q.device
     picked = step.room(num, topk, with_scores, device)
@@ -99,10 +105,11 @@ def select_step(
     told = meeting + 4 * MEETING
     then_told = told + 4 * step.shared_words(num, programs)
     blocks = then_told + 4 * step.shared_words(num, programs)
+    sending = step.Sending.of(send, programs)
     both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks}
     unscored = Selection(picked.indices, picked.lengths)  # what blocks are chosen by is nobody's to see
     of_blocks, _kept = step.step_of(read, pages, keys, num_blocks - 1, unscored, mean_tiles, within, told, programs, **both)
-    in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, within, then_told, programs, **both)
+    in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, within, then_told, programs, sending=sending, **both)
     grown = (None, None) if growing is None else (growing.pooled.data_ptr(), pages.lengths.data_ptr())
     arguments = Hisa(of_blocks=of_blocks, in_blocks=in_blocks, pooled=grown[0], counts=grown[1], meeting=meeting)
     step.launch_step("select_in_blocks", arguments, read, programs, within.size)

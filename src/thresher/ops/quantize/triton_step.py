@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""All that a step of decoding stores, in one launch: programs of four kinds side by side, and others that send where that is asked for."""
+"""All that a step of decoding stores, in one launch: programs of four kinds side by side."""
 
 from __future__ import annotations
 
@@ -12,24 +12,18 @@ from thresher.cache.device import on_device, overlapped, unit_rows
 from thresher.cache.latents import ROPE_DIM
 from thresher.ops.quantize.triton_kernels import GROUPS, TAIL, store_codes, store_keys, store_queries, store_tails
 from thresher.ops.quantize.triton_launch import NUM_WARPS, flat_pages, flat_records, heads_each, inv_freq, rotation, warps_of
-from thresher.ops.send import MANY, Send, send_words
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "num_slots", "num_records", "at", "row", "num_words", "rank"],
-    do_not_specialize_on_alignment=["words_ptr"],
-)
+@triton.jit(do_not_specialize=["num_tokens", "num_slots", "num_records"])
 def step_kernel(
     q_ptr, weights_ptr, codes_ptr, folded_ptr, q_stride_t, q_stride_h, weights_stride, factor,
     key_ptr, pages_ptr, scales_ptr, key_stride, num_slots,
     latent_ptr, rope_ptr, bytes_ptr, floats_ptr, halves_ptr, latent_stride, rope_stride, num_records,
     positions_ptr, slots_ptr, freq_ptr, tail_freq_ptr, num_tokens,
-    words_ptr, addresses, turns, at, row, num_words, rank,
     HEADS: tl.constexpr, PAGE_SIZE: tl.constexpr, DIM: tl.constexpr, LOG_DIM: tl.constexpr, ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, R: tl.constexpr,
-    FIRST: tl.constexpr, BLOCK: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, INTERPRET: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Programs of queries, which are most, then of keys, of latents' codes, of their tails, and of words to send.
+    """Programs of queries, which are most, then of keys, of latents' codes, of their tails.
 
     A step has few tokens: all are read beside their slots, kept or not.
     """
@@ -38,7 +32,6 @@ def step_kernel(
     keys = num_tokens * PARTS
     codes = keys + tl.cdiv(num_tokens, FEW)
     tails = codes + tl.cdiv(num_tokens * GROUPS, FEW)
-    sends = tails + tl.cdiv(num_tokens, FEW)
     if program < keys:
         store_queries(
             program // PARTS, program % PARTS, q_ptr, positions_ptr, weights_ptr, freq_ptr, codes_ptr, folded_ptr,
@@ -55,15 +48,11 @@ def step_kernel(
             program - codes, latent_ptr, slots_ptr, bytes_ptr, floats_ptr, num_tokens, num_records, latent_stride,
             FEW, True, INTERPRET, OVERLAP,
         )  # fmt: skip
-    elif program < sends:
+    else:
         store_tails(
             program - tails, rope_ptr, positions_ptr, slots_ptr, tail_freq_ptr, halves_ptr, num_tokens, num_records, rope_stride,
             TAIL, True, FEW, True, INTERPRET, OVERLAP,
         )  # fmt: skip
-    elif R > 1:
-        send_words(
-            program - sends, tl.num_programs(0) - sends, words_ptr, addresses, turns, at, row, num_words, rank, R, FIRST, BLOCK, OVERLAP
-        )
 
 
 def store_step(
@@ -80,10 +69,8 @@ def store_step(
     rotary_dim: int,
     style: str,
     factor: float = 1.0,
-    *,
-    send: Send | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``thresher.ops.quantize.store_step``; with ``send`` the same launch sends too.
+    """See ``thresher.ops.quantize.store_step``.
 
     A token whose slot is outside a cache is left out there; what is not finite becomes NaN under scale 1.
     """
@@ -97,10 +84,6 @@ def store_step(
     few = min(rows, NUM_WARPS)
     others = 2 * triton.cdiv(num, few) + triton.cdiv(num * GROUPS.value, few)
     programs = num * triton.cdiv(heads, rows) + others
-    sent: tuple[Tensor | int | None, ...] = (None, None, None, 0, 0, 0, 0)
-    if send is not None:
-        programs += send.programs
-        sent = (send.words, send.addresses, send.turns, send.at, send.row, len(send.words), send.rank)
     if programs:
         with on_device(q):
             step_kernel[(programs,)](
@@ -108,9 +91,7 @@ def store_step(
                 key, *flat_pages(pages, dim), key.stride(0), pages.shape[0] * page_size,
                 latent, rope, *flat_records(data), latent.stride(0), rope.stride(0), data.shape[0] * data.shape[1],
                 positions.contiguous(), slots.contiguous(), inv_freq(theta, rotary_dim, q.device), inv_freq(theta, ROPE_DIM, q.device), num,
-                *sent,
-                HEADS=heads, PAGE_SIZE=page_size, ROWS=rows, FEW=few, R=len(send.addresses) if send else 1,
-                FIRST=send.first if send else 0, BLOCK=send.block if send else MANY, num_warps=warps_of(rows, dim),
+                HEADS=heads, PAGE_SIZE=page_size, ROWS=rows, FEW=few, num_warps=warps_of(rows, dim),
                 **rotation(dim, rotary_dim, style), **overlapped(q),
             )  # fmt: skip
     return values.view(torch.float8_e4m3fn), folded

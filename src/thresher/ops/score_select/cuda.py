@@ -7,7 +7,7 @@ no value, so a step can be recorded in a CUDA graph and replayed with other leng
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from thresher.ops.index_score.triton import padded_heads
 from thresher.ops.score_select.triton import TILE, multiprocessors, unfit
 from thresher.types import IndexKeys, IndexQuery, Selection
 
+if TYPE_CHECKING:
+    from thresher.ops.send import Send
+
 # 16 warps multiply and select; beside them two fetch and one keeps a bound, or four fetch.
 THREADS = {"select_tokens": 608, "select_in_blocks": 640}
 BINS, MOST, MAX_QUERIES, MASKED, EXTRA = 2048, 2048, 1024, 2**17, 24  # as in step.cu
@@ -26,6 +29,34 @@ GROUPS, WARPS = 4, 16  # that multiply
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
 BEFORE_PAIRS = 17776  # beside those, heads and weights
+
+
+PIECE = 16  # bytes that are sent at a time
+
+
+class Sending(ctypes.Structure):
+    """``struct Sending`` of step.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("pieces", "addresses", "turns")),
+        ("at", ctypes.c_ulonglong),
+        *((name, ctypes.c_uint) for name in ("num", "row", "ranks", "rank", "first", "blocks")),
+    ]
+
+    @classmethod
+    def of(cls, send: Send | None, programs: int) -> Sending:
+        """What a launch of so many thread blocks sends; what it cannot is sent by a launch of its own, now."""
+        if send is None:
+            return cls()
+        words, each = send.words, send.words.element_size()
+        if send.row * each % PIECE or words.data_ptr() % PIECE or send.programs > programs:
+            send.launch()
+            return cls()
+        return cls(
+            pieces=words.data_ptr(), addresses=send.addresses.data_ptr(), turns=send.turns.data_ptr(), at=send.at,
+            num=len(words) * each // PIECE, row=send.row * each // PIECE, ranks=len(send.addresses), rank=send.rank, first=send.first,
+            blocks=send.programs,
+        )  # fmt: skip
 
 
 class Step(ctypes.Structure):
@@ -38,7 +69,7 @@ class Step(ctypes.Structure):
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
         *((name, ctypes.c_uint) for name in ("parts", "row_tiles", "block_size", "most_blocks")),
-        ("spare", ctypes.c_uint * 15),
+        ("sending", Sending),
     ]
 
 
@@ -91,27 +122,29 @@ def score_select(query: IndexQuery, keys: IndexKeys, topk: int, with_scores: boo
     """The public function of this name, for arguments that ``unsupported`` lets pass. No value is read on the host."""
     programs = multiprocessors(query.q.device)
     shared = None if scratch is None else scratch.zeros(shared_words(query.num_queries, programs), query.q.device)
-    return select_step(query, keys, topk, with_scores, programs, shared)
+    return select_step(query, keys, topk, with_scores, programs, shared, None if scratch is None else scratch.take_errand())
 
 
 def select_step(
-    query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int, shared: Tensor | None = None
+    query: IndexQuery, keys: IndexKeys, topk: int, with_scores: bool, programs: int, shared: Tensor | None = None, send: Send | None = None
 ) -> Selection:
     """``score_select`` on so many multiprocessors.
 
     Args:
         programs: thread blocks, of which each multiprocessor must have room for one.
         shared: int32, at least ``shared_words(Q, programs)`` zeros, which are zeros again when the launch ends; None makes some.
+        send: what the launch sends beside.
     """
     num, device = query.num_queries, query.q.device
     picked = room(num, topk, with_scores, device)
     if not num:
         return picked
+    sending = Sending.of(send, programs)
     shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
     tiles = keys.page_table.shape[1]
     within = shared_memory(rows_of_heads(query), keys.head_dim, num, share(num, tiles, programs))
     read = readable(query)
-    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, within, shared.data_ptr(), programs)
+    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, within, shared.data_ptr(), programs, sending=sending)
     launch_step("select_tokens", arguments, read, programs, within.size)
     return picked
 
@@ -143,7 +176,7 @@ def readable(query: IndexQuery) -> IndexQuery:
 
 def step_of(
     query: IndexQuery, keys: IndexKeys, seen: IndexKeys, topk: int, picked: Selection, row_tiles: int, within: Room, told: int,
-    programs: int, **more: int,
+    programs: int, **more: int | Sending,
 ) -> tuple[Step, tuple[Tensor | None, ...]]:  # fmt: skip
     """A kernel's arguments, and tensors that must be kept until it is launched.
 
