@@ -201,6 +201,20 @@ def test_mla_decode(heads, form, record_property):
     fail_on(problems)
 
 
+@pytest.mark.parametrize(("num", "heads", "topk"), [(6, 128, 2048), (1, 128, 2048), (32, 64, 500), (140, 16, 700), (5, 20, 1)])
+def test_only_so_many_columns(num, heads, topk, record_property):
+    """Where the rest is known to hold no slots: none, all, and numbers that fill no tile; in shares of which some are left nothing."""
+    if INTERPRET:
+        pytest.skip("it is a kernel for Hopper that looks at counts, and none is interpreted")
+    q, cache, latents = make_mla(num, heads, heads)
+    counts = (torch.arange(num) * 131 % (topk + 2) - 1).clamp(0, topk).to(DEVICE)
+    slots = make_slots(num, topk, len(latents), seed=topk).masked_fill(torch.arange(topk, device=DEVICE) >= counts[:, None], -1)
+    got, k = kernels.attend_in_shares(q, cache.data, slots, SCALE, counts).added(), latents[:, None]
+    problems = judge(f"{num} queries, {heads} heads, K {topk}", got, q, k, k[..., :512], slots, SCALE, record_property)
+    again = kernels.attend_in_shares(q, cache.data, slots, SCALE, counts.int()).added()
+    fail_on(problems + differ_all("again", (again.out, again.lse), (got.out, got.lse)))
+
+
 @pytest.mark.parametrize("heads", sized([16, 128], [3]))
 def test_mla_prefill(heads, form, record_property):
     """As many queries as fill the device: one share each."""

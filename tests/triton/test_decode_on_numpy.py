@@ -173,7 +173,8 @@ def gluon_language(memory: list[np.ndarray], program: int, barriers: Barriers, s
     gl.allocate_shared_memory = lambda kind, shape, layout: Shared(
         np.full(shape, 0x7FC0, np.uint16) if kind is gl.bfloat16 else np.zeros(shape, kind)
     )
-    gl.minimum, gl.cdiv, gl.static_range = lambda a, b: min(int(a), int(b)), lambda a, b: -(-a // b), range
+    gl.minimum, gl.maximum = (lambda a, b: min(int(a), int(b))), (lambda a, b: array(np.maximum(a, b)))
+    gl.cdiv, gl.static_range = (lambda a, b: -(-int(a) // int(b))), range
     gl.exp2, gl.log2 = (lambda x: array(np.exp2(x))), (lambda x: array(np.log2(x)))
     gl.convert_layout, gl.NVMMASharedLayout, gl.thread_barrier = lambda x, layout: x, lambda *args: None, lambda: None
     gl.inline_asm_elementwise = expand
@@ -181,13 +182,14 @@ def gluon_language(memory: list[np.ndarray], program: int, barriers: Barriers, s
     return gl
 
 
-def run(q: Tensor, cache: Tensor, slots: Tensor, slow: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def run(q: Tensor, cache: Tensor, slots: Tensor, slow: int, counts: Tensor | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every program in turn. Values, peaks (or lse) and totals of all shares."""
     (num, heads), (pages, size) = q.shape[:2], cache.shape[:2]
     topk, tiles = slots.shape[1], -(-heads // gluon.HEADS)
     shares, share_tiles = launch.cut(num * tiles, topk, gluon.TILE)
     out, lse, total = (np.full((num, shares, heads, *rest), np.nan, np.float32) for rest in ((512,), (), ()))
-    memory = [q.view(torch.int16).numpy().view(np.uint16), cache.view(torch.int32).numpy(), slots.numpy(), out, lse, total]
+    columns = np.zeros(0, np.int64) if counts is None else counts.numpy()
+    memory = [q.view(torch.int16).numpy().view(np.uint16), cache.view(torch.int32).numpy(), slots.numpy(), columns, out, lse, total]
     for program in range(num * tiles * shares):
         barriers = Barriers()
 
@@ -202,18 +204,22 @@ def run(q: Tensor, cache: Tensor, slots: Tensor, slow: int) -> tuple[np.ndarray,
             "warpgroup_mma": product, "warpgroup_mma_wait": lambda left, deps: deps[0] if len(deps) == 1 else deps,
         }  # fmt: skip
         gl = gluon_language(memory, program, barriers, slow)
+        pointers = [Pointer(memory, number * REGION, values.dtype) for number, values in enumerate(memory)]
+        pointers[3] = None if counts is None else pointers[3]
         plain(kernels.decode_kernel, gl, stands_for)(
-            *[Pointer(memory, number * REGION, values.dtype) for number, values in enumerate(memory)],
+            *pointers,
             SCALE * math.log2(math.e), pages * size, heads, topk, shares, share_tiles,
             cache.stride(0) // 16, cache.stride(1) // 16, *q.stride()[:2], slots.stride(0), shares > 1, size, gluon.TILE, gluon.REGISTERS,
         )  # fmt: skip
     return out, lse, total
 
 
+@pytest.mark.parametrize("counts", [None, (129, 0, 300), (300, 64, 5)])
 @pytest.mark.parametrize("slow", [0, 1, 2, 3])
 @pytest.mark.parametrize(("num", "heads", "topk", "pages", "size", "programs"), [(2, 70, 300, 9, 61, 12), (3, 5, 200, 5, 64, 3)])
-def test_values_and_sums(monkeypatch, num, heads, topk, pages, size, programs, slow):
-    """In shares and in one, whichever group of warps is the slow one; absent slots, an empty row, and a last tile that is not full."""
+def test_values_and_sums(monkeypatch, num, heads, topk, pages, size, programs, slow, counts):
+    """In shares and in one, whichever group of warps is the slow one; absent slots, an empty row, and a last tile that is not full. With
+    counts, of the first columns alone."""
     monkeypatch.setattr(launch, "PROGRAMS", programs)
     gen = torch.Generator().manual_seed(topk)
     data = torch.randint(0, 256, (pages * size, 656), dtype=torch.uint8, generator=gen)
@@ -224,7 +230,12 @@ def test_values_and_sums(monkeypatch, num, heads, topk, pages, size, programs, s
     slots = torch.randint(0, pages * size, (num, topk), dtype=torch.int32, generator=gen)
     slots[torch.rand(num, topk, generator=gen) < 0.2] = -1
     slots[1] = -1
-    out, lse, total = run(q, cache, slots, slow)
+    if counts is not None:
+        counts = torch.tensor(counts[:num])
+        beyond = torch.arange(topk) >= counts[:, None]
+        slots[beyond] = -1
+        read = slots.masked_fill(torch.arange(topk) >= -(-counts[:, None] // gluon.TILE) * gluon.TILE, 0)  # which would show
+    out, lse, total = run(q, cache, slots if counts is None else read, slow, counts)
     shares = out.shape[1]
     assert (shares > 1) == (num == 2)
     if shares > 1:

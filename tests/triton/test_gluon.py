@@ -17,6 +17,8 @@ kernels._hopper = lambda q: import_module("thresher.ops.sparse_attend.gluon")
 for num, heads, topk, pages, page_size in CASES:
     q, slots = torch.zeros(num, heads, 576).bfloat16(), torch.zeros(num, topk, dtype=torch.int32)
     kernels.sparse_attend_mla_fp8(q, LatentCache(pages, page_size).data, slots, 0.1)
+q, slots, counts = torch.zeros(8, 128, 576).bfloat16(), torch.zeros(8, 2048, dtype=torch.int32), torch.zeros(8, dtype=torch.int64)
+kernels.attend_in_shares(q, LatentCache(33).data, slots, 0.1, counts)
 """
 
 COUNTED = r"cp\.async\.mbarrier\.arrive\.shared\.b64((?!mbarrier).)*\sbar\.sync\s((?!mbarrier).)*@%p\d+ mbarrier\.arrive"

@@ -18,7 +18,7 @@ from thresher.bench.ranks import RankWork
 from thresher.bench.timing import Prepared
 from thresher.bench.work import slots_of, store_arguments, store_tokens
 from thresher.distributed import IDSA, ExactMerge, Shard
-from thresher.distributed.attend import attend_merged, slots_and_heads, store_and_send
+from thresher.distributed.attend import attend_merged, counts_of, slots_and_heads, store_and_send
 from thresher.ops import sparse_attend_mla_fp8
 from thresher.ops.dispatch import using
 from thresher.selectors.base import Selector
@@ -76,7 +76,7 @@ def _dealt(work: RankWork) -> PartialAttention:
         made, received = store_and_send(work.ranks, held.attend.q, work.shares, keys, work.state.scratch, *stored)
         picked = _select(work, IndexQuery(*made, asked.positions, asked.requests))
         slots, q = slots_and_heads(received, picked.indices, keys.page_table, asked.requests, keys.page_size, work.state.scratch)
-        return attend_merged(work.ranks, q, held.attend.latents, slots, SCALE, work.shares)
+        return attend_merged(work.ranks, q, held.attend.latents, slots, SCALE, work.shares, counts_of(work.over, picked))
 
 
 def _select(work: RankWork, query: IndexQuery) -> Selection:

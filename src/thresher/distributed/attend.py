@@ -10,11 +10,13 @@ from torch import Tensor
 
 from thresher.cache.scratch import Scratch
 from thresher.distributed.collectives import Collectives
+from thresher.distributed.exact import ExactMerge
+from thresher.distributed.simulate import OverRanks
 from thresher.ops import sparse_attend_mla_fp8, to_slots
 from thresher.ops.dispatch import AUTO, meaning, reason
 from thresher.ops.quantize import store_step
 from thresher.ops.sparse_attend import kernel_over_fp8
-from thresher.types import IndexKeys, PartialAttention
+from thresher.types import IndexKeys, PartialAttention, Selection
 
 
 def store_and_send(
@@ -72,8 +74,13 @@ def slots_and_heads(
     return triton.to_slots(indices, page_table, requests, page_size, sent), received.heads()  # type: ignore[attr-defined]
 
 
+def counts_of(over: OverRanks, picked: Selection) -> Tensor | None:
+    """How many a rank selected, where that is far below what there is room for: its part of a global top-k. For ``attend_merged``."""
+    return picked.lengths if isinstance(over, ExactMerge) else None
+
+
 def attend_merged(
-    ranks: Collectives, q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, shares: Sequence[int]
+    ranks: Collectives, q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, shares: Sequence[int], counts: Tensor | None = None
 ) -> PartialAttention:
     """``sparse_attend_mla_fp8`` over every rank's slots of its own cache, merged; a rank gets its own heads.
 
@@ -84,6 +91,7 @@ def attend_merged(
         slots: int32 ``[Q, K]`` of this cache, -1 for none.
         scale: softmax scale.
         shares: how many heads each rank has, as ``collectives.share_heads`` says.
+        counts: integers ``[Q]``, of each row how many columns hold all of its slots; None where it is most of them.
 
     Returns:
         out fp32 ``[Q, own heads, 512]`` and lse fp32 ``[Q, own heads]``, with the bits of ``ops.merge`` over the ranks' parts, each
@@ -94,6 +102,6 @@ def attend_merged(
     if merge_shares is not None and kernel is not None and kernel.__module__.endswith("sparse_attend.triton"):
         from thresher.ops.sparse_attend.triton import attend_in_shares
 
-        merged: PartialAttention = merge_shares(attend_in_shares(q, cache_data, slots, scale), shares)
+        merged: PartialAttention = merge_shares(attend_in_shares(q, cache_data, slots, scale, counts), shares)
         return merged
     return ranks.merge_heads(sparse_attend_mla_fp8(q, cache_data, slots, scale), shares)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from thresher.cache.state import LayerState
-from thresher.distributed.attend import attend_merged, slots_and_heads, store_and_send
+from thresher.distributed.attend import attend_merged, counts_of, slots_and_heads, store_and_send
 from thresher.distributed.collectives import Collectives, share_heads
 from thresher.distributed.shards import Shard
 from thresher.distributed.simulate import OverRanks
@@ -58,6 +58,7 @@ def attend_dealt(
         state.selections[layer] = picked
         table = cache.table
         there, q = slots_and_heads(received, picked.indices, table.table, requests, table.page_size, state.scratch)
-        return attend_merged(ranks, q, cache.latents.data, there, config.softmax_scale, shares).out
+        counts = counts_of(placed[layer], picked)
+        return attend_merged(ranks, q, cache.latents.data, there, config.softmax_scale, shares, counts).out
 
     return attend

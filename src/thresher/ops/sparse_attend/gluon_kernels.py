@@ -139,18 +139,17 @@ def _follow(
 
 @gluon.jit(do_not_specialize=["shares", "share_tiles"])
 def decode_kernel(
-    q_ptr, data_ptr, slots_ptr, out_ptr, lse_ptr, total_ptr, scale2, num_slots, heads, topk, shares, share_tiles,
+    q_ptr, data_ptr, slots_ptr, counts_ptr, out_ptr, lse_ptr, total_ptr, scale2, num_slots, heads, topk, shares, share_tiles,
     page_units, slot_units, q_stride, q_head_stride, slots_stride,
     SPLIT: gl.constexpr, PAGE: gl.constexpr, TILE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``data_ptr``: the cache as int32, pages of PAGE slots; strides of pages and slots in units of 16 bytes. ``scale2`` holds log2(e)."""
+    """``data_ptr``: the cache as int32, pages of PAGE slots; strides of pages and slots in units of 16 bytes. ``scale2`` holds log2(e).
+    ``counts_ptr``: None, or of each query how many columns hold all of its slots: its shares are as many, of those columns alone."""
     head_tiles = gl.cdiv(heads, 64)
     pid = gl.program_id(0)
     share = pid % shares
     head0 = pid // shares % head_tiles * 64
     query = (pid // shares // head_tiles).to(gl.int64)
-    first = share * share_tiles * TILE
-    count = gl.minimum(share_tiles, gl.cdiv(topk - first, TILE))
     row_ptr = slots_ptr + query * slots_stride
     row0 = (query * shares + share) * heads + head0
     q_ptr += query * q_stride + head0 * q_head_stride
@@ -183,6 +182,12 @@ def decode_kernel(
     mbarrier.init(told, count=1)
     mbarrier.init(used, count=1)
     wait_for_inputs(True)
+    tiles = gl.cdiv(topk, TILE)
+    if counts_ptr is not None:
+        tiles = gl.minimum(gl.cdiv(gl.load(counts_ptr + query).to(gl.int32), TILE), tiles)
+        share_tiles = gl.cdiv(tiles, shares)
+    first = share * share_tiles * TILE
+    count = gl.maximum(gl.minimum(share_tiles, tiles - share * share_tiles), 0)
     gl.thread_barrier()
 
     gl.warp_specialize(
