@@ -103,7 +103,7 @@ def test_more_context_and_more_requests_never_take_less(planned, gpus):
     for shorter, longer in pairwise(plans):
         for a, b in zip(shorter.rows, longer.rows, strict=True):
             assert (a.batch, a.way, a.selector) == (b.batch, b.way, b.selector)
-            assert a.layer_us <= b.layer_us
+            assert a.layer_us <= b.layer_us * (1 + 1e-12)  # where a gather takes longer than selecting, they add up to it in any case
             assert a.cache_bytes < b.cache_bytes
             assert a.largest_batch >= b.largest_batch
     for plan in plans:
@@ -165,17 +165,20 @@ def test_parts_of_a_row_add_up(planned):
         assert row.layer_us == pytest.approx(sum(row.parts_us.values()))
         assert row.step_us == pytest.approx(61 * row.layer_us)
         assert row.tokens_per_second == pytest.approx(1e6 * row.batch / row.step_us)
-        none = {"replicated": {"candidates", "topk", "gather", "merge"}, "idsa": {"candidates", "topk"}, "exact": set()}[row.way]
+        none = {"replicated": {"candidates", "topk", "merge"}, "idsa": {"candidates", "topk"}, "exact": set()}[row.way] | {"gather"}
         assert {part for part, us in row.parts_us.items() if us == 0} == none
 
 
 def test_queries_meet_while_tokens_are_selected(planned):
-    """Over symmetric memory only their bytes count; NCCL gathers them first."""
-    for kind in MEASURED:
-        (row,) = (row for row in planned(batch="4", exchange=kind, gpus=8, selector=("dsa",)).rows if row.way == "idsa")
-        whole, (fixed, _) = Exchange(8, kind=kind).time_us("gather", 4 * 16 * 1152), Exchange(8, kind=kind).coefficients("gather")
-        assert fixed > 1
-        assert row.parts_us["gather"] == pytest.approx(whole - fixed if kind == "symmetric" else whole)
+    """Over symmetric memory only what takes longer than selecting counts; NCCL gathers them first."""
+    late = 0
+    for kind, batch, context in (("nccl", 4, "1m"), ("symmetric", 4, "1m"), ("symmetric", 4096, "16k")):
+        asked = planned(batch=str(batch), context=context, exchange=kind, gpus=8, selector=("dsa",))
+        (row,) = (row for row in asked.rows if row.way == "idsa")
+        whole, meanwhile = Exchange(8, kind=kind).time_us("gather", batch * 16 * 1152), row.parts_us["select"]
+        assert row.parts_us["gather"] == pytest.approx(whole if kind == "nccl" else max(0.0, whole - meanwhile))
+        late += kind == "symmetric" and whole > meanwhile
+    assert late == 1
 
 
 def test_layers_without_an_indexer_skip_its_parts(planned):
@@ -337,8 +340,8 @@ def planted_layer(way, kind="symmetric"):
         us += 16.0 + 0.6 * 1e-6 * (8 * 8 * 4096 + 8 * 8 * 2048) + 0.02 * 8
         us += exchange.time_us("candidates", 8 * 2048 * 8)
     if way != "replicated":
-        us += exchange.time_us("gather", 8 * 64 * 1152) + exchange.time_us("merge", 8 * 64 * 1028)
-        us -= exchange.coefficients("gather")[0] if kind == "symmetric" else 0.0
+        us += exchange.time_us("merge", 8 * 64 * 1028)
+        us += exchange.time_us("gather", 8 * 64 * 1152) if kind == "nccl" else 0.0  # else it is over before tokens are selected
     return us
 
 

@@ -15,6 +15,7 @@ from thresher.ops.merge import merge
 from thresher.ops.score_select import score_select
 from thresher.types import PartialAttention
 
+from ..triton.test_symmetric import OneByOne
 from .test_score_select import world
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -118,6 +119,23 @@ def test_shares_are_added_up_and_merged(num, queries, shares):
             own = own_heads(heads, rank)
             assert same(got.out, want.out[:, own])
             assert same(got.lse, want.lse[:, own])
+
+
+@pytest.mark.parametrize("num", [2, 3, 8])
+@pytest.mark.parametrize(("queries", "shares"), [(1, 18), (8, 9), (32, 2), (40, 1), (0, 1)])
+def test_heads_are_packed_for_another_exchange_and_merged(num, queries, shares):
+    """NCCL's, whose place is taken by one process."""
+    made, heads, joined = torch.Generator().manual_seed(shares), share_heads(128, num), OneByOne(num)
+    parts = [shares_of(made, max(queries, 1), shares, 128) for _ in range(num)]
+    parts = [type(part)(*(x[:queries] for x in part)) for part in parts]
+    groups = [joined.group(rank) for rank in range(num)]
+    want = merge([rounded(part.added()) for part in parts])
+    for _ in range(2):
+        merged = [group.merge_shares(part, heads) for group, part in zip(groups, parts, strict=True)]
+    for rank, got in enumerate(merged):
+        own = own_heads(heads, rank)
+        assert same(got.out, want.out[:, own])
+        assert same(got.lse, want.lse[:, own])
 
 
 @pytest.mark.parametrize("num", [2, 3, 4])

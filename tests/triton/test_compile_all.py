@@ -27,6 +27,7 @@ from thresher.ops.score_select import triton as score_select
 from thresher.ops.select import triton as select
 from thresher.ops.sparse_attend import flash_mla_kernels, triton as sparse_attend
 from thresher.ops.to_slots import triton as to_slots
+from thresher.distributed import packed
 from thresher.distributed.symmetric import SymmetricMemory, size_of
 from thresher.types import IndexQuery, PartialAttention
 
@@ -65,6 +66,7 @@ for num in (1, 8):
     ranks.merge_heads(PartialAttention(torch.zeros(num, 4, 512), torch.zeros(num, 4)), [2, 2])
 ranks.merge_heads(PartialAttention(torch.zeros(600, 4, 64), torch.zeros(600, 4)), [2, 2])
 ranks.merge_shares(sparse_attend.Shares(torch.zeros(600, 2, 4, 64), *torch.zeros(2, 600, 2, 4)), [2, 2])
+packed.merge_packed(packed.pack(sparse_attend.Shares(torch.zeros(8, 2, 4, 64), *torch.zeros(2, 8, 2, 4)), 2).view(2, 8, 2, 66), 64)
 received = ranks.send_heads(torch.zeros(8, 4, 576, dtype=half), [4, 4])
 received()
 to_slots.to_slots(torch.empty(8, 2048, dtype=torch.int32), keys.page_table, zeros, 64, received.sent)

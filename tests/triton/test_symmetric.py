@@ -7,8 +7,8 @@ import pytest
 import torch
 import triton.language as tl
 
-from thresher.distributed import symmetric, symmetric_kernels
-from thresher.distributed.collectives import own_heads, rounded, share_heads
+from thresher.distributed import packed, symmetric, symmetric_kernels
+from thresher.distributed.collectives import ProcessGroup, own_heads, rounded, share_heads
 from thresher.ops import send
 from thresher.ops.merge import merge
 from thresher.ops.sparse_attend.triton import Shares
@@ -184,3 +184,53 @@ def test_every_peer_is_told_once_its_words_are_there(compile_for_hopper):
     assert [kernel.name for kernel in found] == ["send_kernel"] * 2
     for kernel, ranks in zip(found, (2, 8), strict=True):
         assert kernel.ptx.count("atom.global.sys.release.exch") == ranks - 1
+
+
+class OneByOne:
+    """NCCL's all-to-all among ranks that come one after the other: all send first, then each is given what was sent to it."""
+
+    def __init__(self, ranks: int) -> None:
+        self.sent: list[torch.Tensor] = [torch.empty(0)] * ranks
+
+    def group(self, rank: int) -> ProcessGroup:
+        made = object.__new__(ProcessGroup)
+        made.rank, made.ranks = rank, len(self.sent)
+
+        def swap(sent, num, shares, row):
+            self.sent[rank] = sent
+            begin, size = num * row * sum(shares[:rank]), num * row * shares[rank]
+            pieces = [there[begin : begin + size] if len(there) else sent.new_zeros(size) for there in self.sent]
+            return torch.stack(pieces).view(len(self.sent), num, shares[rank], row)
+
+        made._swap = swap
+        return made
+
+
+@pytest.mark.parametrize(
+    ("num", "queries", "heads", "dim", "shares"), [(2, 3, 5, 16, 1), (3, 2, 7, 32, 3), (4, 5, 3, 64, 1), (2, 0, 4, 16, 2)]
+)
+def test_packed_heads_are_those_of_pytorch(num, queries, heads, dim, shares):
+    """In what is sent, byte for byte, and merged; of ranks without a head too."""
+    made, each, joined = torch.Generator().manual_seed(heads), share_heads(heads, num), OneByOne(num)
+    out, peaks = torch.randn(num, queries, shares, heads, dim, generator=made), 9 * torch.randn(num, queries, shares, heads, generator=made)
+    peaks[torch.rand(peaks.shape, generator=made) < 0.2] = -torch.inf
+    totals = (1 + torch.rand(peaks.shape, generator=made)).masked_fill(peaks == -torch.inf, 0)
+    parts = [Shares(out[rank], peaks[rank], totals[rank] if shares > 1 else peaks[rank]) for rank in range(num)]
+    groups = [joined.group(rank) for rank in range(num)]
+
+    def run(merge_on):
+        _ = [merge_on(rank) for rank in range(num)]
+        return list(joined.sent), [merge_on(rank) for rank in range(num)]
+
+    sent, merged = run(lambda rank: groups[rank].merge_shares(parts[rank], each))
+    by_torch, want = run(lambda rank: groups[rank]._merge_heads(parts[rank].added(), each))
+    assert all(map(torch.equal, sent, by_torch))
+    for ours, theirs in zip(merged, want, strict=True):
+        close(ours, theirs)
+
+
+def test_which_heads_can_be_packed():
+    assert packed.unfit([2, 3], 16) is None
+    assert "not [3, 2]" in packed.unfit([3, 2], 16)
+    assert "power of two" in packed.unfit([2, 3], 24)
+    assert "at least 2" in packed.unfit([2, 3], 1)

@@ -221,8 +221,8 @@ def row_of(
             outside.setdefault(letter, []).append(text)
     for part, size in sizes.items():
         times[part] = exchange.time_us(part, size)
-        if part == "gather" and exchange.kind == "symmetric":  # sent by what stores, waited for by what finds slots: nobody waits to meet
-            times[part] = max(0.0, times[part] - exchange.coefficients(part)[0])
+        if part == "gather" and exchange.kind == "symmetric":  # the launch that selects sends, and nobody waits before it ends
+            times[part] = max(0.0, times[part] - times["select"])
         for text in exchange.outside(part, size):
             outside.setdefault("x", []).append(f"{part}: {text}")
     layer = sum(times.values())

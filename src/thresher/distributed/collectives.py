@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from thresher.distributed.watch import Watch
 from thresher.errors import ThresherError, require
 from thresher.ops.merge import merge
 from thresher.types import PartialAttention
+
+if TYPE_CHECKING:
+    from thresher.ops.sparse_attend.triton import Shares
 
 
 class Collectives(Protocol):
@@ -142,17 +145,38 @@ class ProcessGroup:
 
     def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
         check_all(part, shares, self)
-        # One exchange of bytes, since not every backend knows bf16: a head's output and, behind it, its lse.
+        if part.out.is_cuda:
+            from thresher.ops.sparse_attend.triton import Shares
+
+            return self.merge_shares(Shares.of(part), shares)
+        return self._merge_heads(part, shares)
+
+    def merge_shares(self, part: Shares, shares: Sequence[int]) -> PartialAttention:
+        """``merge_heads`` of attention on a GPU whose own shares are still to be added up: between one launch and another."""
+        from thresher.distributed import packed
+
+        num, dim = part.out.shape[0], part.out.shape[3]
+        if packed.unfit(list(shares), dim) is not None:
+            return self._merge_heads(part.added(), shares)
+        got = self._swap(packed.pack(part, self.ranks).view(torch.uint8), num, shares, 2 * (dim + 2))
+        return packed.merge_packed(got.view(torch.int16), dim)
+
+    def _merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
+        """By PyTorch's operations."""
+        # As bytes, since not every backend knows bf16: a head's output and, behind it, its lse.
         out, lse = (x.contiguous().view(torch.uint8) for x in (part.out.bfloat16(), part.lse[:, :, None]))
         both = torch.cat([out, lse], 2)
-        pieces = both.split(list(shares), 1)
-        sent = torch.cat([piece.flatten() for piece in pieces])
-        got = sent.new_empty(self.ranks, both.shape[0], shares[self.rank], both.shape[2])
-        sizes = [got[0].numel()] * self.ranks, [piece.numel() for piece in pieces]
-        self._exchange(lambda: dist.all_to_all_single(got.view(-1), sent, *sizes, group=self.group))
-        outs, lses = (x.contiguous() for x in got.split([out.shape[2], 4], 3))
+        sent = torch.cat([piece.flatten() for piece in both.split(list(shares), 1)])
+        outs, lses = (x.contiguous() for x in self._swap(sent, len(both), shares, both.shape[2]).split([out.shape[2], 4], 3))
         outs, lses = outs.view(torch.bfloat16).float(), lses.view(torch.float32)[..., 0]
         return merge([PartialAttention(*each) for each in zip(outs, lses, strict=True)])
+
+    def _swap(self, sent: Tensor, num: int, shares: Sequence[int], row: int) -> Tensor:
+        """uint8 ``[R, num, own heads, row]``, this rank's heads of all ranks, for every rank's heads of this one in rank order."""
+        got = sent.new_empty(self.ranks, num, shares[self.rank], row)
+        sizes = [got[0].numel()] * self.ranks, [num * share * row for share in shares]
+        self._exchange(lambda: dist.all_to_all_single(got.view(-1), sent, *sizes, group=self.group))
+        return got
 
     def _exchange(self, exchange: Callable[[], object]) -> None:
         try:

@@ -138,11 +138,11 @@ class SymmetricMemory:
         return send, Received(self, Sent(self._addresses, self._turns, MEETING, self.rank, send.programs, self._patience), came, shares)
 
     def merge(self, part: PartialAttention) -> PartialAttention:
-        return self._merged(_whole(part), part.out.shape[1], False)
+        return self._merged(Shares.of(part), part.out.shape[1], False)
 
     def merge_heads(self, part: PartialAttention, shares: Sequence[int]) -> PartialAttention:
         check_all(part, shares, self)
-        return self.merge_shares(_whole(part), shares)
+        return self.merge_shares(Shares.of(part), shares)
 
     def merge_shares(self, part: Shares, shares: Sequence[int]) -> PartialAttention:
         """``merge_heads`` of attention whose own shares are still to be added up, in the same launch."""
@@ -235,7 +235,3 @@ def _words(x: Tensor, row: int) -> tuple[torch.dtype, Tensor]:
     """A tensor, whose rows have so many bytes, in the largest words that fit them."""
     word = next(kind for kind in (torch.int64, torch.int32, torch.uint8) if row % kind.itemsize == 0)
     return word, x.contiguous().view(-1).view(torch.uint8).view(word)
-
-
-def _whole(part: PartialAttention) -> Shares:
-    return Shares(part.out[:, None], part.lse[:, None], part.lse[:, None])

@@ -108,7 +108,7 @@ def receive_kernel(
 
 
 @triton.jit
-def _of_head(parts, peaks, totals, query, head, heads, shares, DIM: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr):
+def of_head(parts, peaks, totals, query, head, heads, shares, DIM: tl.constexpr, SHARES: tl.constexpr, STEP: tl.constexpr):
     """A rank's output and lse of one query and head."""
     if SHARES == 1:
         row = query * heads + head
@@ -146,7 +146,7 @@ def _with_turn(words, tag):
 
 
 @triton.jit
-def _put(there, at, values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
+def put_values(there, at, values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
     """Into a buffer: if SPLIT as bf16, 16 bits each."""
     if SPLIT:
         tl.store(there.to(tl.pointer_type(tl.int16)) + at, round_to_bf16(values, INTERPRET))
@@ -155,8 +155,8 @@ def _put(there, at, values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _get(here, at, SPLIT: tl.constexpr):
-    """What ``_put`` put there, as fp32."""
+def get_values(here, at, SPLIT: tl.constexpr):
+    """What ``put_values`` put there, as fp32."""
     if SPLIT:
         values = (tl.load(here.to(tl.pointer_type(tl.int16)) + at).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -165,7 +165,7 @@ def _get(here, at, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _store_merged(result, lse_result, row, values, lses, DIM: tl.constexpr, R: tl.constexpr):
+def store_merged(result, lse_result, row, values, lses, DIM: tl.constexpr, R: tl.constexpr):
     """All ranks' outputs and lse of one query and head, merged as ``ops.merge`` does it: in rank order."""
     peak = float("-inf")
     for peer in tl.static_range(R):
@@ -211,9 +211,9 @@ def merge_kernel(
         for task in range(program, tasks, programs):
             head = task % most + (to * heads // R if SPLIT else 0)
             if head < ((to + 1) * heads // R if SPLIT else heads):
-                values, lse = _of_head(parts, peaks, totals, (task // most).to(tl.int64), head, heads, shares, DIM, SHARES, STEP)
+                values, lse = of_head(parts, peaks, totals, (task // most).to(tl.int64), head, heads, shares, DIM, SHARES, STEP)
                 row = rank.to(tl.int64) * tasks + task
-                _put(there, row * DIM + d, values, SPLIT, INTERPRET)
+                put_values(there, row * DIM + d, values, SPLIT, INTERPRET)
                 tl.store(lse_there + row, lse)
     _arrive(addresses, turns, turn, rank, R)
     _await_peers(addresses, turn, rank, patience, R)
@@ -225,9 +225,9 @@ def merge_kernel(
             values, lses = tl.tuple([]), tl.tuple([])
             for peer in tl.static_range(R):
                 row = peer * tasks.to(tl.int64) + task
-                values = values + (_get(here, row * DIM + d, SPLIT),)  # noqa: RUF005 (Triton knows no star in a tuple)
+                values = values + (get_values(here, row * DIM + d, SPLIT),)  # noqa: RUF005 (Triton knows no star in a tuple)
                 lses = lses + (tl.load(here + lses_at + row),)  # noqa: RUF005
-            _store_merged(result, lse_result, (task // most).to(tl.int64) * some + task % most, values, lses, DIM, R)
+            store_merged(result, lse_result, (task // most).to(tl.int64) * some + task % most, values, lses, DIM, R)
 
 
 @triton.jit
@@ -262,13 +262,13 @@ def merge_few_kernel(
         to = (rank + step) % R
         head = place + (to * heads // R if SPLIT else 0)
         if head < ((to + 1) * heads // R if SPLIT else heads):
-            values, lse = _of_head(parts, peaks, totals, query, head, heads, shares, DIM, SHARES, STEP)
+            values, lse = of_head(parts, peaks, totals, query, head, heads, shares, DIM, SHARES, STEP)
             there = _buffer(addresses, to, at, turns).to(tl.pointer_type(tl.int64)) + (rank * programs + program).to(tl.int64) * (WORDS + 2)
             tl.store(there + w, _with_turn(_pack(values, DIM, SPLIT, INTERPRET), tag))
             tl.store(there + WORDS, _with_turn(lse.to(tl.int32, bitcast=True), tag))
     _count_turn(turns, turn)
     if place < some:
-        own_values, own_lse = _of_head(parts, peaks, totals, query, first + place, heads, shares, DIM, SHARES, STEP)
+        own_values, own_lse = of_head(parts, peaks, totals, query, first + place, heads, shares, DIM, SHARES, STEP)
         if SPLIT:
             own_values = (round_to_bf16(own_values, INTERPRET).to(tl.int32) << 16).to(tl.float32, bitcast=True)
         here = _buffer(addresses, rank, at, turns).to(tl.pointer_type(tl.int64))
@@ -281,4 +281,4 @@ def merge_few_kernel(
                 lse = tl.max(_await_word(word + WORDS + tl.arange(0, 1), turn, began, patience), 0)
             values = values + (value,)  # noqa: RUF005 (Triton knows no star in a tuple)
             lses = lses + (lse,)  # noqa: RUF005
-        _store_merged(result, lse_result, query * some + place, values, lses, DIM, R)
+        store_merged(result, lse_result, query * some + place, values, lses, DIM, R)

@@ -56,6 +56,11 @@ class Shares(NamedTuple):
     peaks: Tensor
     totals: Tensor
 
+    @classmethod
+    def of(cls, part: PartialAttention) -> Shares:
+        """All of it as one share."""
+        return cls(part.out[:, None], part.lse[:, None], part.lse[:, None])
+
     def added(self) -> PartialAttention:
         """All shares together, by one launch where there are several."""
         num, shares, heads, dim = self.out.shape
