@@ -12,15 +12,15 @@ from thresher.cache.device import INTERPRET
 from thresher.cache.latents import FP8_BYTES
 from thresher.errors import require
 
-# Elements of a program's tile: 8 or 16 rows of 128 are enough loads in flight, and the butterflies stay in registers.
-TILE = 2048
+TILE = 2048  # elements of a program's tile: 8 or 16 rows of 128 are enough loads in flight
+TURNED = 256  # where rows are rotated and transformed: of more, what threads exchange takes three times as long (docs/lab-log.md)
 NUM_WARPS = 4
 SPREAD = 4 * 132  # programs, before one takes more than a row: a few for each multiprocessor of an H200
 
 
 def rows_each(num: int, dim: int) -> int:
-    """Rows of a program. Few are spread over more programs, rather than one after the other in a few."""
-    return min(max(1, TILE // dim), triton.next_power_of_2(triton.cdiv(max(num, 1), SPREAD)))
+    """Rows of a program that turns them. Few are spread over more programs, rather than one after the other in a few."""
+    return min(max(1, TURNED // dim), triton.next_power_of_2(triton.cdiv(max(num, 1), SPREAD)))
 
 
 def heads_each(num: int, heads: int, dim: int) -> int:
