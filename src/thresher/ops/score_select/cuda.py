@@ -29,8 +29,6 @@ GROUPS, WARPS = 4, 16  # that multiply
 TOLD = BINS + 4  # words of a query that its parts share
 TILES = 2**16  # bytes of struct Workspace in step.cu: of its tiles, or of what is there once all are scored
 BEFORE_PAIRS = 17776  # beside those, heads and weights
-
-
 PIECE = 16  # bytes that are sent at a time
 
 
