@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from thresher.ops.send import Send
 
 
 @dataclass
@@ -19,10 +16,10 @@ class Scratch:
     It grows outside of CUDA graphs, and what it once gave stays allocated, since a graph may hold it.
 
     Attributes:
-        errand: what the next selection that can sends beside its work (``ops.send``): it has a warp to spare for that.
+        errand: an ``ops.send.Send``, which the next selection that can sends beside its work: it has a warp to spare for that.
     """
 
-    errand: Send | None = field(default=None, repr=False)
+    errand: Any = field(default=None, repr=False)
     _held: dict[torch.device, list[Tensor]] = field(default_factory=dict, repr=False)
 
     def zeros(self, words: int, device: torch.device) -> Tensor:
@@ -38,7 +35,7 @@ class Scratch:
         held.append(torch.zeros(max(words, 2 * len(held[-1]) if held else 0), dtype=torch.int32, device=device))
         return held[-1]
 
-    def take_errand(self) -> Send | None:
+    def take_errand(self) -> Any:
         """The errand, whoever asks being the one who does it."""
         errand, self.errand = self.errand, None
         return errand
