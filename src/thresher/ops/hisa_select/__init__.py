@@ -50,7 +50,8 @@ def hisa_select(
         impl: "auto", "cuda" or "reference". "cuda" is for a step of decoding on Hopper, with blocks of whole pages of 64, and raises where
             it cannot run; "reference" is that of the four operations. "auto" is "cuda" where that can run and its ``worthwhile`` says so,
             and else the four operations with "auto" each.
-        scratch: for "cuda", which then has nothing to clear before it begins; None gives it memory of its own.
+        scratch: for "cuda", which then has nothing to clear before it begins, and sends its errand if it has one; None gives it memory of
+            its own.
 
     Returns:
         A logical Selection with indices int32 ``[Q, topk]`` ascending and -1 padded, lengths, and scores (-inf where padded) or None.
