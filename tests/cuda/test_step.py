@@ -12,6 +12,7 @@ import torch
 from thresher.cache.block_means import Growing
 from thresher.cache.device import paged_rows
 from thresher.ops import select_blocks, select_topk, select_topk_in_blocks
+from thresher.ops import send as sending
 from thresher.ops.hisa_select import cuda as hisa
 from thresher.ops.pool_keys import walks
 from thresher.ops.score_select import cuda as step
@@ -289,9 +290,10 @@ class Memories:
         assert torch.equal(self.turns, want)
 
 
-@pytest.mark.parametrize(("ranks", "tokens", "row"), [(2, 5, 144), (3, 1, 34), (2, 1, 1600)])
-def test_words_are_sent_beside(ranks, tokens, row, any_order):
-    """By a selection whose set is the same; by one that has less to do than to send; by HISA's."""
+@pytest.mark.parametrize(("ranks", "tokens", "row", "most"), [(2, 5, 144, 132), (3, 1, 34, 132), (2, 1, 1600, 132), (2, 5, 718, 2)])
+def test_words_are_sent_beside(ranks, tokens, row, most, any_order, monkeypatch):
+    """By a selection whose set is the same; by one that has less to do than to send; by HISA's. In one turn, and in several by few blocks."""
+    monkeypatch.setattr(sending, "PROGRAMS", most)
     world = World(8, 64, [1300, 0, 500, 64], 7, any_order, block=64)
     want = step.select_step(world.query, world.keys, 64, True, 9)
     by_blocks = world.query, world.keys, world.means, 9, 64, 64, True, 9
