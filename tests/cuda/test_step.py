@@ -292,7 +292,7 @@ class Memories:
 
 @pytest.mark.parametrize(("ranks", "tokens", "row", "most"), [(2, 5, 144, 132), (3, 1, 34, 132), (2, 1, 1600, 132), (2, 5, 718, 2)])
 def test_words_are_sent_beside(ranks, tokens, row, most, any_order, monkeypatch):
-    """By a selection whose set is the same; by one that has less to do than to send; by HISA's. In one turn, and in several by few blocks."""
+    """By a selection whose set is the same, by one that has less to do than to send, and by HISA's; in one turn and in several."""
     monkeypatch.setattr(sending, "PROGRAMS", most)
     world = World(8, 64, [1300, 0, 500, 64], 7, any_order, block=64)
     want = step.select_step(world.query, world.keys, 64, True, 9)
