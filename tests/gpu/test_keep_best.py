@@ -29,9 +29,9 @@ def check(what: str, scores: Tensor, positions: Tensor, topk: int, granularity: 
     return problems
 
 
-@pytest.mark.parametrize("ranks", sized([1, 2, 3, 4, 8, 16, 64], [2, 3]))
+@pytest.mark.parametrize("ranks", sized([1, 2, 3, 4, 8, 16, 32, 64], [2, 3]))
 def test_cruel_candidates(ranks):
-    """The last two are read again for each count."""
+    """The last are read again for each count."""
     problems = []
     for seed, kind in enumerate(KINDS):
         scores, positions = propose(kind, ranks, 3, WIDTH, seed)

@@ -22,9 +22,8 @@ from thresher.ops.dispatch import AUTO, checks_values, choose, device_of
 from thresher.ops.keep_best.reference import keep_best_reference
 from thresher.types import Selection
 
-MOST_HELD = 16384
-"""Candidates of a query, each rank's padded to a power of two and ranks to one, that a kernel keeps in registers; more it reads again.
-The search counts in 16 bits, so that no more can be held."""
+MOST_HELD = 65536
+"""Candidates of a query, each rank's padded to a power of two and ranks to one, that a kernel keeps in registers; more it reads again."""
 LOGICAL_END = 0x7F800000
 """Logical positions are below this: each, as the bits of a float, is a finite one."""
 

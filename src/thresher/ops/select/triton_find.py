@@ -20,11 +20,17 @@ def _hits(score, number):
 
 @triton.jit
 def _count_three(score, one, two, three):
-    """How many scores are >= each of three numbers: a thread's counts are bytes of one word, the block's are halves of two."""
+    """How many scores are >= each of three numbers: a thread's counts are bytes of one word, the block's are halves of two, or words where
+    there are more scores than a half can tell."""
     count = _hits(score, one) + _hits(score, two) * 256 + _hits(score, three) * 65536
     count = count.to(tl.int32)
-    outer, inner = tl.split(tl.sum(tl.join(count & 0xFF00FF, (count >> 8) & 0xFF), axis=0))
-    return outer & 0xFFFF, inner, outer >> 16
+    if score.numel < 32768:
+        outer, inner = tl.split(tl.sum(tl.join(count & 0xFF00FF, (count >> 8) & 0xFF), axis=0))
+        first, second, third = outer & 0xFFFF, inner, outer >> 16
+    else:
+        low, middle, high = count & 0xFF, (count >> 8) & 0xFF, count >> 16
+        first, second, third = tl.reduce((low, middle, high), 0, _add_three)
+    return first, second, third
 
 
 @triton.jit
