@@ -40,7 +40,7 @@ def planted_layer(way, kind="symmetric"):
     us += 11.0 + 3.0 * 2e-9 * heads * (576 + 512) * attended * 8
     exchange = Exchange(2, kind=kind)
     if way == "exact":
-        us += 16.0 + 0.6 * 1e-6 * (8 * 8 * 4096 + 8 * 8 * 2048) + 0.02 * 8
+        us += 16.0 + 0.6 * 1e-6 * (8 * 8 * 4096 + 8 * 8 * 2048) + 0.02 * 8 + 0.5 * 4.096
         us += exchange.time_us("candidates", 8 * 2048 * 8)
     if way != "replicated":
         us += exchange.time_us("merge", 8 * 64 * 1028)

@@ -2,7 +2,7 @@
 
 A part's time is a sum of a few terms with non-negative coefficients, found by least squares of relative errors:
 
-    store       a + b * bytes                     topk (of candidates)   a + b * bytes + c * queries, + d * candidates that are walked
+    store       a + b * bytes                     topk (of candidates)   a + b * bytes + c * queries + d * candidates of a query
     to_slots    a + b * bytes                     attend                 a + b * FLOPs, heads padded to the kernel's 64
     select      a + b * bytes + c * queries       select with MISA       DSA's fit for the same bytes, + a for routing
 
@@ -24,7 +24,6 @@ from thresher.bench.cases import Case, parse_case
 from thresher.bench.floor import LATENT_DIM, VALUE_DIM, useful_work
 from thresher.bench.record import Record, read
 from thresher.errors import ThresherError, require
-from thresher.ops.keep_best import MOST_HELD
 from thresher.selectors import DSA, HISA, MISA
 from thresher.selectors.base import Selector
 
@@ -38,7 +37,7 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"select {name}": ("select", ("us",) if name == "misa" else ("us", BYTES, ROWS)) for name in SELECTORS},
     "to_slots": ("to_slots", ("us", BYTES)),
     "attend": ("sparse_attend_mla_fp8", ("us", "us/GFLOP")),
-    "topk": ("keep_best", ("us", BYTES, ROWS, "us/1000 candidates walked")),
+    "topk": ("keep_best", ("us", BYTES, ROWS, "us/1000 candidates")),
 }
 LEAST_STEPS = 4  # of a graph: up to 8 us of its beginning stand in one step's time otherwise (docs/benchmarks.md)
 SAME = 0.05  # times of one kernel's records, taken twice
@@ -116,7 +115,7 @@ class Fit:
 
 def features(part: str, step: Step) -> Terms:
     """What a part's coefficients are multiplied with: 1, then MB (10**6) or GFLOP, then queries; then, for "topk", thousands of a query's
-    candidates where they are more than a kernel holds."""
+    candidates, all of which one program looks at."""
     queries, longest = len(step.lengths), max(step.lengths)
     case = Case("layer", queries, longest, step.index_heads, topk=step.columns)
     if part == "attend":
@@ -126,8 +125,7 @@ def features(part: str, step: Step) -> Terms:
     if op == "keep_best":
         case = Case("decode", queries, longest, step.index_heads, topk=step.columns)
     _, moved = useful_work(case, op, step.selector if op == "select" else None, list(step.lengths))
-    walked = 1e-3 * longest if op == "keep_best" and longest > MOST_HELD else 0.0
-    return 1.0, 1e-6 * moved, float(queries), walked
+    return 1.0, 1e-6 * moved, float(queries), 1e-3 * longest if op == "keep_best" else 0.0
 
 
 def non_negative(rows: Sequence[Terms], times: Sequence[float]) -> Terms:
