@@ -19,6 +19,7 @@ from .machine import DEVICE, INTERPRET, sized
 
 quantizing = importlib.import_module("thresher.ops.quantize.triton")
 launching = importlib.import_module("thresher.ops.quantize.triton_launch")
+sending = importlib.import_module("thresher.ops.send")
 turning = importlib.import_module("thresher.ops.quantize.triton_kernels")
 merging = importlib.import_module("thresher.ops.merge.triton")
 
@@ -164,6 +165,31 @@ def test_a_step_has_the_bits_of_its_parts(num, heads, dim, rotary, style, dtype)
     given, caches = step(num, heads, dim, dtype), step_caches(num, dim)
     got = *caches, *quantizing.store_step(*caches, *given, 1e4, rotary, style, 0.3)
     fail_on(differ_all("step", got, one_by_one(num, dim, given, rotary, style)))
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize(("num", "row"), [(1, 9), (1, 2304), (sized(32, 2), 2304), sized((300, 1152), (2, 1152))])
+def test_words_are_sent(num, row, ranks):
+    """To memory of this one device; the ranks one after the other, twice."""
+    first, at = 3, 2**15
+    words = torch.randint(-(2**62), 2**62, (ranks, num, row), generator=generator(row)).to(DEVICE)
+    memory = torch.zeros(ranks, at // 8 + words.numel() + 9, dtype=torch.int64, device=DEVICE)
+    turns = torch.zeros(ranks, first + sending.PROGRAMS, dtype=torch.int32, device=DEVICE)
+    addresses = torch.tensor([there.data_ptr() for there in memory], device=DEVICE)
+    block = sending.FEW if num * row <= sending.FEW * sending.PROGRAMS else sending.MANY
+    programs = min(-(-num * row // block), sending.PROGRAMS)
+    problems = []
+    for turn in range(1, 3):
+        words += turn
+        for rank in range(ranks):
+            sending.Send(words[rank].view(-1), row, addresses, at, turns[rank], first, rank).launch()
+        flags = memory.view(torch.int32)[:, : (first + sending.PROGRAMS) * ranks].view(ranks, -1, ranks)
+        want = torch.zeros_like(flags)
+        want[:, first : first + programs] = turn * (1 - torch.eye(ranks, dtype=torch.int32, device=DEVICE))[:, None]
+        came = memory[:, at // 8 : -9].view(ranks, num, ranks, row)
+        problems += differ_all(f"turn {turn}", (came, flags), (words.transpose(0, 1).expand(came.shape), want))
+        problems.append("words behind the last" if bool(memory[:, -9:].any()) else None)
+    fail_on(problems)
 
 
 @triton.jit

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from thresher.bench.plan_fit import non_negative
 from thresher.errors import require
@@ -25,6 +27,11 @@ MEASURED = {
         "merge": dict(zip(_OUTPUTS, (26.6, 41.9, 83.2), strict=True)),
     },
 }
+
+
+def kind_of(settings: Mapping[str, Any]) -> str | None:
+    """The key of ``MEASURED`` that a record's exchange has; None of one that is not among them."""
+    return next((kind for kind, called in KINDS.items() if called == settings.get("exchange")), None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from thresher.bench.cases import parse_case, parse_size
 from thresher.bench.floor import LATENT_DIM, VALUE_DIM
-from thresher.bench.plan_exchange import KINDS, Exchange
+from thresher.bench.plan_exchange import Exchange, kind_of
 from thresher.bench.plan_fit import SELECTORS, Error, Fit, Step, comparable, features, fit_parts, gpu_named, layer_errors, load_records
 from thresher.bench.plan_models import GPU_BYTES, MODELS, ModelShape
 from thresher.bench.record import RESULTS, Record
@@ -240,10 +240,9 @@ def rank_errors(records: Sequence[Record], gpu: str, fits: Mapping[str, Fit]) ->
     Nothing is fitted to these layers. Of each case, selector and exchange the newest record counts; one whose heads are no model's, or
     whose selector or second top-k has no fit, is left out.
     """
-    kinds = {called: kind for kind, called in KINDS.items()}
     newest: dict[tuple[str, str, str], Record] = {}
     for record in records:
-        kind = kinds.get(record.settings.get("exchange", ""))
+        kind = kind_of(record.settings)
         layer = record.op == "layer" and record.gpu == gpu and record.ranks > 1 and parse_case(record.case).length is not None
         if layer and record.selector is not None and kind is not None and comparable(record):
             newest[record.case, record.selector, kind] = record

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from thresher.bench.plan_exchange import KINDS
+from thresher.bench.plan_exchange import KINDS, kind_of
 from thresher.bench.plan_fit import SELECTORS
 from thresher.bench.plan_rows import WAYS
 from thresher.bench.predictions import Prediction, Predictions, read_predictions
@@ -42,10 +42,10 @@ def measured(made: Predictions, records: Sequence[Record]) -> Times:
         made: the predictions.
         records: oldest first.
     """
-    cases, named = {layer.case for layer in made.layers}, {text: key for key, text in KINDS.items()}
+    cases = {layer.case for layer in made.layers}
     found: Times = {}
     for record in records:
-        how, exchange = record.settings.get("timing"), named.get(record.settings.get("exchange", ""))
+        how, exchange = record.settings.get("timing"), kind_of(record.settings)
         timed = record.op == "layer" and record.inputs == "normal" and how == "graph" and record.impl != "reference"
         same = record.case in cases and record.gpu == made.gpu and record.date >= made.date and record.selector == made.selector
         if timed and same and exchange is not None and record.options == asdict(SELECTORS[made.selector]):

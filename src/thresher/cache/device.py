@@ -124,10 +124,16 @@ def round_to_bf16(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def from_bf16(bits):
+    """fp32 of the 16 bits of bf16."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def round_like(x, ptr, INTERPRET: tl.constexpr):
     """x rounded to the type behind ``ptr``, as fp32."""
     if ptr.dtype.element_ty == tl.bfloat16:
-        rounded = (round_to_bf16(x, INTERPRET).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        rounded = from_bf16(round_to_bf16(x, INTERPRET))
     elif ptr.dtype.element_ty == tl.float16:
         rounded = x.to(tl.float16).to(tl.float32)
     else:

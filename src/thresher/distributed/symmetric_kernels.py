@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from thresher.cache.device import round_to_bf16, wait_for_inputs
+from thresher.cache.device import from_bf16, round_to_bf16, wait_for_inputs
 from thresher.ops.send import PROGRAMS, await_sent, give_up
 from thresher.ops.sparse_attend.triton_kernels import add_shares
 
@@ -157,11 +157,7 @@ def put_values(there, at, values, SPLIT: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def get_values(here, at, SPLIT: tl.constexpr):
     """What ``put_values`` put there, as fp32."""
-    if SPLIT:
-        values = (tl.load(here.to(tl.pointer_type(tl.int16)) + at).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        values = tl.load(here + at)
-    return values
+    return from_bf16(tl.load(here.to(tl.pointer_type(tl.int16)) + at)) if SPLIT else tl.load(here + at)
 
 
 @triton.jit
@@ -270,7 +266,7 @@ def merge_few_kernel(
     if place < some:
         own_values, own_lse = of_head(parts, peaks, totals, query, first + place, heads, shares, DIM, SHARES, STEP)
         if SPLIT:
-            own_values = (round_to_bf16(own_values, INTERPRET).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            own_values = from_bf16(round_to_bf16(own_values, INTERPRET))
         here = _buffer(addresses, rank, at, turns).to(tl.pointer_type(tl.int64))
         values, lses = tl.tuple([]), tl.tuple([])
         for peer in tl.static_range(R):

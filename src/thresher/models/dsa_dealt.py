@@ -47,14 +47,15 @@ def attend_dealt(
     def attend(given: DsaInput) -> Tensor:
         layer, cache, state = given.layer, caches[given.layer], states[given.layer]
         own, source = given.q.bfloat16(), config.index_layers[given.layer]
+        keys = caches[source].view()
         if given.index is None:
             cache.store(slots, given)
             every = ranks.gather_heads(own, shares)
             received = lambda: every  # noqa: E731
         else:
-            made, received = store_and_send(ranks, own, shares, cache.view(), state.scratch, *cache.step(slots, given))
+            made, received = store_and_send(ranks, own, shares, keys, state.scratch, *cache.step(slots, given))
             asked[layer] = IndexQuery(*made, local, requests)
-        picked = placed[layer].own_set_of(asked[source], Shard(caches[source].view(), state), ranks)
+        picked = placed[layer].own_set_of(asked[source], Shard(keys, state), ranks)
         state.selections[layer] = picked
         table = cache.table
         there, q = slots_and_heads(received, picked.indices, table.table, requests, table.page_size, state.scratch)
