@@ -114,12 +114,15 @@ class Selection:
         space: index space of ``indices``: ``"logical"`` (position in the request), ``"local"`` (position in a rank's shard) or
             ``"slot"`` (``page * page_size + offset``).
         scores: fp32 ``[Q, k]`` beside ``indices`` (-inf where padded), or None when not asked for.
+        slots: int32 ``[Q, k]`` beside ``indices`` (-1 where padded): where those lie in a cache that shares the keys' page table, as
+            ``page * page_size + offset``. None where what selected does not say; ``ops.slots_of`` finds them then.
     """
 
     indices: Tensor
     lengths: Tensor
     space: str = "logical"
     scores: Tensor | None = None
+    slots: Tensor | None = None
 
     def __post_init__(self) -> None:
         require(self.space in SPACES, f"space must be one of {', '.join(SPACES)}", repr(self.space), "name the index space")

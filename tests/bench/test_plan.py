@@ -164,7 +164,8 @@ def test_parts_of_a_row_add_up(planned):
         assert row.layer_us == pytest.approx(sum(row.parts_us.values()))
         assert row.step_us == pytest.approx(61 * row.layer_us)
         assert row.tokens_per_second == pytest.approx(1e6 * row.batch / row.step_us)
-        none = {"replicated": {"candidates", "topk", "merge"}, "idsa": {"candidates", "topk"}, "exact": set()}[row.way] | {"gather"}
+        second = {"candidates", "topk", "to_slots"}
+        none = {"replicated": second | {"merge"}, "idsa": second, "exact": set()}[row.way] | {"gather"}
         assert {part for part, us in row.parts_us.items() if us == 0} == none
 
 

@@ -101,7 +101,7 @@ def test_a_case_of_the_same_sizes_is_left_out_too():
 def test_whole_layers_are_predicted_from_parts_of_other_sizes():
     records = synthetic()
     whole = timed("layer-8x128k-h64", "layer", 1.0, "dsa")
-    parts = sum(planted(part, whole) for part in ("store", "select dsa", "to_slots", "attend"))
+    parts = sum(planted(part, whole) for part in ("store", "select dsa", "attend"))
     records.append(timed("layer-8x128k-h64", "layer", 1.25 * parts, "dsa"))
     spoilt = [
         replace(r, time_us={"p20": 500.0, "p50": 500.0, "p80": 500.0}) if "8x128k" in r.case and r.op != "layer" else r for r in records

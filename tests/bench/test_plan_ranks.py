@@ -36,10 +36,11 @@ def planted_layer(way, kind="symmetric"):
     held, heads, columns, attended = sizes[way]
     store = 8 * (2 * (128 + 576 + 64 * 128 + 64) + 132 + 656 + 64 * (128 + 4))
     select = 8 * (132 * held + 64 * (128 + 4) + 4 * columns)
-    us = (3.0 + 4.0 * 1e-6 * store) + (10.0 + 0.25 * 1e-6 * select + 0.05 * 8) + (1.2 + 1.6 * 1e-6 * 8 * 8 * columns)
+    us = (3.0 + 4.0 * 1e-6 * store) + (10.0 + 0.25 * 1e-6 * select + 0.05 * 8)
     us += 11.0 + 3.0 * 2e-9 * heads * (576 + 512) * attended * 8
     exchange = Exchange(2, kind=kind)
     if way == "exact":
+        us += 1.2 + 1.6 * 1e-6 * 8 * 8 * columns
         us += 16.0 + 0.6 * 1e-6 * (8 * 8 * 4096 + 8 * 8 * 2048) + 0.02 * 8 + 0.5 * 4.096
         us += exchange.time_us("candidates", 8 * 2048 * 8)
     if way != "replicated":

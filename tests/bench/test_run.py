@@ -16,9 +16,9 @@ from thresher.bench.peer_steps import Prepared
 from thresher.bench.peers import PEERS, Peer, peer_reason
 from thresher.bench.record import read
 from thresher.bench.run import Settings, run_bench
-from thresher.bench.work import make_work, slots_of
+from thresher.bench.work import make_work
 from thresher.errors import ThresherError
-from thresher.ops import dispatch, paged_index_score
+from thresher.ops import dispatch, paged_index_score, slots_of, to_slots
 from thresher.ops.score_select.marks import keep
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.types import PartialAttention, Selection
@@ -298,11 +298,31 @@ def test_slots_follow_the_page_table():
     made = make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
     picked = made.selector.select(made.index.query, made.index.keys)
     picked.indices[1, -2:] = -1
-    slots = slots_of(picked, made.index.query, made.index.keys)
+    keys = made.index.keys
+    slots = slots_of(picked, keys.page_table, made.index.query.requests, keys.page_size)
     for row in range(2):
         for position, slot in zip(picked.indices[row].tolist(), slots[row].tolist(), strict=True):
-            page = int(made.index.keys.page_table[row, position // 64])
+            page = int(keys.page_table[row, position // 64])
             assert slot == (-1 if position < 0 else page * 64 + position % 64)
+
+
+def test_slots_that_a_selection_has_are_taken_and_checked(monkeypatch):
+    """Those that are wrong fail the check, though the attention is right for them."""
+    made = make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
+    keys, requests = made.index.keys, made.index.query.requests
+    select, shift = DSA.select_indices, 0
+
+    def with_slots(self, *given):
+        picked = select(self, *given)
+        slots = to_slots(picked.indices, keys.page_table, requests, keys.page_size)
+        return dataclasses.replace(picked, slots=torch.where(slots < 0, slots, slots ^ shift))
+
+    monkeypatch.setattr(DSA, "select_indices", with_slots)
+    assert check.check_work(made) is None
+    shift = 1
+    picked = made.selector.select_indices(made.index.query, keys, made.state)
+    assert slots_of(picked, keys.page_table, requests, keys.page_size) is picked.slots
+    assert check.check_work(made) == "slots are not the reference's"
 
 
 def test_useful_work_of_known_cases():

@@ -224,6 +224,9 @@ void publish(T* to, T word) {
   *to = word, host::moved = true;
 }
 inline void publish_far(u32* to, u32 word) { *to = word, host::moved = true; }
+inline void await_far(const u32* from, u32 turn, u64) {
+  while ((int)(*from - turn) < 0) host::yield();
+}
 template <class T>
 T await_word(const T* from) {
   while (*from == 0) host::yield();

@@ -48,6 +48,7 @@ extern "C" u32 least_words() { return (sizeof(settle::Workspace) - offsetof(sett
 template <bool HISA>
 using Largest = step::Workspace<128, 64, HISA>;
 extern "C" u32 extra_tiles() { return step::EXTRA; }
+extern "C" u32 mapped_tiles() { return step::MAPPED; }
 extern "C" u32 bytes_of_tiles() { return offsetof(Largest<false>, query); }
 extern "C" u32 bytes_before_pairs(bool in_blocks) {
   size_t query = offsetof(Largest<false>, query) + 64 * (128 + 4);

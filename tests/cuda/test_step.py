@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from thresher.cache.block_means import Growing
 from thresher.cache.device import paged_rows
-from thresher.ops import select_blocks, select_topk, select_topk_in_blocks
+from thresher.ops import select_blocks, select_topk, select_topk_in_blocks, to_slots
 from thresher.ops import send as sending
 from thresher.ops.hisa_select import cuda as hisa
 from thresher.ops.pool_keys import walks
@@ -110,6 +111,7 @@ class World:
         got = step.select_step(self.query, self.keys, topk, with_scores, programs, shared)
         assert not shared.any(), "what the next launch begins with"
         agree(got, select_topk(torch.from_numpy(self.scores), topk, impl="reference"), with_scores)
+        self.check_slots(got)
 
     def check_in_blocks(self, num_blocks: int, topk: int, with_scores: bool, programs: int) -> None:
         shared = torch.zeros(hisa.shared_words(len(self.scores), num_blocks, programs), dtype=torch.int32)
@@ -124,6 +126,12 @@ class World:
         scores = torch.nn.functional.pad(torch.from_numpy(self.scores), (0, self.block), value=-np.inf)
         in_blocks = scores.gather(1, tokens.clamp(0, scores.shape[1] - 1)).masked_fill(tokens < 0, -np.inf)
         agree(got, select_topk_in_blocks(in_blocks, topk, blocks, self.block, impl="reference"), with_scores)
+        self.check_slots(got)
+
+    def check_slots(self, got: Selection) -> None:
+        """Queries of no request, whose rows are empty, may ask for any."""
+        owners = self.query.requests.clamp(0, len(self.keys.lengths) - 1)
+        assert torch.equal(got.slots, to_slots(got.indices, self.keys.page_table, owners, 64, impl="reference"))
 
 
 def agree(got: Selection, want: Selection, with_scores: bool) -> None:
@@ -274,13 +282,27 @@ class Memories:
         self.turns = torch.full((ranks, 9), 2, dtype=torch.int32)
 
     def send(self, rank: int) -> Send:
-        return Send(self.words[rank].flatten(), self.words.shape[2], self.addresses, 1024, self.turns[rank], 2, rank)
+        return Send(self.words[rank].flatten(), self.words.shape[2], self.addresses, 1024, self.turns[rank], 2, rank, 10**9)
+
+    def flags(self, rank: int) -> torch.Tensor:
+        ranks = len(self.words)
+        return self.held[rank, :128].view(torch.int32)[: 9 * ranks].view(9, ranks)
+
+    def in_turn(self) -> Iterator[Send]:
+        """Each rank's, while those that come later seem to have come."""
+        for rank in range(len(self.words)):
+            send = self.send(rank)
+            later = self.flags(rank)[2 : 2 + send.programs, rank + 1 :]
+            later[:] = 3
+            yield send
+            assert bool((later == 3).all())
+            later[:] = 0
 
     def check(self) -> None:
         ranks, programs = len(self.words), self.send(0).programs
         for rank, held in enumerate(self.held):
             assert torch.equal(held[128:].view(-1, ranks, self.words.shape[2]), self.words.transpose(0, 1))
-            flags = held[:128].view(torch.int32)[: 9 * ranks].view(9, ranks)
+            flags = self.flags(rank)
             want = torch.zeros_like(flags)
             want[2 : 2 + programs] = 3
             want[:, rank] = 0
@@ -299,22 +321,40 @@ def test_words_are_sent_beside(ranks, tokens, row, most, any_order, monkeypatch)
     by_blocks = world.query, world.keys, world.means, 9, 64, 64, True, 9
     for keys in (world.keys, replace(world.keys, lengths=torch.zeros_like(world.keys.lengths))):
         made = Memories(ranks, tokens, row, any_order)
-        for rank in range(ranks):
-            got = step.select_step(world.query, keys, 64, True, 9, send=made.send(rank))
+        for send in made.in_turn():
+            got = step.select_step(world.query, keys, 64, True, 9, send=send)
         made.check()
         assert keys is not world.keys or torch.equal(got.indices, want.indices)
     want, made = hisa.select_step(*by_blocks), Memories(ranks, tokens, row, any_order)
-    for rank in range(ranks):
-        got = hisa.select_step(*by_blocks, send=made.send(rank))
+    for send in made.in_turn():
+        got = hisa.select_step(*by_blocks, send=send)
     made.check()
     agree(got, want, True)
 
 
+@pytest.mark.parametrize("late", [(2, 1), (4, 2)])
+def test_a_selection_waits_for_what_others_send(late, any_order):
+    """For each of their programs; one that has come to a later turn has been at this one's."""
+    world = World(8, 64, [1300, 0, 500, 64], 7, any_order, block=64)
+    selections = (
+        lambda send: step.select_step(world.query, world.keys, 64, True, 9, send=send),
+        lambda send: hisa.select_step(world.query, world.keys, world.means, 9, 64, 64, True, 9, send=send),
+    )
+    for select in selections:
+        made = Memories(3, 5, 144, any_order)
+        send = made.send(0)
+        assert send.programs == 3
+        made.flags(0)[2:5, 1:] = 4
+        made.flags(0)[late] = 2
+        with pytest.raises(AssertionError, match=r"forever|to an end"):
+            select(send)
+        made.turns[:] = 2
+        made.flags(0)[late] = 3
+        select(send)
+
+
 @pytest.mark.parametrize("change", ["row", "address", "programs"])
-def test_words_that_a_selection_cannot_send(change, monkeypatch):
-    """Then nothing is left to send: another launch has."""
-    launched = []
-    monkeypatch.setattr(Send, "launch", lambda send: launched.append(send))
+def test_words_that_a_selection_cannot_send(change):
     made = Memories(2, 5, 144, 0).send(0)
     changed = {
         "row": replace(made, row=135, words=made.words[: 5 * 135]),
@@ -322,16 +362,16 @@ def test_words_that_a_selection_cannot_send(change, monkeypatch):
         "programs": made,
     }[change]
     assert made.programs == 3
-    got = step.Sending.of(changed, 2 if change == "programs" else 3)
-    assert [id(send) for send in launched] == [id(changed)]
-    assert got.num == got.blocks == 0
-    assert step.Sending.of(made, 3).num == 360
-    assert step.Sending.of(None, 3).num == 0
+    assert not step.sends(changed, 2 if change == "programs" else 3)
+    assert step.sends(made, 3)
+    assert step.Sending.of(made).num == 360
+    assert step.Sending.of(None).num == 0
 
 
 def test_shared_memory_is_laid_out_as_the_kernel_has_it():
     assert library().bytes_of_tiles() == step.TILES
     assert library().extra_tiles() == step.EXTRA
+    assert library().mapped_tiles() == hisa.MAPPED
     assert library().bytes_before_pairs(False) == step.BEFORE_PAIRS
     assert library().bytes_before_pairs(True) == hisa.BEFORE_PAIRS
     assert library().bytes_of_step() == ctypes.sizeof(step.Step)

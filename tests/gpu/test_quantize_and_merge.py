@@ -182,7 +182,7 @@ def test_words_are_sent(num, row, ranks):
     for turn in range(1, 3):
         words += turn
         for rank in range(ranks):
-            sending.Send(words[rank].view(-1), row, addresses, at, turns[rank], first, rank).launch()
+            sending.Send(words[rank].view(-1), row, addresses, at, turns[rank], first, rank, 0).launch()
         flags = memory.view(torch.int32)[:, : (first + sending.PROGRAMS) * ranks].view(ranks, -1, ranks)
         want = torch.zeros_like(flags)
         want[:, first : first + programs] = turn * (1 - torch.eye(ranks, dtype=torch.int32, device=DEVICE))[:, None]

@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from thresher.ops import pool_blocks
+from thresher.ops import pool_blocks, to_slots
 from thresher.ops.hisa_select import cuda as hisa
 from thresher.ops.hisa_select.reference import hisa_select_reference
 from thresher.ops.score_select import cuda as step
@@ -27,8 +27,9 @@ def two_steps(query, keys, topk: int) -> Selection:
     return select.select_topk(scores_of.paged_index_score(query, keys), topk)
 
 
-def problems(got: Selection, want: Selection) -> list[str | None]:
-    found = [differ("indices", got.indices, want.indices), differ("lengths", got.lengths, want.lengths)]
+def problems(got: Selection, want: Selection, query, keys) -> list[str | None]:
+    slots = to_slots(want.indices, keys.page_table, query.requests, 64, impl="reference")
+    found = [differ("indices", got.indices, want.indices), differ("lengths", got.lengths, want.lengths), differ("slots", got.slots, slots)]
     return found if got.scores is None else [*found, differ("scores", got.scores, want.scores)]
 
 
@@ -54,7 +55,7 @@ def test_it_is_the_two_steps(kind, lengths, num, heads, dim, topk, with_scores):
     assert step.unsupported(query, keys, topk) is None
     want = two_steps(query, keys, topk)
     for _ in range(REPEATS):
-        fail_on(problems(step.score_select(query, keys, topk, with_scores), want))
+        fail_on(problems(step.score_select(query, keys, topk, with_scores), want, query, keys))
 
 
 @pytest.mark.parametrize(
@@ -75,10 +76,10 @@ def test_it_is_the_four_operations(kind, lengths, num, heads, dim, block, num_bl
     query, keys = world(kind, lengths, num, heads, dim)
     means = pool_blocks(keys, block)
     given = query, keys, means, num_blocks, block, topk
-    assert hisa.unsupported(query, keys, means, block, topk) is None
+    assert hisa.unsupported(query, keys, means, num_blocks, block, topk) is None
     want = hisa_select_reference(*given, True, "triton")
     for _ in range(REPEATS):
-        fail_on(problems(hisa.hisa_select(*given, with_scores), want))
+        fail_on(problems(hisa.hisa_select(*given, with_scores), want, query, keys))
 
 
 def test_a_graph_is_right_at_other_lengths():
@@ -87,7 +88,7 @@ def test_a_graph_is_right_at_other_lengths():
 
     def run() -> list[torch.Tensor]:
         got = step.score_select(query, keys, 2048, False)
-        return [got.indices, got.lengths]
+        return [got.indices, got.lengths, got.slots]
 
     recorded = Recorded(run)
     for lengths in ([40000, 131072, 9000], [100, 5, 0], [33333, 2048, 2049], [1, 131072, 64], [-5, 100000, 9000]):
@@ -95,5 +96,5 @@ def test_a_graph_is_right_at_other_lengths():
         query.positions.copy_(torch.tensor(lengths) - 1)
         want = two_steps(query, keys, 2048)
         for _ in range(3):
-            indices, taken = recorded.replay()
-            fail_on([differ("indices", indices, want.indices), differ("lengths", taken, want.lengths)])
+            indices, taken, slots = recorded.replay()
+            fail_on(problems(Selection(indices, taken, slots=slots), want, query, keys))

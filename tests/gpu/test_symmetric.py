@@ -6,13 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from thresher.cache.scratch import Scratch
-from thresher.distributed.collectives import own_heads, rounded, share_heads
+from thresher.distributed.collectives import own_heads, pad_heads, rounded, share_heads, unpad_heads
 from thresher.errors import ThresherError
 from thresher.ops import pool_blocks
-from thresher.ops.hisa_select import hisa_select
+from thresher.ops import send as sending
+from thresher.ops.hisa_select import cuda as hisa
 from thresher.ops.merge import merge
-from thresher.ops.score_select import score_select
+from thresher.ops.score_select import cuda as step
 from thresher.types import PartialAttention
 
 from ..triton.test_symmetric import OneByOne
@@ -154,43 +154,59 @@ def test_heads_are_sent_and_received(num, queries, heads):
 @pytest.mark.parametrize("num", [2, 3])
 @pytest.mark.parametrize(("queries", "heads"), [(1, 128), (8, 128), (32, 128), (3, 7)])
 @pytest.mark.parametrize("how", ["score_select", "hisa_select"])
-def test_heads_are_sent_by_a_selection(num, queries, heads, how):
-    """Whose set is what it is without, in a graph too."""
+def test_heads_are_sent_by_a_selection(num, queries, heads, how, monkeypatch):
+    """Whose set is what it is without, in a graph too; it ends when all have come, whoever is late. Each rank has its multiprocessors."""
+    programs = torch.cuda.get_device_properties(0).multi_processor_count // num
+    monkeypatch.setattr(sending, "PROGRAMS", programs)
     made, all_ranks, shares = torch.Generator().manual_seed(queries), Ranks(num), share_heads(heads, num)
     query, keys = world("normal", [20000] * queries, queries, 64, 128)
-    means, scratches = pool_blocks(keys, 128), [Scratch() for _ in range(num)]
+    means = pool_blocks(keys, 128)
+    words = max(step.shared_words(queries, programs), hisa.shared_words(queries, 40, programs))
+    zeros = [torch.zeros(words, device="cuda", dtype=torch.int32) for _ in range(num)]
 
-    def select(scratch: Scratch):
+    def select(rank, send):
         if how == "score_select":
-            return score_select(query, keys, 512, with_scores=False, impl="cuda", scratch=scratch)
-        return hisa_select(query, keys, means, 40, 128, 512, with_scores=False, impl="cuda", scratch=scratch)
+            return step.select_step(query, keys, 512, False, programs, zeros[rank], send)
+        return hisa.select_step(query, keys, means, 40, 128, 512, False, programs, zeros[rank], send)
 
-    want, own = select(scratches[0]), [torch.zeros(queries, share, 576, device="cuda", dtype=torch.bfloat16) for share in shares]
+    want, own = select(0, None), [torch.zeros(queries, share, 576, device="cuda", dtype=torch.bfloat16) for share in shares]
+    came = [torch.zeros(queries, heads, 576, device="cuda", dtype=torch.bfloat16) for _ in range(num)]
+    padded = [pad_heads(x, max(shares)) for x in own]  # all kernels are loaded before anybody waits
+    came[0].copy_(unpad_heads(torch.stack(padded, 1), shares)), torch.cuda._sleep(1)
 
-    def send(rank):
-        scratches[rank.rank].errand, received = rank.sending(own[rank.rank], shares)
-        got = select(scratches[rank.rank])
-        assert scratches[rank.rank].errand is None
-        return got, received
+    def exchange(rank):
+        send, received = rank.sending(own[rank.rank], shares)
+        got = select(rank.rank, send)
+        came[rank.rank].copy_(received.heads())
+        return got
 
-    graphs = []
+    def one_late(turn, job):
+        def run(rank):
+            if rank.rank == turn % num:
+                torch.cuda._sleep(10**6)
+            return job(rank)
+
+        return all_ranks.run(run)
+
+    graphs, sent = [], []
     for turn in range(TURNS):
         q = torch.randn(queries, heads, 576, generator=made).bfloat16().cuda()
         for rank in range(num):
             own[rank].copy_(q[:, own_heads(shares, rank)])
         if turn < 2:
-            sent = all_ranks.run(send)
+            sent = one_late(turn, exchange)
         elif turn == 2:
             torch.cuda.synchronize()
             sent, graphs = [], [torch.cuda.CUDAGraph() for _ in range(num)]
             for graph, rank, stream in zip(graphs, all_ranks.ranks, all_ranks.streams, strict=True):
                 with torch.cuda.graph(graph, stream=stream):
-                    sent.append(send(rank))
+                    sent.append(exchange(rank))
         if graphs:
-            all_ranks.run(lambda rank, graphs=graphs: graphs[rank.rank].replay())
-        for rank, got in enumerate(all_ranks.run(lambda rank, sent=sent: sent[rank.rank][1]())):
+            one_late(turn, lambda rank, graphs=graphs: graphs[rank.rank].replay())
+        for got, picked in zip(came, sent, strict=True):
             assert same(got, q)
-            assert same(sent[rank][0].indices, want.indices)
+            assert same(picked.indices, want.indices)
+            assert same(picked.slots, want.slots)
         parts = [part_of(made, 2, 4, 16) for _ in range(num)]
         all_ranks.run(lambda rank, parts=parts: rank.merge(parts[rank.rank]))
 

@@ -27,11 +27,11 @@ def test_exchanges(tmp_path, record_property):
             process.kill()
     for rank in range(RANKS):
         found, measured = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found == {"symmetric": [], "nccl": [], "graph": []}
+        assert found == {"symmetric": [], "nccl": [], "graph": [], "selections": []}
         record_property("measured", f"rank {rank}: us of an exchange {measured}")
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs", "dies-nccl", "hangs-nccl"])
+@pytest.mark.parametrize("how", ["dies", "hangs", "dies-nccl", "hangs-nccl", "dies-selection", "hangs-selection"])
 def test_a_lost_rank_ends_the_other_in_time(how, tmp_path):
     """It waits 5 s."""
     first, last = launch(WORKER, RANKS, how, tmp_path)

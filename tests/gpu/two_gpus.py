@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from thresher.cache.scratch import Scratch
 from thresher.distributed.collectives import Collectives, ProcessGroup, own_heads, rounded, share_heads
 from thresher.distributed.group import started
 from thresher.distributed.symmetric import SymmetricMemory
 from thresher.ops.merge import merge
+from thresher.ops.score_select import score_select
 from thresher.types import PartialAttention
 
 from ..distributed.launch import as_a_rank
+from .test_score_select import world
 
 REPEATS = 20
 
@@ -118,6 +121,33 @@ def times(ranks: Collectives) -> dict[str, float]:
     return took
 
 
+def selecting(ranks: SymmetricMemory, q: torch.Tensor, shares: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All ranks' queries and what is selected, by one launch."""
+    scratch = Scratch()
+    scratch.errand, received = ranks.sending(q, shares)
+    picked = score_select(*world("normal", [20000] * len(q), len(q), 64, 128), 512, with_scores=False, impl="cuda", scratch=scratch)
+    assert scratch.errand is None
+    return received.heads(), picked.indices
+
+
+def selections(ranks: SymmetricMemory) -> list[str]:
+    """Ranks apart in time: nobody reads what has not come."""
+    made, wrong, shares = torch.Generator().manual_seed(3), [], share_heads(128, ranks.ranks)
+    for num in (1, 32):
+        little, first = part_of(made, 1, 4, 16), None
+        for turn in range(REPEATS):
+            q = torch.randn(num, 128, 576, generator=made).bfloat16().cuda()
+            own = q[:, own_heads(shares, ranks.rank)].contiguous()
+            if turn % 3 == ranks.rank:
+                torch.cuda._sleep(10**7)
+            got, picked = selecting(ranks, own, shares)
+            first = picked if first is None else first
+            if not (same(got, q) and same(picked, first)):
+                wrong.append(f"selection {num}, turn {turn}")
+            ranks.merge(little)
+    return wrong
+
+
 def lose_one(ranks: Collectives, how: str) -> None:
     """The last rank is gone, or hangs, while the other waits for it."""
     ranks.gather(torch.zeros(2, device="cuda")).sum().item()
@@ -125,6 +155,9 @@ def lose_one(ranks: Collectives, how: str) -> None:
         if how.startswith("dies"):
             os._exit(9)
         time.sleep(600)
+    if how.endswith("selection"):
+        selecting(ranks, torch.zeros(1, 64, 576, device="cuda", dtype=torch.bfloat16), [64, 64])
+        torch.cuda.synchronize()
     ranks.gather(torch.zeros(2, device="cuda")).sum().item()
 
 
@@ -134,7 +167,7 @@ def main(task: str, folder: str) -> None:
         if task != "exchanges":
             lose_one(ProcessGroup(timeout_s=5.0) if task.endswith("nccl") else memory, task)
         group = ProcessGroup(timeout_s=60.0)
-        found = {"symmetric": exchanges(memory), "nccl": exchanges(group), "graph": in_a_graph(memory)}
+        found = {"symmetric": exchanges(memory), "nccl": exchanges(group), "graph": in_a_graph(memory), "selections": selections(memory)}
         measured = {"symmetric": times(memory), "nccl": times(group)}
         (Path(folder) / f"{group.rank}.json").write_text(json.dumps([found, measured]))
         group.gather(torch.zeros(1, device="cuda"))

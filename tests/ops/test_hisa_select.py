@@ -108,10 +108,12 @@ def test_what_the_kernel_takes(monkeypatch):
     monkeypatch.setattr(cuda.step, "unsupported", lambda *given: None)
     monkeypatch.setattr(cuda, "unfit", lambda *given: None)
     means = ops.pool_blocks(keys, 64)
-    assert cuda.unsupported(query, keys, means, 64, 20) is None
-    assert cuda.unsupported(query, keys, means, 16, 20) == "needs blocks of a multiple of 64 tokens, not 16"
+    monkeypatch.setattr(cuda, "multiprocessors", lambda device: 2)
+    for num_blocks, why in ((385, None), (386, "needs at most 1024 tiles of 64 keys a multiprocessor, not 1025")):
+        assert cuda.unsupported(query, keys, means, num_blocks, 64, 20) == why
+    assert cuda.unsupported(query, keys, means, 4, 16, 20) == "needs blocks of a multiple of 64 tokens, not 16"
     wide = IndexKeys(keys.pages, torch.full((2, 70 * 64), -1, dtype=torch.int32), keys.lengths)
-    assert cuda.unsupported(query, wide, means, 64, 20) == "needs room for the means of 4480 blocks, not 64"
+    assert cuda.unsupported(query, wide, means, 4, 64, 20) == "needs room for the means of 4480 blocks, not 64"
     assert cuda.worthwhile(1, 1)
     assert cuda.worthwhile(64, 16)
     assert not cuda.worthwhile(64, 15)

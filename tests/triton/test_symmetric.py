@@ -138,7 +138,7 @@ def test_what_is_sent_is_in_every_rank_s_memory(ranks, num, row, word):
     programs = -(-num * row // send.FEW)
     for again in range(1, 3):
         for rank in range(ranks):
-            sending = send.Send((words[rank] + again).view(-1), row, addresses, at, turns[rank], first, rank)
+            sending = send.Send((words[rank] + again).view(-1), row, addresses, at, turns[rank], first, rank, 0)
             assert sending.programs == programs
             if programs:
                 sending.launch()
@@ -160,7 +160,7 @@ def test_many_words_are_sent_by_few_programs():
     words = torch.arange(send.MANY * (send.PROGRAMS + 1) + 3)
     memory = [torch.zeros(2**15 + 2 * 8 * len(words), dtype=torch.uint8) for _ in range(2)]
     addresses, turns = torch.tensor([x.data_ptr() for x in memory]), torch.zeros(send.PROGRAMS, dtype=torch.int32)
-    sending = send.Send(words, len(words), addresses, 2**15, turns, 0, 1)
+    sending = send.Send(words, len(words), addresses, 2**15, turns, 0, 1, 0)
     assert sending.programs == send.PROGRAMS
     sending.launch()
     for there in memory:
@@ -175,7 +175,7 @@ from thresher.ops.send import Send
 
 for ranks in (2, 8):
     words, addresses = torch.zeros(2304, dtype=torch.int64), torch.zeros(ranks, dtype=torch.int64)
-    Send(words, 2304, addresses, 2**20, torch.zeros(2000, dtype=torch.int32), 1056, 0).launch()
+    Send(words, 2304, addresses, 2**20, torch.zeros(2000, dtype=torch.int32), 1056, 0, 0).launch()
 """
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from thresher.bench.inputs import SCALE, AttendInputs, Inputs
-from thresher.bench.work import Work, slots_of, store_tokens
+from thresher.bench.work import Work, store_tokens
 from thresher.cache import IndexKeyCache, LatentCache
 from thresher.cache.fp8 import dequantize_fp8
 from thresher.cache.index_keys import planes, visible_counts
@@ -46,10 +46,7 @@ def check_work(work: Work) -> str | None:
         if work.op == "to_slots":
             assert work.index is not None
             assert work.picked is not None
-            query, keys = work.index.query, work.index.keys
-            want_slots = to_slots(work.picked.indices.cpu(), keys.page_table.cpu(), query.requests.cpu(), keys.page_size)
-            same = torch.equal(got.cpu(), want_slots)
-            return None if same else "slots are not the reference's"
+            return None if torch.equal(got.cpu(), _slots(work.picked, work.index)) else "slots are not the reference's"
         if work.op in ("sparse_attend_mla", "sparse_attend_mla_fp8"):
             assert work.attend is not None
             assert work.attend.slots is not None
@@ -63,8 +60,10 @@ def check_work(work: Work) -> str | None:
         if work.op == "layer":  # its attention is checked on its own selection, and that selection like any other
             picked = replace(work, op="select").run()
             assert work.attend is not None
-            slots = slots_of(picked, work.index.query, work.index.keys)
-            why = attention_agrees(work.attend, _rows(got, rows), rows, slots[rows])
+            slots = _slots(picked, work.index)
+            if picked.slots is not None and not torch.equal(picked.slots.cpu(), slots):
+                return "slots are not the reference's"
+            why = attention_agrees(work.attend, _rows(got, rows), rows, slots[rows].to(work.device))
             if why is not None:
                 return why
         with using(work.impl):  # with scores, which the timed run does not make: they excuse near-ties
@@ -74,6 +73,12 @@ def check_work(work: Work) -> str | None:
         picked, want = scored, work.selector.select(query, keys)
         bits = BITS["cuda" if work.index.query.q.is_cuda else "cpu"]
         return selections_agree(_rows(picked, rows), want, score_bound(query, keys, bits), query, keys)
+
+
+def _slots(picked: Selection, index: Inputs) -> Tensor:
+    """The reference's, on a CPU."""
+    keys, requests = index.keys, index.query.requests
+    return to_slots(picked.indices.cpu(), keys.page_table.cpu(), requests.cpu(), keys.page_size)
 
 
 def _stores(work: Work, got: IndexQuery) -> str | None:

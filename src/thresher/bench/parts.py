@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FILE = "layer-parts.png"
 WHOLE = "the whole, as one"
 # op -> what it does, in the order of a step.
-PARTS = {"store": "quantise and store", "select": "select", "to_slots": "positions to slots", "sparse_attend_mla_fp8": "attend"}
+PARTS = {"store": "quantise and store", "select": "select", "sparse_attend_mla_fp8": "attend"}
 
 # Name of a bar -> {op: record}, the whole step's under "layer".
 Bars = dict[str, dict[str, Record]]

@@ -255,7 +255,7 @@ def layer_errors(records: Sequence[Record], gpu: str, fits: dict[str, Fit]) -> l
     """
     found = []
     for record in usable(records, gpu):
-        parts = ("store", f"select {record.selector}", "to_slots", "attend")
+        parts = ("store", f"select {record.selector}", "attend")
         if record.op != "layer" or any(part not in fits for part in parts):
             continue
         step = step_of(record)

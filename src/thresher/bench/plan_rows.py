@@ -179,10 +179,12 @@ def rank_step(model: ModelShape, way: str, name: str, context: int, batch: int, 
 
 
 def steps_of(model: ModelShape, way: str, name: str, context: int, batch: int, gpus: int) -> dict[str, Step]:
-    """Part of the fits -> what ``rank_step`` is to it; the second top-k is over the candidates of all ranks."""
+    """Part of the fits -> what ``rank_step`` is to it; the second top-k is over the candidates of all ranks, and slots are looked up after
+    it alone: a selection says which it took."""
     step = rank_step(model, way, name, context, batch, gpus)
-    used = dict.fromkeys(("store", f"select {name}", "to_slots", "attend"), step)
-    return {**used, "topk": dataclasses.replace(step, lengths=(gpus * model.topk,) * batch)} if way == "exact" else used
+    used = dict.fromkeys(("store", f"select {name}", "attend"), step)
+    second = {"topk": dataclasses.replace(step, lengths=(gpus * model.topk,) * batch), "to_slots": step}
+    return {**used, **second} if way == "exact" else used
 
 
 def exchanged(model: ModelShape, way: str, batch: int, gpus: int) -> dict[str, float]:

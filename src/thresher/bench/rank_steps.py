@@ -16,10 +16,10 @@ from torch import Tensor
 from thresher.bench.inputs import SCALE
 from thresher.bench.ranks import RankWork
 from thresher.bench.timing import Prepared
-from thresher.bench.work import slots_of, store_arguments, store_tokens
+from thresher.bench.work import store_arguments, store_tokens
 from thresher.distributed import IDSA, ExactMerge, Shard
 from thresher.distributed.attend import attend_merged, counts_of, slots_and_heads, store_and_send
-from thresher.ops import sparse_attend_mla_fp8
+from thresher.ops import slots_of, sparse_attend_mla_fp8
 from thresher.ops.dispatch import using
 from thresher.selectors.base import Selector
 from thresher.types import IndexQuery, PartialAttention, Selection
@@ -64,7 +64,8 @@ def _whole(work: RankWork) -> PartialAttention:
     held = work.held
     with using(work.impl):
         query = store_tokens(held.tokens, held.index, held.attend)
-        slots = slots_of(_select(work, query), query, held.index.keys)
+        keys = held.index.keys
+        slots = slots_of(_select(work, query), keys.page_table, query.requests, keys.page_size)
         return sparse_attend_mla_fp8(held.attend.q, held.attend.latents, slots, SCALE)
 
 
@@ -73,9 +74,9 @@ def _dealt(work: RankWork) -> PartialAttention:
     held, keys, asked = work.held, work.held.index.keys, work.held.index.query
     with using(work.impl):
         stored = store_arguments(held.tokens, held.index, held.attend)
-        made, received = store_and_send(work.ranks, held.attend.q, work.shares, keys, work.state.scratch, *stored)
+        made, coming = store_and_send(work.ranks, held.attend.q, work.shares, keys, work.state.scratch, *stored)
         picked = _select(work, IndexQuery(*made, asked.positions, asked.requests))
-        slots, q = slots_and_heads(received, picked.indices, keys.page_table, asked.requests, keys.page_size, work.state.scratch)
+        slots, q = slots_and_heads(coming, picked, keys.page_table, asked.requests, keys.page_size)
         return attend_merged(work.ranks, q, held.attend.latents, slots, SCALE, work.shares, counts_of(work.over, picked))
 
 

@@ -20,6 +20,7 @@ from thresher.ops import (
     keep_best,
     paged_index_score,
     select_topk,
+    slots_of,
     sparse_attend_mla,
     sparse_attend_mla_fp8,
     store_step,
@@ -137,7 +138,7 @@ def make_work(
         with using(impl):
             index = Inputs(store_tokens(tokens, index, attend), index.keys)
             picked = selector.select_indices(index.query, index.keys, LayerState(0))
-            attend = replace(attend, slots=slots_of(picked, index.query, index.keys))
+            attend = replace(attend, slots=_slots(picked, index))
     if index is not None and op == "index_score" and case.kind == "prefill":
         past = index.query.positions + 1
         contiguous = (*load_keys(index.keys, 0), torch.zeros_like(past), past)
@@ -202,9 +203,8 @@ def all_preferred(device: torch.device) -> str:
     return "+".join(sorted({preferred(operation, device) for operation in TABLE if operation != "sparse_attend_mla_fp8"}))
 
 
-def slots_of(picked: Selection, query: IndexQuery, keys: IndexKeys) -> Tensor:
-    """int32 ``[Q, k]``: where the picked positions lie in a cache that shares the keys' page table; -1 stays -1."""
-    return to_slots(picked.indices, keys.page_table, query.requests, keys.page_size)
+def _slots(picked: Selection, index: Inputs) -> Tensor:
+    return slots_of(picked, index.keys.page_table, index.query.requests, index.keys.page_size)
 
 
 def store_tokens(tokens: NewTokens, index: Inputs, attend: AttendInputs) -> IndexQuery:
@@ -232,7 +232,8 @@ def _store(work: Work) -> IndexQuery:
 def _to_slots(work: Work) -> Tensor:
     assert work.picked is not None
     assert work.index is not None
-    return slots_of(work.picked, work.index.query, work.index.keys)
+    keys = work.index.keys
+    return to_slots(work.picked.indices, keys.page_table, work.index.query.requests, keys.page_size)
 
 
 def _select(work: Work) -> Selection:
@@ -271,8 +272,8 @@ def _layer(work: Work) -> Any:
     """A token's step through a layer's indexer and attention: quantise and store it, select, attend."""
     assert work.attend is not None
     assert work.index is not None
-    query, keys = _store(work), work.index.keys
-    slots = slots_of(_select(replace(work, index=Inputs(query, keys))), query, keys)
+    index = Inputs(_store(work), work.index.keys)
+    slots = _slots(_select(replace(work, index=index)), index)
     return sparse_attend_mla_fp8(work.attend.q, work.attend.latents, slots, SCALE)
 
 

@@ -16,7 +16,8 @@ class Scratch:
     It grows outside of CUDA graphs, and what it once gave stays allocated, since a graph may hold it.
 
     Attributes:
-        errand: an ``ops.send.Send``, which the next selection that can sends beside its work: it has a warp to spare for that.
+        errand: an ``ops.send.Send``, for the next selection that has a warp to spare: it sends that beside its work, and ends when what
+            the other ranks sent has come.
     """
 
     errand: Any = field(default=None, repr=False)

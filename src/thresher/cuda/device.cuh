@@ -144,6 +144,18 @@ __device__ __forceinline__ T await_word(const T* from) {
   while (word == 0);
   return word;
 }
+// A word that another GPU tells this one by. Who waits for longer than `patience` ns gives up, and with it the process.
+__device__ __forceinline__ void await_far(const u32* from, u32 turn, u64 patience) {
+  u64 began, now;
+  u32 seen;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(began));
+  while (true) {
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(from) : "memory");
+    if ((int)(seen - turn) >= 0) return;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    if (now - began > patience) __trap();
+  }
+}
 template <class T>  // of this memory or of shared memory: what others of this block made it by atomic operations
 __device__ __forceinline__ T changed(const T* from) {
   return *(const volatile T*)from;

@@ -28,18 +28,19 @@ constexpr u32 LOST = BINS, ARRIVED = BINS + 1, PAIRS = BINS + 2, LEFT = BINS + 3
 constexpr u32 MAX_PARTS = 256;            // a multiprocessor has one at most
 constexpr u32 MASKED = 1 << 17;           // as `masked` below at most
 constexpr u64 SELECTABLE = (u64)1 << 32;  // the least pair that can be selected
-constexpr u32 MAPPED = 512;               // as `tiles_in` below at most
+constexpr u32 MAPPED = 1024;              // tiles of a block, IN_BLOCKS, at most
 constexpr u32 FORCED = 0xfffffffe;        // the rank of a block that is chosen whatever its score, above every number's
 
 // What is selected: tokens; blocks of them by their means, the first and a query's own always; tokens of the blocks chosen.
 enum Stage { TOKENS, BLOCKS, IN_BLOCKS };
 
-// What the launch sends to every rank beside its work, pieces of 16 bytes: see ops/send.py. It goes out while all others are at theirs.
+// What the launch sends to every rank beside its work, pieces of 16 bytes: see ops/send.py. It goes out while all others are at theirs. The
+// launch ends when what they sent is here.
 struct Sending {
   const Four* pieces;    // [tokens, row]
   const u64* addresses;  // [ranks]
   u32* turns;            // of flags
-  u64 at;                // where in a rank's memory [tokens, ranks, row] are, in bytes
+  u64 at, patience;      // where in a rank's memory [tokens, ranks, row] are, in bytes; ns that a rank is waited for
   u32 num, row, ranks, rank, first, blocks;  // pieces, 0 if there are none; of a token; the first flag, and how many: one of a thread block
 
   // By so many threads, of which this is one.
@@ -63,14 +64,16 @@ struct Sending {
       }
     }
   }
-  // By a warp, once all of the block has been sent: tell the others.
-  __device__ __forceinline__ void tell() const {
+  // By a warp, once all of the block has been sent: tell the others, then wait for what their blocks of this number sent.
+  __device__ __forceinline__ void meet_ranks() const {
     if (blockIdx.x >= blocks) return;
     u32 flag = first + blockIdx.x, turn = turns[flag] + 1;
     __syncwarp();
     for (u32 peer = lane_of(); peer < ranks; peer += 32)
       if (peer != rank) publish_far((u32*)addresses[peer] + flag * ranks + rank, turn);
     if (lane_of() == 0) turns[flag] = turn;
+    for (u32 peer = lane_of(); peer < ranks; peer += 32)
+      if (peer != rank) await_far((u32*)addresses[rank] + flag * ranks + peer, turn, patience);
   }
 };
 
@@ -81,7 +84,7 @@ struct Step {
   const float* weights;        // rows w_row apart
   const long long *owners, *positions, *lengths;
   const int* table;  // rows table_row apart
-  int* indices;      // [queries, topk]
+  int *indices, *slots;  // [queries, topk], and where those are: page * KEYS + offset
   long long* taken;  // [queries]
   float* beside;     // null, or [queries, topk]
   u32* told;         // [queries, TOLD], zeros before and after: see there
@@ -103,6 +106,7 @@ struct Step {
 struct Sought {
   u32 taken, above;                       // how many are selected; how many this part takes for certain
   u32 want : 12, inside : 12, known : 1;  // which largest of how many pairs the cut is
+  u32 owner;                              // whose it is
   u64 low, high;                          // the cut lies from `low` on and below `high`
 };
 
@@ -134,7 +138,7 @@ struct Workspace {  // begins at a multiple of 1024
   static constexpr u32 OTHERS = HISA ? MAX_QUERIES : 0;
   u32 first_in[OTHERS + 1], own[OTHERS + 1];
   u32 begins_in, in_begins_in;      // the query that the block's first tile is of; of IN_BLOCKS
-  u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: of the block's first tiles, which of its request's each is
+  u32 tiles_in[HISA ? MAPPED : 1];  // IN_BLOCKS: which of its request's each tile is
   unsigned char last_in[OTHERS + 4];
   u64 bound;                                   // the part's, and above it the number of its turn: see Bound
   alignas(16) u32 starts[1][GROUPS * WARPS];  // of parts, and one more: how many pairs each warp kept before; then those pairs
@@ -290,11 +294,10 @@ __device__ __forceinline__ void take_whole(const Step& c, const Work& work) {
     if (work.first[query] < work.first[query + 1]) continue;
     u32 end = tokens_of(c, query), taken = 0;
     for (u32 base = 0; base < end; base += 32 * KEYS) {
-      u32 tile = base / KEYS + lane_of();
-      bool there = tile * KEYS < end && (u32)c.table[c.owners[query] * c.table_row + tile] < c.num_pages;
-      for (u32 pages = __ballot_sync(EVERY, there); pages; pages &= pages - 1) {
-        u32 first = base + (__ffs(pages) - 1) * KEYS, num = min(end - first, KEYS);
-        for (u32 at = lane_of(); at < num; at += 32) c.indices[(u64)query * c.topk + taken + at] = first + at;
+      u32 tile = base / KEYS + lane_of(), page = tile * KEYS < end ? c.table[c.owners[query] * c.table_row + tile] : NONE;
+      for (u32 pages = __ballot_sync(EVERY, page < c.num_pages); pages; pages &= pages - 1) {
+        u32 lane = __ffs(pages) - 1, first = base + lane * KEYS, num = min(end - first, KEYS), slot = __shfl_sync(EVERY, page, lane) * KEYS;
+        for (u32 at = lane_of(); at < num; at += 32) put_taken(c, query, taken + at, first + at, slot + at);
         taken += num;
       }
     }
@@ -337,7 +340,7 @@ __device__ __forceinline__ void step(const Step& c) {
     c.sending.send<32>(lane_of());
     take_whole(c, work);
     bound.keep(work.bins, c.topk);
-    c.sending.tell();  // what was sent has come by now, so that nobody waits for it
+    c.sending.meet_ranks();  // what was sent has come by now, so that nobody waits for it
     return;
   }
   if (warp_of() >= GROUPS * WARPS) {

@@ -118,7 +118,7 @@ __device__ __forceinline__ void hisa(const Hisa& h) {
     meet_fetchers(), meet_fetchers();
     fetch_tiles<IN_BLOCKS>(in_blocks, work, warp_of() - GROUPS * WARPS, turn);
     meet_fetchers();
-    if (warp_of() == GROUPS * WARPS) in_blocks.sending.tell(), take_whole(in_blocks, work);
+    if (warp_of() == GROUPS * WARPS) take_whole(in_blocks, work), in_blocks.sending.meet_ranks();
     return;
   }
   Scorer<DIM, HEADS, BLOCKS>{of_blocks, work, turn}.run();

@@ -25,7 +25,7 @@ __device__ __forceinline__ void fetch_tiles(const Step& c, Workspace<DIM, HEADS,
       if (turn % FETCHING != fetcher) continue;
       int page = __shfl_sync(EVERY, found.page, lane);
       bool there = (u32)page < c.num_pages;
-      if (STAGE == IN_BLOCKS && lane_of() == lane && tile - run.begin < MAPPED) work.tiles_in[tile - run.begin] = found.tile;
+      if (STAGE == IN_BLOCKS && lane_of() == lane) work.tiles_in[tile - run.begin] = found.tile;
       u32 slot = turn % STAGES;
       await(&work.empty[slot], turn / STAGES % 2 ^ 1);
       if (!there) {

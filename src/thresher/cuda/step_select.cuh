@@ -3,8 +3,11 @@
 // How far pairs from `low` on and below `high` are shifted, so that there are at most 1 << bits of them.
 __device__ __forceinline__ u32 shift_of(u64 low, u64 high, u32 bits) { return max(64 - __clzll(high - 1 - low) - (int)bits, 0); }
 
+__device__ __forceinline__ void put_taken(const Step& c, u32 query, u32 at, u32 key, u32 slot) {
+  c.indices[(u64)query * c.topk + at] = key, c.slots[(u64)query * c.topk + at] = slot;
+}
 __device__ __forceinline__ void leave_out(const Step& c, u32 query, u32 at) {
-  c.indices[(u64)query * c.topk + at] = -1;
+  put_taken(c, query, at, ~0u, ~0u);
   if (c.beside) c.beside[(u64)query * c.topk + at] = __uint_as_float(0xff800000u);
 }
 
@@ -172,6 +175,7 @@ struct Selecting {
   // Find where the cut is and tell the others what this part has there. Only where a bin holds too many is anybody waited for once all are
   // scored; a team has room for fewer, and leaves that to all threads.
   __device__ __forceinline__ void seek(const Part& part, Sought& sought) {
+    u32 owner = STAGE != BLOCKS && thread == 0 ? (u32)c.owners[part.query] : 0;  // needed later, when others wait
     meet_team();  // nobody asks how many pairs the part before told any more
     if (thread == 0) team().num = 0;
     for (u32 at = thread; at < part.num / 32; at += threads) part.masks[at] = 0;
@@ -193,7 +197,7 @@ struct Selecting {
     }
     if (thread == 0) {
       sought.taken = min(total, c.topk), sought.want = want, sought.inside = inside, sought.known = 1;
-      sought.low = low, sought.high = high;
+      sought.low = low, sought.high = high, sought.owner = owner;
     }
     tell(part, sought, low, high);
   }
@@ -303,6 +307,18 @@ struct Selecting {
   // Take what is this part's: the keys from the cut on, ascending, behind those that the parts before it take.
   __device__ __forceinline__ void take(const Part& part, const Sought& sought) {
     u32 inside = sought.inside, mine = 0;
+    // Groups stand in lanes, 32 of them at a time. The pages that the first of them are in are looked up before anybody is waited for.
+    Groups own = groups(part);
+    auto tile_of = [&](u32 group) {
+      u32 tile = group * 32 / KEYS;
+      return STAGE == IN_BLOCKS ? work.tiles_in[part.tile + tile] : part.first / KEYS + tile;
+    };
+    auto page_of = [&](u32 group) {
+      if (STAGE == BLOCKS || group >= own.stop) return 0u;
+      u32 tile = tile_of(group);
+      return STAGE == IN_BLOCKS && tile >= c.table_tiles ? NONE : (u32)c.table[(u64)sought.owner * c.table_row + tile];
+    };
+    u32 ahead = page_of(own.begin + lane_of());
     if (thread == 0) team().num = 0;
     meet_team();
     u32 before = gather(part);
@@ -319,8 +335,6 @@ struct Selecting {
       }
       meet_team();
     }
-    // Groups stand in lanes, 32 of them at a time.
-    Groups own = groups(part);
     auto mask_of = [&](u32 group) { return group < own.stop ? changed(&part.masks[group]) : 0; };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) mine += __popc(mask_of(group));
     mine = __reduce_add_sync(EVERY, mine), before = __reduce_add_sync(EVERY, before);
@@ -328,25 +342,27 @@ struct Selecting {
     meet_team();
     u32 from = number * (threads / 32) + lane_of();
     u32 to = __reduce_add_sync(EVERY, lane_of() < threads / 32 ? work.befores[from] + (from < warp_of() ? work.warps[from] : 0) : 0);
-    Chosen chosen(c, work, STAGE, part.query, part.end);
-    auto put = [&](u32 place, u32 at) {
-      u32 key = part.first + at, tile = part.tile + at / KEYS;
-      if (STAGE == IN_BLOCKS) key = (tile < MAPPED ? work.tiles_in[tile] : chosen.tile_of(key / KEYS)) * KEYS + key % KEYS;
+    auto put = [&](u32 at, u32 key, u32 tile, u32 page) {
       if (STAGE == BLOCKS)
-        publish(&c.blocks[(u64)part.query * c.topk + place], key + 1);
+        publish(&c.blocks[(u64)part.query * c.topk + at], tile * KEYS + key % KEYS + 1);
       else
-        c.indices[(u64)part.query * c.topk + place] = key;
-      if (c.beside) c.beside[(u64)part.query * c.topk + place] = score_of(part.ranks[at]);
+        put_taken(c, part.query, at, tile * KEYS + key % KEYS, page * KEYS + key % KEYS);
+      if (c.beside) c.beside[(u64)part.query * c.topk + at] = score_of(part.ranks[key]);
     };
     for (u32 group = own.begin + lane_of(); group - lane_of() < own.stop; group += 32) {
-      u32 mask = mask_of(group), upto = sum_upto(__popc(mask)), place = to + upto - __popc(mask), all = __shfl_sync(EVERY, upto, 31);
+      u32 mask = mask_of(group), upto = sum_upto(__popc(mask)), at = to + upto - __popc(mask), all = __shfl_sync(EVERY, upto, 31);
+      u32 tile = group < own.stop ? tile_of(group) : 0, page = ahead;
+      ahead = page_of(group + 32);
       u32 num = min(own.stop - (group - lane_of()), 32u), most = __reduce_max_sync(EVERY, __popc(mask));  // of groups, of keys in one
       if (most <= num) {
-        for (; mask; mask &= mask - 1) put(place++, group * 32 + __ffs(mask) - 1);
+#pragma unroll 1
+        for (; mask; mask &= mask - 1) put(at++, group * 32 + __ffs(mask) - 1, tile, page);
       } else {  // so many that a lane takes one of each group
+#pragma unroll 1
         for (u32 lane = 0; lane < num; lane++) {
-          u32 theirs = __shfl_sync(EVERY, mask, lane), at = __shfl_sync(EVERY, place, lane) + __popc(theirs & ((1u << lane_of()) - 1));
-          if (theirs >> lane_of() & 1) put(at, (group - lane_of() + lane) * 32 + lane_of());
+          u32 theirs = __shfl_sync(EVERY, mask, lane), first = __shfl_sync(EVERY, at, lane);
+          u32 there = __shfl_sync(EVERY, tile, lane), on = __shfl_sync(EVERY, page, lane), key = (group - lane_of() + lane) * 32 + lane_of();
+          if (theirs >> lane_of() & 1) put(first + __popc(theirs & ((1u << lane_of()) - 1)), key, there, on);
         }
       }
       to += all;

@@ -4,6 +4,7 @@ at the end."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,16 +13,44 @@ from thresher.cache.scratch import Scratch
 from thresher.distributed.collectives import Collectives
 from thresher.distributed.exact import ExactMerge
 from thresher.distributed.simulate import OverRanks
-from thresher.ops import sparse_attend_mla_fp8, to_slots
+from thresher.ops import slots_of, sparse_attend_mla_fp8
 from thresher.ops.dispatch import AUTO, meaning, reason
 from thresher.ops.quantize import store_step
+from thresher.ops.send import Send
 from thresher.ops.sparse_attend import kernel_over_fp8
 from thresher.types import IndexKeys, PartialAttention, Selection
 
 
+@dataclass(frozen=True)
+class Coming:
+    """All ranks' queries, on their way.
+
+    Attributes:
+        receive: waits for them and gives them, ``[Q, heads, ...]``; over symmetric memory a ``symmetric.Received``.
+        scratch: None, or the selection's, which has been left an errand: to send this rank's and to wait for the others'.
+    """
+
+    receive: Callable[[], Tensor]
+    scratch: Scratch | None = None
+
+    @classmethod
+    def there(cls, q: Tensor) -> Coming:
+        """Those that have come."""
+        return cls(lambda: q)
+
+    def come(self) -> bool:
+        """Whether the selection has waited for them. Where it did not take its errand, this rank's are sent now."""
+        if self.scratch is None:
+            return False
+        unsent = self.scratch.take_errand()
+        if unsent is not None:
+            unsent.launch()
+        return unsent is None
+
+
 def store_and_send(
     ranks: Collectives, attention_q: Tensor, shares: Sequence[int], keys: IndexKeys, scratch: Scratch, *step: Any, **options: Any
-) -> tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]:
+) -> tuple[tuple[Tensor, Tensor], Coming]:
     """Store a step's tokens and put the attention's queries on their way, which nobody waits for before tokens are selected: over symmetric
     memory by the launch that selects, which has a warp to spare, or where that cannot by one of their own.
 
@@ -34,44 +63,45 @@ def store_and_send(
         step, options: of ``ops.quantize.store_step``.
 
     Returns:
-        What ``store_step`` gives; and a function that gives all ranks' queries, ``[Q, heads, ...]``, which ``attend_merged`` must follow
-        before others are sent.
+        What ``store_step`` gives; and all ranks' queries, for ``slots_and_heads``, which ``attend_merged`` must follow before others are
+        sent.
     """
     sending = getattr(ranks, "sending", None)
     if sending is None:
         gathered = ranks.gather_heads(attention_q, shares)
-        return store_step(*step, **options), lambda: gathered
+        return store_step(*step, **options), Coming.there(gathered)
     made = store_step(*step, **options)
     send, receive = sending(attention_q, shares)
-    if send is not None and _selection_sends(attention_q, keys):
+    if send is not None and _selection_sends(send, attention_q, keys):
         scratch.errand = send
-    elif send is not None:
+        return made, Coming(receive, scratch)
+    if send is not None:
         send.launch()
-    return made, receive
+    return made, Coming(receive)
 
 
-def _selection_sends(q: Tensor, keys: IndexKeys) -> bool:
-    """Whether the selection is a launch of step.cu, as far as that is known before."""
+def _selection_sends(send: Send, q: Tensor, keys: IndexKeys) -> bool:
+    """Whether the selection is a launch of step.cu that can send them, as far as that is known before."""
     if meaning() not in (AUTO, "cuda") or reason("score_select", "cuda", q.device) is not None:
         return False
-    from thresher.ops.score_select.cuda import worthwhile
+    from thresher.ops.score_select import cuda
+    from thresher.ops.score_select.triton import multiprocessors
 
-    return worthwhile(0, q.shape[0], keys.num_requests, keys.room, True)
+    return cuda.sends(send, multiprocessors(q.device)) and cuda.worthwhile(0, q.shape[0], keys.num_requests, keys.room, True)
 
 
 def slots_and_heads(
-    received: Callable[[], Tensor], indices: Tensor, page_table: Tensor, requests: Tensor, page_size: int, scratch: Scratch
+    coming: Coming, picked: Selection, page_table: Tensor, requests: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor]:
-    """``ops.to_slots``, and what ``received`` gives, over symmetric memory by one launch; ``scratch`` as for ``store_and_send``."""
-    unsent = scratch.take_errand()
-    if unsent is not None:  # a selector that runs no such launch
-        unsent.launch()
-    sent = getattr(received, "sent", None)
-    if sent is None or not indices.numel():
-        return to_slots(indices, page_table, requests, page_size), received()
+    """``ops.slots_of``, and all ranks' queries. Over symmetric memory the selection has found both; else one launch finds both."""
+    sent = getattr(coming.receive, "sent", None)
+    if coming.come():
+        return slots_of(picked, page_table, requests, page_size), coming.receive.heads()  # type: ignore[attr-defined]
+    if sent is None or picked.slots is not None or not picked.indices.numel():
+        return slots_of(picked, page_table, requests, page_size), coming.receive()
     from thresher.ops.to_slots import triton
 
-    return triton.to_slots(indices, page_table, requests, page_size, sent), received.heads()  # type: ignore[attr-defined]
+    return triton.to_slots(picked.indices, page_table, requests, page_size, sent), coming.receive.heads()  # type: ignore[attr-defined]
 
 
 def counts_of(over: OverRanks, picked: Selection) -> Tensor | None:
@@ -102,6 +132,7 @@ def attend_merged(
     if merge_shares is not None and kernel is not None and kernel.__module__.endswith("sparse_attend.triton"):
         from thresher.ops.sparse_attend.triton import attend_in_shares
 
-        merged: PartialAttention = merge_shares(attend_in_shares(q, cache_data, slots, scale, counts), shares)
+        early = counts is not None  # the candidates' merge is ahead, and not the selection
+        merged: PartialAttention = merge_shares(attend_in_shares(q, cache_data, slots, scale, counts, early), shares)
         return merged
     return ranks.merge_heads(sparse_attend_mla_fp8(q, cache_data, slots, scale), shares)

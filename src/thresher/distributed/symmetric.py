@@ -133,9 +133,9 @@ class SymmetricMemory:
         need = self.ranks * padded.numel() * x.element_size()
         require(need <= self.room // 2, f"heads that are sent must fit {self.room // 2} bytes", need, "make SymmetricMemory with more room")
         self._unread = 2
-        send = Send(here, row // word.itemsize, self._addresses, self._later, self._turns, MEETING, self.rank)
+        send = Send(here, row // word.itemsize, self._addresses, self._later, self._turns, MEETING, self.rank, self._patience)
         came = self._held[self._later : self._later + need].view(x.dtype).view(x.shape[0], self.ranks, *padded.shape[1:])
-        return send, Received(self, Sent(self._addresses, self._turns, MEETING, self.rank, send.programs, self._patience), came, shares)
+        return send, Received(self, send.sent, came, shares)
 
     def merge(self, part: PartialAttention) -> PartialAttention:
         return self._merged(Shares.of(part), part.out.shape[1], False)

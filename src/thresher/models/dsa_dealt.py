@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from thresher.cache.state import LayerState
-from thresher.distributed.attend import attend_merged, counts_of, slots_and_heads, store_and_send
+from thresher.distributed.attend import Coming, attend_merged, counts_of, slots_and_heads, store_and_send
 from thresher.distributed.collectives import Collectives, share_heads
 from thresher.distributed.shards import Shard
 from thresher.distributed.simulate import OverRanks
@@ -50,15 +50,14 @@ def attend_dealt(
         keys = caches[source].view()
         if given.index is None:
             cache.store(slots, given)
-            every = ranks.gather_heads(own, shares)
-            received = lambda: every  # noqa: E731
+            coming = Coming.there(ranks.gather_heads(own, shares))
         else:
-            made, received = store_and_send(ranks, own, shares, keys, state.scratch, *cache.step(slots, given))
+            made, coming = store_and_send(ranks, own, shares, keys, state.scratch, *cache.step(slots, given))
             asked[layer] = IndexQuery(*made, local, requests)
         picked = placed[layer].own_set_of(asked[source], Shard(keys, state), ranks)
         state.selections[layer] = picked
         table = cache.table
-        there, q = slots_and_heads(received, picked.indices, table.table, requests, table.page_size, state.scratch)
+        there, q = slots_and_heads(coming, picked, table.table, requests, table.page_size)
         counts = counts_of(placed[layer], picked)
         return attend_merged(ranks, q, cache.latents.data, there, config.softmax_scale, shares, counts).out
 

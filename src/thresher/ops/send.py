@@ -32,6 +32,7 @@ class Send:
         turns: int32, of every flag the turn it was at last; counted on.
         first: the first of the ``programs`` flags that are used.
         rank: this one.
+        patience: nanoseconds, after which a kernel that waits for what others send gives up.
     """
 
     words: Tensor
@@ -41,6 +42,7 @@ class Send:
     turns: Tensor
     first: int
     rank: int
+    patience: int
 
     @property
     def block(self) -> int:
@@ -51,6 +53,11 @@ class Send:
     def programs(self) -> int:
         """How many send, each with a flag."""
         return min(triton.cdiv(len(self.words), self.block), PROGRAMS)
+
+    @property
+    def sent(self) -> Sent:
+        """What all ranks send in the same turn."""
+        return Sent(self.addresses, self.turns, self.first, self.rank, self.programs, self.patience)
 
     def launch(self) -> None:
         """Send them, by a launch of its own."""
@@ -65,9 +72,8 @@ class Sent:
     """What all ranks have sent, for a kernel that waits for it.
 
     Attributes:
-        addresses, turns, first, rank: as in ``Send``.
+        addresses, turns, first, rank, patience: as in ``Send``.
         programs: of every rank's ``Send``.
-        patience: nanoseconds, after which the kernel gives up.
     """
 
     addresses: Tensor

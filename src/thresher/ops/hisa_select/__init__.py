@@ -50,7 +50,7 @@ def hisa_select(
         impl: "auto", "cuda" or "reference". "cuda" is for a step of decoding on Hopper, with blocks of whole pages of 64, and raises where
             it cannot run; "reference" is that of the four operations. "auto" is "cuda" where that can run and its ``worthwhile`` says so,
             and else the four operations with "auto" each.
-        scratch: for "cuda", which then has nothing to clear before it begins, and sends its errand if it has one; None gives it memory of
+        scratch: for "cuda", which then has nothing to clear before it begins, and does its errand if it has one; None gives it memory of
             its own.
 
     Returns:
@@ -75,7 +75,7 @@ def hisa_select(
         check_cuts(keys, held, block_size)
 
     def unsupported(module: ModuleType) -> str | None:
-        why: str | None = module.unsupported(query, keys, held, block_size, topk)
+        why: str | None = module.unsupported(query, keys, held, num_blocks, block_size, topk)
         return why
 
     sizes = query.num_queries, keys.num_requests

@@ -21,7 +21,8 @@ from thresher.types import IndexKeys, IndexQuery, Selection
 if TYPE_CHECKING:
     from thresher.ops.send import Send
 
-BEFORE_PAIRS = step.BEFORE_PAIRS + 11264  # as struct Workspace of step.cu has it for HISA
+BEFORE_PAIRS = step.BEFORE_PAIRS + 13312  # as struct Workspace of step.cu has it for HISA
+MAPPED = 1024  # as in step.cu
 MEETING = 4  # words of all thread blocks; two are used
 
 
@@ -36,7 +37,7 @@ class Hisa(ctypes.Structure):
     ]
 
 
-def unsupported(query: IndexQuery, keys: IndexKeys, means: IndexKeys, block_size: int, topk: int) -> str | None:
+def unsupported(query: IndexQuery, keys: IndexKeys, means: IndexKeys, num_blocks: int, block_size: int, topk: int) -> str | None:
     """Why this kernel cannot run, or None."""
     why = step.unsupported(query, keys, topk) or unfit(query, means)
     if why is not None:
@@ -45,6 +46,9 @@ def unsupported(query: IndexQuery, keys: IndexKeys, means: IndexKeys, block_size
         return f"needs blocks of a multiple of {TILE} tokens, not {block_size}"
     if means.room < keys.room // block_size:
         return f"needs room for the means of {keys.room // block_size} blocks, not {means.room}"
+    tiles = step.share(query.num_queries, num_blocks * block_size // TILE, multiprocessors(query.q.device))
+    if tiles > MAPPED:
+        return f"needs at most {MAPPED} tiles of {TILE} keys a multiprocessor, not {tiles}"
     return None if means.pages.data_ptr() % 16 == 0 else "needs pages of means at a multiple of 16 bytes"
 
 
@@ -105,8 +109,8 @@ def select_step(
     told = meeting + 4 * MEETING
     then_told = told + 4 * step.shared_words(num, programs)
     blocks = then_told + 4 * step.shared_words(num, programs)
-    sending = step.Sending.of(send, programs)
     both = {"block_size": block_size, "most_blocks": num_blocks, "blocks": blocks}
+    sending = step.Sending.of(send)
     unscored = Selection(picked.indices, picked.lengths)  # what blocks are chosen by is nobody's to see
     of_blocks, _kept = step.step_of(read, pages, keys, num_blocks - 1, unscored, mean_tiles, within, told, programs, **both)
     in_blocks, _kept_too = step.step_of(read, keys, keys, topk, picked, tiles, within, then_told, programs, sending=sending, **both)

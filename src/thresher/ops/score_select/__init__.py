@@ -36,7 +36,7 @@ def score_select(
             step of decoding on Hopper; each raises where it cannot run. "reference" is the two steps' reference. "auto" is "cuda" or
             "triton" where that can run and its ``worthwhile`` says so, and else the two steps with "auto" each, which hold a matrix of
             scores.
-        scratch: for "cuda", which then has nothing to clear before it begins, and sends its errand if it has one; None gives it memory of
+        scratch: for "cuda", which then has nothing to clear before it begins, and does its errand if it has one; None gives it memory of
             its own.
 
     Returns:

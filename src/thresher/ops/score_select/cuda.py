@@ -37,21 +37,18 @@ class Sending(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("pieces", "addresses", "turns")),
-        ("at", ctypes.c_ulonglong),
+        *((name, ctypes.c_ulonglong) for name in ("at", "patience")),
         *((name, ctypes.c_uint) for name in ("num", "row", "ranks", "rank", "first", "blocks")),
     ]
 
     @classmethod
-    def of(cls, send: Send | None, programs: int) -> Sending:
-        """What a launch of so many thread blocks sends; what it cannot is sent by a launch of its own, now."""
+    def of(cls, send: Send | None) -> Sending:
+        """What a launch sends, if ``sends``."""
         if send is None:
             return cls()
         words, each = send.words, send.words.element_size()
-        if send.row * each % PIECE or words.data_ptr() % PIECE or send.programs > programs:
-            send.launch()
-            return cls()
         return cls(
-            pieces=words.data_ptr(), addresses=send.addresses.data_ptr(), turns=send.turns.data_ptr(), at=send.at,
+            pieces=words.data_ptr(), addresses=send.addresses.data_ptr(), turns=send.turns.data_ptr(), at=send.at, patience=send.patience,
             num=len(words) * each // PIECE, row=send.row * each // PIECE, ranks=len(send.addresses), rank=send.rank, first=send.first,
             blocks=send.programs,
         )  # fmt: skip
@@ -63,11 +60,13 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("tiles", ctypes.c_ubyte * 128),
         *((name, ctypes.c_void_p) for name in ("pages", "q", "weights", "owners", "positions", "lengths", "table")),
-        *((name, ctypes.c_void_p) for name in ("indices", "taken", "beside", "told", "words", "pairs", "spilt", "ranks", "blocks")),
+        *((name, ctypes.c_void_p) for name in ("indices", "slots", "taken", "beside", "told")),
+        *((name, ctypes.c_void_p) for name in ("words", "pairs", "spilt", "ranks", "blocks")),
         *((name, ctypes.c_uint) for name in ("num_queries", "num_heads", "table_tiles", "num_requests", "num_pages", "topk")),
         *((name, ctypes.c_uint) for name in ("page_bytes", "q_row", "q_head", "w_row", "table_row", "held", "masked")),
         *((name, ctypes.c_uint) for name in ("parts", "row_tiles", "block_size", "most_blocks")),
         ("sending", Sending),
+        ("spare", ctypes.c_void_p * 6),
     ]
 
 
@@ -88,6 +87,12 @@ def worthwhile(num_heads: int, num_queries: int, num_requests: int, room_tokens:
     one query, from 4k on for four, and as fast for drafts of four tokens, each of which reads the keys again (benchmarks/results/auto,
     docs/lab-log.md)."""
     return not scored or (num_queries <= 4 * num_requests and room_tokens >= (8192 if num_queries < 4 else 4096))
+
+
+def sends(send: Send, programs: int) -> bool:
+    """Whether a launch of so many thread blocks can send these words."""
+    each = send.words.element_size()
+    return send.row * each % PIECE == 0 and send.words.data_ptr() % PIECE == 0 and send.programs <= programs
 
 
 class Room(NamedTuple):
@@ -131,27 +136,26 @@ def select_step(
     Args:
         programs: thread blocks, of which each multiprocessor must have room for one.
         shared: int32, at least ``shared_words(Q, programs)`` zeros, which are zeros again when the launch ends; None makes some.
-        send: what the launch sends beside.
+        send: what the launch sends beside, if ``sends``; it ends when what the other ranks sent is here.
     """
     num, device = query.num_queries, query.q.device
     picked = room(num, topk, with_scores, device)
     if not num:
         return picked
-    sending = Sending.of(send, programs)
     shared = torch.zeros(shared_words(num, programs), dtype=torch.int32, device=device) if shared is None else shared
     tiles = keys.page_table.shape[1]
     within = shared_memory(rows_of_heads(query), keys.head_dim, num, share(num, tiles, programs))
     read = readable(query)
-    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, within, shared.data_ptr(), programs, sending=sending)
+    arguments, _kept = step_of(read, keys, keys, topk, picked, tiles, within, shared.data_ptr(), programs, sending=Sending.of(send))
     launch_step("select_tokens", arguments, read, programs, within.size)
     return picked
 
 
 def room(num: int, topk: int, with_scores: bool, device: torch.device) -> Selection:
     """A selection to be written."""
-    indices = torch.empty(num, topk, dtype=torch.int32, device=device)
+    indices, slots = torch.empty(2, num, topk, dtype=torch.int32, device=device)
     taken = torch.empty(num, dtype=torch.int64, device=device)
-    return Selection(indices, taken, scores=torch.empty(num, topk, device=device) if with_scores else None)
+    return Selection(indices, taken, scores=torch.empty(num, topk, device=device) if with_scores else None, slots=slots)
 
 
 def rows_of_heads(query: IndexQuery) -> int:
@@ -182,7 +186,7 @@ def step_of(
         query: a ``readable`` one.
         keys: that are scored.
         seen: whose positions queries have: the same, or those of which ``keys`` are means.
-        picked: where to; without ``scores`` these are not written.
+        picked: where to; without ``scores`` these are not written. Blocks have no slots.
         row_tiles: of a query at most.
         within: what shared memory has room for.
         told: address of ``shared_words`` zeros.
@@ -199,11 +203,12 @@ def step_of(
     arguments = Step(
         tiles=launch.tile_map(pages.data_ptr(), len(pages), TILE * (dim + 4), dim), pages=pages.data_ptr(), q=q.data_ptr(),
         weights=weights.data_ptr(), owners=query.requests.data_ptr(), positions=query.positions.data_ptr(), lengths=lengths.data_ptr(),
-        table=table.data_ptr(), indices=picked.indices.data_ptr(), taken=picked.lengths.data_ptr(), beside=_address(picked.scores),
-        told=told, words=pairs + 8 * num * 2 * MOST, pairs=pairs, spilt=_address(spilt), ranks=_address(ranks), num_queries=num,
-        num_heads=query.num_heads, table_tiles=seen.page_table.shape[1], num_requests=keys.num_requests, num_pages=len(pages), topk=topk,
-        page_bytes=TILE * (dim + 4), q_row=q.stride(0), q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0),
-        held=within.held, masked=MASKED, parts=within.parts, row_tiles=row_tiles, **more,
+        table=table.data_ptr(), indices=picked.indices.data_ptr(), slots=_address(picked.slots), taken=picked.lengths.data_ptr(),
+        beside=_address(picked.scores), told=told, words=pairs + 8 * num * 2 * MOST, pairs=pairs, spilt=_address(spilt),
+        ranks=_address(ranks), num_queries=num, num_heads=query.num_heads, table_tiles=seen.page_table.shape[1],
+        num_requests=keys.num_requests, num_pages=len(pages), topk=topk, page_bytes=TILE * (dim + 4), q_row=q.stride(0),
+        q_head=q.stride(1), w_row=weights.stride(0), table_row=table.stride(0), held=within.held, masked=MASKED, parts=within.parts,
+        row_tiles=row_tiles, **more,
     )  # fmt: skip
     return arguments, (pages, table, lengths, spilt, ranks)
 

@@ -19,10 +19,10 @@ REGISTERS = (224, 88, 32)  # a thread, of those that multiply 384 dims (192 for 
 
 
 def launcher(
-    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None
+    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None, early: bool = False
 ) -> Callable[[int, int, int, Tensor, Tensor, Tensor], None]:
-    """``launch(grid, shares, share_tiles, out, lse, total)`` for checked arguments; q and slots have rows of stride 1. ``counts`` as for
-    ``triton.attend_in_shares``."""
+    """``launch(grid, shares, share_tiles, out, lse, total)`` for checked arguments; q and slots have rows of stride 1. ``counts`` and
+    ``early`` as for ``triton.attend_in_shares``."""
     words = cache_data.view(torch.int32)
     units = (cache_data.stride(0) // 16, cache_data.stride(1) // 16)
     num_slots = cache_data.shape[0] * cache_data.shape[1]
@@ -33,7 +33,7 @@ def launcher(
             q, words, slots, counts if share_tiles > 1 else None, out, lse, total,
             scale * math.log2(math.e), num_slots, q.shape[1], slots.shape[1], shares, share_tiles, *units, *q.stride()[:2], slots.stride(0),
             # Pages of a size that the compiler knows, so that no division stands before a row's address.
-            SPLIT=shares > 1, PAGE=cache_data.shape[1], TILE=TILE, REGISTERS=REGISTERS, num_warps=4, launch_pdl=True,
+            SPLIT=shares > 1, PAGE=cache_data.shape[1], TILE=TILE, REGISTERS=REGISTERS, num_warps=4, launch_pdl=early,
         )  # fmt: skip
 
     return launch

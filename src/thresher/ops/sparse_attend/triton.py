@@ -186,12 +186,16 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
     return attend_in_shares(q, cache_data, slots, scale).added()
 
 
-def attend_in_shares(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None) -> Shares:
+def attend_in_shares(
+    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None, early: bool = False
+) -> Shares:
     """``sparse_attend_mla_fp8`` before its shares are added up.
 
     Args:
         counts: integers ``[Q]``: where each row's slots all stand in so many columns from the first on, which saves time where these are
             fewer than there are.
+        early: whether it may begin while the launch ahead is at work: for one that leaves most multiprocessors free. Where each is free
+            only when that ends, neighbours, which share the way their instructions come, would get programs and others none.
     """
     _refuse(unsupported_mla_fp8(q, cache_data))
     require(q.shape[2] == MLA_DIM, f"q must be [num_queries, heads, {MLA_DIM}]", tuple(q.shape), "use absorbed queries")
@@ -201,7 +205,7 @@ def attend_in_shares(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float,
     hopper = _hopper(q)
     if hopper is not None:
         q, slots, num_slots = unit_rows(q), unit_rows(slots), cache_data.shape[0] * cache_data.shape[1]
-        launch = hopper.launcher(q, cache_data, slots, scale, counts)
+        launch = hopper.launcher(q, cache_data, slots, scale, counts, early)
         return _attend(launch, q, slots, num_slots, LATENT_DIM, triton.cdiv(q.shape[1], hopper.HEADS), hopper.TILE)
     pages, page_size = cache_data.shape[:2]
     latent, scales, rope = cache_data.view(torch.float8_e4m3fn), cache_data.view(torch.float32), cache_data.view(torch.bfloat16)

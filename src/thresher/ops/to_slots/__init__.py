@@ -14,6 +14,23 @@ from thresher.checks import INT32, INT64, check_count, check_tensor
 from thresher.ops.arguments import check_values
 from thresher.ops.dispatch import AUTO, choose, device_of
 from thresher.ops.to_slots.reference import to_slots_reference
+from thresher.types import Selection
+
+
+def slots_of(picked: Selection, page_table: Tensor, requests: Tensor, page_size: int) -> Tensor:
+    """Slots of a selection: those it has, or else ``to_slots`` of its indices.
+
+    Args:
+        picked: what was selected, of logical positions or of a rank's own.
+        page_table, requests, page_size: as for ``to_slots``; the keys that were selected from had the same.
+
+    Returns:
+        int32 ``[Q, k]``, -1 for none.
+
+    Raises:
+        ThresherError: what ``to_slots`` refuses.
+    """
+    return to_slots(picked.indices, page_table, requests, page_size) if picked.slots is None else picked.slots
 
 
 def to_slots(indices: Tensor, page_table: Tensor, requests: Tensor, page_size: int, impl: str = AUTO) -> Tensor:
