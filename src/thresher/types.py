@@ -115,7 +115,7 @@ class Selection:
             ``"slot"`` (``page * page_size + offset``).
         scores: fp32 ``[Q, k]`` beside ``indices`` (-inf where padded), or None when not asked for.
         slots: int32 ``[Q, k]`` beside ``indices`` (-1 where padded): where those lie in a cache that shares the keys' page table, as
-            ``page * page_size + offset``. None where what selected does not say; ``ops.slots_of`` finds them then.
+            ``page * page_size + offset``. None where what selected does not say; ``ops.to_slots`` finds them then.
     """
 
     indices: Tensor

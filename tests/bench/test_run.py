@@ -18,8 +18,9 @@ from thresher.bench.record import read
 from thresher.bench.run import Settings, run_bench
 from thresher.bench.work import make_work
 from thresher.errors import ThresherError
-from thresher.ops import dispatch, paged_index_score, slots_of, to_slots
+from thresher.ops import dispatch, paged_index_score, to_slots
 from thresher.ops.score_select.marks import keep
+from thresher.ops.to_slots import slots_of
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.types import PartialAttention, Selection
 
@@ -307,7 +308,7 @@ def test_slots_follow_the_page_table():
 
 
 def test_slots_that_a_selection_has_are_taken_and_checked(monkeypatch):
-    """Those that are wrong fail the check, though the attention is right for them."""
+    """Those that are wrong fail the check, though the attention is right for them. The attention begins after such a selection."""
     made = make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
     keys, requests = made.index.keys, made.index.query.requests
     select, shift = DSA.select_indices, 0
@@ -317,7 +318,12 @@ def test_slots_that_a_selection_has_are_taken_and_checked(monkeypatch):
         slots = to_slots(picked.indices, keys.page_table, requests, keys.page_size)
         return dataclasses.replace(picked, slots=torch.where(slots < 0, slots, slots ^ shift))
 
+    began, attend = [], work.sparse_attend_mla_fp8
+    monkeypatch.setattr(work, "sparse_attend_mla_fp8", lambda *given, early: began.append(early) or attend(*given, early=early))
+    made.run()
     monkeypatch.setattr(DSA, "select_indices", with_slots)
+    made.run()
+    assert began == [True, False]
     assert check.check_work(made) is None
     shift = 1
     picked = made.selector.select_indices(made.index.query, keys, made.state)

@@ -97,7 +97,9 @@ def good():
         },
         "sparse_attend": {"q": randn(2, 4, 8), "k": randn(6, 2, 8), "v": randn(6, 2, 5), "slots": slots, "scale": 0.3},
         "sparse_attend_mla": {"q": randn(2, 4, 576), "latents": randn(6, 576), "slots": slots, "scale": 0.05, "value_dim": 512},
-        "sparse_attend_mla_fp8": {"q": randn(2, 4, 576).bfloat16(), "cache_data": LatentCache(2, 3).data, "slots": slots, "scale": 0.05},
+        "sparse_attend_mla_fp8": {
+            "q": randn(2, 4, 576).bfloat16(), "cache_data": LatentCache(2, 3).data, "slots": slots, "scale": 0.05, "early": False
+        },
         "merge": {"parts": [PartialAttention(randn(2, 3, 4), randn(2, 3)) for _ in range(2)]},
         "store_index_keys": {"pages": IndexKeyCache(2, DIM, 3).pages, "x": randn(2, DIM), **tokens, **rotation},
         "quantize_queries": {

@@ -41,6 +41,7 @@ PLAIN = {
     "style": [None, "neox", 3],
     "filled": [None, 1, "no"],
     "with_scores": [None, 1, "no"],
+    "early": [None, 1, "no"],
     "scratch": [1, "some", torch.zeros(9)],
     "space": [None, "page", 3],
 }

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from thresher.cache import LatentCache
+
+attend, gluon = import_module("thresher.ops.sparse_attend.triton"), import_module("thresher.ops.sparse_attend.gluon")
 
 SHARED_LIMIT = 227 * 1024
 
@@ -39,6 +46,16 @@ def test_decode_compiles(compile_for_hopper):
         assert getattr(kernel, "stack", 0) <= 24
         # Scalars: two of the lead's uses of local memory are in a common turn.
         assert getattr(kernel, "hot_spills", 0) <= 6
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_decode_begins_early_where_it_may(early, monkeypatch):
+    launched = []
+    monkeypatch.setattr(gluon, "decode_kernel", {(2,): lambda *given, **options: launched.append(options["launch_pdl"])})
+    q, slots = torch.zeros(1, 64, 576).bfloat16(), torch.zeros(1, 64, dtype=torch.int32)
+    monkeypatch.setattr(attend, "_hopper", lambda q: SimpleNamespace(HEADS=64, TILE=32, launcher=gluon.launcher))
+    attend.attend_in_shares(q, LatentCache(3).data, slots, 0.1, early=early)
+    assert launched == [early]
 
 
 PREFILL = """

@@ -19,8 +19,9 @@ from thresher.bench.timing import Prepared
 from thresher.bench.work import store_arguments, store_tokens
 from thresher.distributed import IDSA, ExactMerge, Shard
 from thresher.distributed.attend import attend_merged, counts_of, slots_and_heads, store_and_send
-from thresher.ops import slots_of, sparse_attend_mla_fp8
+from thresher.ops import sparse_attend_mla_fp8
 from thresher.ops.dispatch import using
+from thresher.ops.to_slots import slots_of
 from thresher.selectors.base import Selector
 from thresher.types import IndexQuery, PartialAttention, Selection
 
@@ -64,9 +65,9 @@ def _whole(work: RankWork) -> PartialAttention:
     held = work.held
     with using(work.impl):
         query = store_tokens(held.tokens, held.index, held.attend)
-        keys = held.index.keys
-        slots = slots_of(_select(work, query), keys.page_table, query.requests, keys.page_size)
-        return sparse_attend_mla_fp8(held.attend.q, held.attend.latents, slots, SCALE)
+        picked, keys = _select(work, query), held.index.keys
+        slots = slots_of(picked, keys.page_table, query.requests, keys.page_size)
+        return sparse_attend_mla_fp8(held.attend.q, held.attend.latents, slots, SCALE, early=picked.slots is None)
 
 
 def _dealt(work: RankWork) -> PartialAttention:
@@ -77,7 +78,8 @@ def _dealt(work: RankWork) -> PartialAttention:
         made, coming = store_and_send(work.ranks, held.attend.q, work.shares, keys, work.state.scratch, *stored)
         picked = _select(work, IndexQuery(*made, asked.positions, asked.requests))
         slots, q = slots_and_heads(coming, picked, keys.page_table, asked.requests, keys.page_size)
-        return attend_merged(work.ranks, q, held.attend.latents, slots, SCALE, work.shares, counts_of(work.over, picked))
+        counts, early = counts_of(work.over, picked), picked.slots is None
+        return attend_merged(work.ranks, q, held.attend.latents, slots, SCALE, work.shares, counts, early)
 
 
 def _select(work: RankWork, query: IndexQuery) -> Selection:

@@ -20,7 +20,6 @@ from thresher.ops import (
     keep_best,
     paged_index_score,
     select_topk,
-    slots_of,
     sparse_attend_mla,
     sparse_attend_mla_fp8,
     store_step,
@@ -28,6 +27,7 @@ from thresher.ops import (
 )
 from thresher.ops.dispatch import AUTO, TABLE, preferred, using
 from thresher.ops.sparse_attend import kernel_over_fp8
+from thresher.ops.to_slots import slots_of
 from thresher.selectors.base import Selector
 from thresher.types import IndexKeys, IndexQuery, Selection
 
@@ -273,8 +273,8 @@ def _layer(work: Work) -> Any:
     assert work.attend is not None
     assert work.index is not None
     index = Inputs(_store(work), work.index.keys)
-    slots = _slots(_select(replace(work, index=index)), index)
-    return sparse_attend_mla_fp8(work.attend.q, work.attend.latents, slots, SCALE)
+    picked = _select(replace(work, index=index))
+    return sparse_attend_mla_fp8(work.attend.q, work.attend.latents, _slots(picked, index), SCALE, early=picked.slots is None)
 
 
 _RUNS: dict[str, Callable[[Work], Any]] = {

@@ -13,11 +13,12 @@ from thresher.cache.scratch import Scratch
 from thresher.distributed.collectives import Collectives
 from thresher.distributed.exact import ExactMerge
 from thresher.distributed.simulate import OverRanks
-from thresher.ops import slots_of, sparse_attend_mla_fp8
+from thresher.ops import sparse_attend_mla_fp8
 from thresher.ops.dispatch import AUTO, meaning, reason
 from thresher.ops.quantize import store_step
 from thresher.ops.send import Send
 from thresher.ops.sparse_attend import kernel_over_fp8
+from thresher.ops.to_slots import slots_of
 from thresher.types import IndexKeys, PartialAttention, Selection
 
 
@@ -110,7 +111,14 @@ def counts_of(over: OverRanks, picked: Selection) -> Tensor | None:
 
 
 def attend_merged(
-    ranks: Collectives, q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, shares: Sequence[int], counts: Tensor | None = None
+    ranks: Collectives,
+    q: Tensor,
+    cache_data: Tensor,
+    slots: Tensor,
+    scale: float,
+    shares: Sequence[int],
+    counts: Tensor | None = None,
+    early: bool = True,
 ) -> PartialAttention:
     """``sparse_attend_mla_fp8`` over every rank's slots of its own cache, merged; a rank gets its own heads.
 
@@ -122,6 +130,7 @@ def attend_merged(
         scale: softmax scale.
         shares: how many heads each rank has, as ``collectives.share_heads`` says.
         counts: integers ``[Q]``, of each row how many columns hold all of its slots; None where it is most of them.
+        early: as for ``sparse_attend_mla_fp8``.
 
     Returns:
         out fp32 ``[Q, own heads, 512]`` and lse fp32 ``[Q, own heads]``, with the bits of ``ops.merge`` over the ranks' parts, each
@@ -132,7 +141,6 @@ def attend_merged(
     if merge_shares is not None and kernel is not None and kernel.__module__.endswith("sparse_attend.triton"):
         from thresher.ops.sparse_attend.triton import attend_in_shares
 
-        early = counts is not None  # the candidates' merge is ahead, and not the selection
         merged: PartialAttention = merge_shares(attend_in_shares(q, cache_data, slots, scale, counts, early), shares)
         return merged
-    return ranks.merge_heads(sparse_attend_mla_fp8(q, cache_data, slots, scale), shares)
+    return ranks.merge_heads(sparse_attend_mla_fp8(q, cache_data, slots, scale, early=early), shares)

@@ -57,8 +57,9 @@ class DsaCache(ABC):
         """What ``selector`` picks of this layer's index keys."""
 
     @abstractmethod
-    def attend(self, q: Tensor, slots: Tensor) -> Tensor:
-        """Attention of absorbed queries ``[T, heads, 576]`` over ``slots`` (int32 ``[T, k]``): fp32 ``[T, heads, 512]``."""
+    def attend(self, q: Tensor, slots: Tensor, early: bool = True) -> Tensor:
+        """Attention of absorbed queries ``[T, heads, 576]`` over ``slots`` (int32 ``[T, k]``): fp32 ``[T, heads, 512]``. ``early`` as for
+        ``ops.sparse_attend_mla_fp8``."""
 
     @abstractmethod
     def load(self, slots: Tensor) -> Tensor:
@@ -105,8 +106,8 @@ class Fp8Cache(DsaCache):
     def select(self, selector: Selector, query: IndexQuery, state: LayerState, attention: AttentionInputs | None) -> Selection:
         return selector.select_indices(query, self.view(), state, attention)
 
-    def attend(self, q: Tensor, slots: Tensor) -> Tensor:
-        return sparse_attend_mla_fp8(q.bfloat16(), self.latents.data, slots, self.config.softmax_scale).out
+    def attend(self, q: Tensor, slots: Tensor, early: bool = True) -> Tensor:
+        return sparse_attend_mla_fp8(q.bfloat16(), self.latents.data, slots, self.config.softmax_scale, early=early).out
 
     def load(self, slots: Tensor) -> Tensor:
         return self.latents.load(slots)
@@ -162,7 +163,7 @@ class Fp32Cache(DsaCache):
         positions = picked.indices - starts[:, None].int()
         return Selection(positions.masked_fill(picked.indices < 0, -1), picked.lengths, scores=picked.scores)
 
-    def attend(self, q: Tensor, slots: Tensor) -> Tensor:
+    def attend(self, q: Tensor, slots: Tensor, early: bool = True) -> Tensor:
         return sparse_attend_mla(q.float(), self.latents, slots, self.config.softmax_scale, impl="reference").out
 
     def load(self, slots: Tensor) -> Tensor:

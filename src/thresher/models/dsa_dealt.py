@@ -58,7 +58,7 @@ def attend_dealt(
         state.selections[layer] = picked
         table = cache.table
         there, q = slots_and_heads(coming, picked, table.table, requests, table.page_size)
-        counts = counts_of(placed[layer], picked)
-        return attend_merged(ranks, q, cache.latents.data, there, config.softmax_scale, shares, counts).out
+        counts, early = counts_of(placed[layer], picked), picked.slots is None
+        return attend_merged(ranks, q, cache.latents.data, there, config.softmax_scale, shares, counts, early).out
 
     return attend

@@ -21,7 +21,7 @@ from thresher.errors import require
 from thresher.models.dsa_cache import PAGE_SIZE, PRECISIONS, DsaCache, Fp8Cache
 from thresher.models.dsa_dealt import attend_dealt
 from thresher.models.dsa_layers import Attend, DsaInput, DsaModel, IndexInput
-from thresher.ops import slots_of
+from thresher.ops.to_slots import slots_of
 from thresher.selectors import Dense, LayerPlan, Selector
 from thresher.types import AttentionInputs, IndexQuery, Selection
 
@@ -211,7 +211,7 @@ class DsaDecoder:
                 asked[given.layer] = cache.store_and_ask(slots, given, positions, requests)
             picked = self.caches[source].select(plan[given.layer], asked[source], self.states[given.layer], self._inputs(given))
             self.selections[given.layer] = picked
-            return cache.attend(given.q, slots_of(picked, self.table.table, requests, PAGE_SIZE))
+            return cache.attend(given.q, slots_of(picked, self.table.table, requests, PAGE_SIZE), picked.slots is None)
 
         return attend
 

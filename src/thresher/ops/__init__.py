@@ -15,7 +15,7 @@ from thresher.ops.route_heads import head_mass, route_heads, routed_query
 from thresher.ops.score_select import score_select
 from thresher.ops.select import select_blocks, select_topk, select_topk_in_blocks, select_topk_slots
 from thresher.ops.sparse_attend import sparse_attend, sparse_attend_mla, sparse_attend_mla_fp8
-from thresher.ops.to_slots import slots_of, to_slots
+from thresher.ops.to_slots import to_slots
 
 __all__ = [
     "apply_rope",
@@ -42,7 +42,6 @@ __all__ = [
     "select_topk",
     "select_topk_in_blocks",
     "select_topk_slots",
-    "slots_of",
     "sparse_attend",
     "sparse_attend_mla",
     "sparse_attend_mla_fp8",

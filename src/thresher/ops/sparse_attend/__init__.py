@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from thresher.cache.latents import FP8_BYTES, LATENT_DIM, ROPE_DIM
-from thresher.checks import BYTES, FLOAT, INT32, check_count, check_number, check_tensor
+from thresher.checks import BYTES, FLOAT, INT32, check_count, check_kind, check_number, check_tensor
 from thresher.errors import require
 from thresher.ops.arguments import check_values
 from thresher.ops.dispatch import choose, device_of, no_gradient
@@ -91,7 +91,9 @@ def sparse_attend_mla(
     return attend_reference(q, latents[:, None], None, value_dim, slots, scale)
 
 
-def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, impl: str = "auto") -> PartialAttention:
+def sparse_attend_mla_fp8(
+    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, impl: str = "auto", early: bool = True
+) -> PartialAttention:
     """``sparse_attend_mla`` over the FP8 latent cache as it lies in memory. The reference is differentiable in q.
 
     Args:
@@ -100,6 +102,8 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
         slots: int32 ``[Q, K]``, ``page * page_size + offset``; -1 is skipped wherever it stands.
         scale: softmax scale.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
+        early: whether a GPU may put programs on multiprocessors while the launch ahead still has others, which is faster; but not after a
+            launch that has all of them to its end, as a selection with ``Selection.slots``: programs would crowd where it ends first.
 
     Returns:
         out fp32 ``[Q, N, 512]`` and lse fp32 ``[Q, N]``; 0 and -inf for a row without slots. The reference multiplies values by their
@@ -115,8 +119,9 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
     require(cache_data.shape[1] >= 1, "the page_size of cache_data must be at least 1", tuple(cache_data.shape), "64 is usual")
     device = _check(q, (torch.bfloat16,), slots, scale, LATENT_DIM + ROPE_DIM, cache_data=cache_data)
     _check_slots(slots, cache_data.shape[0] * cache_data.shape[1])
+    check_kind("early", early, bool, "pass True or False")
     kernel = kernel_over_fp8(q, cache_data, slots, impl, device)
-    return attend_fp8_reference(q, cache_data, slots, scale) if kernel is None else kernel(q, cache_data, slots, scale)
+    return attend_fp8_reference(q, cache_data, slots, scale) if kernel is None else kernel(q, cache_data, slots, scale, early)
 
 
 def kernel_over_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, impl: str, device: torch.device) -> Callable[..., Any] | None:

@@ -85,7 +85,7 @@ def sparse_attend_mla(q: Tensor, latents: Tensor, slots: Tensor, scale: float, v
     return to_part(out, lse)
 
 
-def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> PartialAttention:
+def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, early: bool = True) -> PartialAttention:
     """``sparse_attend_mla`` over the FP8 cache as it lies in memory; the output has bf16's precision.
 
     Args:
@@ -93,6 +93,7 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
         cache_data: uint8 ``[P, page_size, 1, 656]``, the bytes of ``LatentCache.data``; pages may lie apart.
         slots: int32 ``[Q, K]``, K a multiple of 64; slots outside the cache count as absent.
         scale: softmax scale.
+        early: when it begins is the package's choice.
 
     Returns:
         out fp32 ``[Q, N, 512]`` and lse fp32 ``[Q, N]``; 0 and -inf for a row without slots.

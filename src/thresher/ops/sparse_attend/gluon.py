@@ -19,7 +19,7 @@ REGISTERS = (224, 88, 32)  # a thread, of those that multiply 384 dims (192 for 
 
 
 def launcher(
-    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None, early: bool = False
+    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None, early: bool = True
 ) -> Callable[[int, int, int, Tensor, Tensor, Tensor], None]:
     """``launch(grid, shares, share_tiles, out, lse, total)`` for checked arguments; q and slots have rows of stride 1. ``counts`` and
     ``early`` as for ``triton.attend_in_shares``."""

@@ -166,7 +166,7 @@ def sparse_attend_mla(q: Tensor, latents: Tensor, slots: Tensor, scale: float, v
     return _mla(q, latents, latents, latents, slots, scale, latents.shape[0], (1, latents.stride(0) // 8, 0)).added()
 
 
-def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float) -> PartialAttention:
+def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, early: bool = True) -> PartialAttention:
     """``sparse_attend_mla`` over the FP8 cache as it lies in memory, each value multiplied by its group's scale and rounded to bf16.
 
     Args:
@@ -174,6 +174,7 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
         cache_data: uint8 ``[P, page_size, 1, 656]``, the bytes of ``LatentCache.data``; pages and tokens may be strided.
         slots: int32 ``[Q, K]``, ``page * page_size + offset``; any other value is absent and never read.
         scale: softmax scale.
+        early: as for the public function.
 
     Returns:
         out fp32 ``[Q, N, 512]`` and lse fp32 ``[Q, N]``; 0 and -inf for a row without slots.
@@ -183,19 +184,19 @@ def sparse_attend_mla_fp8(q: Tensor, cache_data: Tensor, slots: Tensor, scale: f
 
     Source: the cache of DeepSeek-V3.2-Exp (arXiv 2512.02556).
     """
-    return attend_in_shares(q, cache_data, slots, scale).added()
+    return attend_in_shares(q, cache_data, slots, scale, early=early).added()
 
 
 def attend_in_shares(
-    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None, early: bool = False
+    q: Tensor, cache_data: Tensor, slots: Tensor, scale: float, counts: Tensor | None = None, early: bool = True
 ) -> Shares:
     """``sparse_attend_mla_fp8`` before its shares are added up.
 
     Args:
         counts: integers ``[Q]``: where each row's slots all stand in so many columns from the first on, which saves time where these are
             fewer than there are.
-        early: whether it may begin while the launch ahead is at work: for one that leaves most multiprocessors free. Where each is free
-            only when that ends, neighbours, which share the way their instructions come, would get programs and others none.
+        early: as for the public function. Of two multiprocessors that are one cluster's the hardware gives both programs before it turns
+            to the next two, where none is free before; both are then slower.
     """
     _refuse(unsupported_mla_fp8(q, cache_data))
     require(q.shape[2] == MLA_DIM, f"q must be [num_queries, heads, {MLA_DIM}]", tuple(q.shape), "use absorbed queries")
