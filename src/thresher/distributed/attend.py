@@ -94,7 +94,7 @@ def _selection_sends(send: Send, q: Tensor, keys: IndexKeys) -> bool:
 def slots_and_heads(
     coming: Coming, picked: Selection, page_table: Tensor, requests: Tensor, page_size: int
 ) -> tuple[Tensor, Tensor]:
-    """``ops.slots_of``, and all ranks' queries. Over symmetric memory the selection has found both; else one launch finds both."""
+    """``slots_of``, and all ranks' queries. Over symmetric memory the selection has found both, or one launch does."""
     sent = getattr(coming.receive, "sent", None)
     if coming.come():
         return slots_of(picked, page_table, requests, page_size), coming.receive.heads()  # type: ignore[attr-defined]
