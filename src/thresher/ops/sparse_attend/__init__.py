@@ -103,7 +103,8 @@ def sparse_attend_mla_fp8(
         scale: softmax scale.
         impl: "auto" or an implementation named in ``thresher.ops.dispatch``; a named one never falls back.
         early: whether a GPU may put programs on multiprocessors while the launch ahead still has others, which is faster; but not after a
-            launch that has all of them to its end, as a selection with ``Selection.slots``: programs would crowd where it ends first.
+            launch that has all of them to its end, as a selection with ``Selection.slots``: a program is a third slower there
+            (docs/lab-log.md).
 
     Returns:
         out fp32 ``[Q, N, 512]`` and lse fp32 ``[Q, N]``; 0 and -inf for a row without slots. The reference multiplies values by their

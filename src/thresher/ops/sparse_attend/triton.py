@@ -195,8 +195,7 @@ def attend_in_shares(
     Args:
         counts: integers ``[Q]``: where each row's slots all stand in so many columns from the first on, which saves time where these are
             fewer than there are.
-        early: as for the public function. Of two multiprocessors that are one cluster's the hardware gives both programs before it turns
-            to the next two, where none is free before; both are then slower.
+        early: as for the public function.
     """
     _refuse(unsupported_mla_fp8(q, cache_data))
     require(q.shape[2] == MLA_DIM, f"q must be [num_queries, heads, {MLA_DIM}]", tuple(q.shape), "use absorbed queries")
