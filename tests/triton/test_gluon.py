@@ -11,7 +11,7 @@ import torch
 
 from thresher.cache import LatentCache
 
-attend, gluon = import_module("thresher.ops.sparse_attend.triton"), import_module("thresher.ops.sparse_attend.gluon")
+public, attend, gluon = (import_module(f"thresher.ops.sparse_attend{name}") for name in ("", ".triton", ".gluon"))
 
 SHARED_LIMIT = 227 * 1024
 
@@ -50,11 +50,13 @@ def test_decode_compiles(compile_for_hopper):
 
 @pytest.mark.parametrize("early", [True, False])
 def test_decode_begins_early_where_it_may(early, monkeypatch):
+    """From the public function down to the launch."""
     launched = []
+    monkeypatch.setattr(public, "kernel_over_fp8", lambda *given: attend.sparse_attend_mla_fp8)
     monkeypatch.setattr(gluon, "decode_kernel", {(2,): lambda *given, **options: launched.append(options["launch_pdl"])})
     q, slots = torch.zeros(1, 64, 576).bfloat16(), torch.zeros(1, 64, dtype=torch.int32)
     monkeypatch.setattr(attend, "_hopper", lambda q: SimpleNamespace(HEADS=64, TILE=32, launcher=gluon.launcher))
-    attend.attend_in_shares(q, LatentCache(3).data, slots, 0.1, early=early)
+    public.sparse_attend_mla_fp8(q, LatentCache(3).data, slots, 0.1, early=early)
     assert launched == [early]
 
 
