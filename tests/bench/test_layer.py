@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 
 import pytest
 import torch
 
-from thresher.bench import run, work
+from thresher.bench import check, run, work
 from thresher.bench.cases import parse_case
 from thresher.bench.inputs import make_new_tokens
 from thresher.cache.index_keys import planes
 from thresher.errors import ThresherError
+from thresher.ops.to_slots import slots_of, to_slots
 from thresher.selectors import DSA
 
-from .test_run import LAYER, bench, spoilt
+from .test_run import CPU, LAYER, bench, spoilt
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +115,39 @@ def test_a_layer_with_a_wrong_selection_is_red(monkeypatch):
     monkeypatch.setitem(work._RUNS, "select", work._select)
     with pytest.raises(ThresherError, match="other tokens are selected"):
         bench(LAYER)
+
+
+def test_slots_follow_the_page_table():
+    made = work.make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
+    picked = made.selector.select(made.index.query, made.index.keys)
+    picked.indices[1, -2:] = -1
+    keys = made.index.keys
+    slots = slots_of(picked, keys.page_table, made.index.query.requests, keys.page_size)
+    for row in range(2):
+        for position, slot in zip(picked.indices[row].tolist(), slots[row].tolist(), strict=True):
+            page = int(keys.page_table[row, position // 64])
+            assert slot == (-1 if position < 0 else page * 64 + position % 64)
+
+
+def test_slots_that_a_selection_has_are_taken_and_checked(monkeypatch):
+    """Those that are wrong fail the check, though the attention is right for them. The attention begins after such a selection."""
+    made = work.make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
+    keys, requests = made.index.keys, made.index.query.requests
+    select, shift = DSA.select_indices, 0
+
+    def with_slots(self, *given):
+        picked = select(self, *given)
+        slots = to_slots(picked.indices, keys.page_table, requests, keys.page_size)
+        return dataclasses.replace(picked, slots=torch.where(slots < 0, slots, slots ^ shift))
+
+    began, attend = [], work.sparse_attend_mla_fp8
+    monkeypatch.setattr(work, "sparse_attend_mla_fp8", lambda *given, early: began.append(early) or attend(*given, early=early))
+    made.run()
+    monkeypatch.setattr(DSA, "select_indices", with_slots)
+    made.run()
+    assert began == [True, False]
+    assert check.check_work(made) is None
+    shift = 1
+    picked = made.selector.select_indices(made.index.query, keys, made.state)
+    assert slots_of(picked, keys.page_table, requests, keys.page_size) is picked.slots
+    assert check.check_work(made) == "slots are not the reference's"

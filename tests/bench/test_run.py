@@ -18,9 +18,8 @@ from thresher.bench.record import read
 from thresher.bench.run import Settings, run_bench
 from thresher.bench.work import make_work
 from thresher.errors import ThresherError
-from thresher.ops import dispatch, paged_index_score, to_slots
+from thresher.ops import dispatch, paged_index_score
 from thresher.ops.score_select.marks import keep
-from thresher.ops.to_slots import slots_of
 from thresher.selectors import DSA, HISA, MISA, MISARerank
 from thresher.types import PartialAttention, Selection
 
@@ -293,42 +292,6 @@ def test_rows_keep_their_requests():
     assert keys.num_requests == len(rows)
     assert len(keys.pages) == 2 * len(rows)
     assert torch.equal(paged_index_score(query, keys), paged_index_score(made.index.query, made.index.keys)[rows])
-
-
-def test_slots_follow_the_page_table():
-    made = make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
-    picked = made.selector.select(made.index.query, made.index.keys)
-    picked.indices[1, -2:] = -1
-    keys = made.index.keys
-    slots = slots_of(picked, keys.page_table, made.index.query.requests, keys.page_size)
-    for row in range(2):
-        for position, slot in zip(picked.indices[row].tolist(), slots[row].tolist(), strict=True):
-            page = int(keys.page_table[row, position // 64])
-            assert slot == (-1 if position < 0 else page * 64 + position % 64)
-
-
-def test_slots_that_a_selection_has_are_taken_and_checked(monkeypatch):
-    """Those that are wrong fail the check, though the attention is right for them. The attention begins after such a selection."""
-    made = make_work(parse_case(LAYER), "layer", DSA(topk=32), "auto", "normal", 0, CPU)
-    keys, requests = made.index.keys, made.index.query.requests
-    select, shift = DSA.select_indices, 0
-
-    def with_slots(self, *given):
-        picked = select(self, *given)
-        slots = to_slots(picked.indices, keys.page_table, requests, keys.page_size)
-        return dataclasses.replace(picked, slots=torch.where(slots < 0, slots, slots ^ shift))
-
-    began, attend = [], work.sparse_attend_mla_fp8
-    monkeypatch.setattr(work, "sparse_attend_mla_fp8", lambda *given, early: began.append(early) or attend(*given, early=early))
-    made.run()
-    monkeypatch.setattr(DSA, "select_indices", with_slots)
-    made.run()
-    assert began == [True, False]
-    assert check.check_work(made) is None
-    shift = 1
-    picked = made.selector.select_indices(made.index.query, keys, made.state)
-    assert slots_of(picked, keys.page_table, requests, keys.page_size) is picked.slots
-    assert check.check_work(made) == "slots are not the reference's"
 
 
 def test_useful_work_of_known_cases():

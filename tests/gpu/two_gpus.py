@@ -17,7 +17,7 @@ from thresher.distributed.group import started
 from thresher.distributed.symmetric import SymmetricMemory
 from thresher.ops.merge import merge
 from thresher.ops.score_select import score_select
-from thresher.types import PartialAttention
+from thresher.types import IndexKeys, IndexQuery, PartialAttention
 
 from ..distributed.launch import as_a_rank
 from .test_score_select import world
@@ -121,11 +121,17 @@ def times(ranks: Collectives) -> dict[str, float]:
     return took
 
 
-def selecting(ranks: SymmetricMemory, q: torch.Tensor, shares: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def asked(num: int) -> tuple[IndexQuery, IndexKeys]:
+    return world("normal", [20000] * num, num, 64, 128)
+
+
+def selecting(
+    ranks: SymmetricMemory, q: torch.Tensor, shares: list[int], query: IndexQuery, keys: IndexKeys
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All ranks' queries and what is selected, by one launch."""
     scratch = Scratch()
     scratch.errand, received = ranks.sending(q, shares)
-    picked = score_select(*world("normal", [20000] * len(q), len(q), 64, 128), 512, with_scores=False, impl="cuda", scratch=scratch)
+    picked = score_select(query, keys, 512, with_scores=False, impl="cuda", scratch=scratch)
     assert scratch.errand is None
     return received.heads(), picked.indices
 
@@ -134,13 +140,13 @@ def selections(ranks: SymmetricMemory) -> list[str]:
     """Ranks apart in time: nobody reads what has not come."""
     made, wrong, shares = torch.Generator().manual_seed(3), [], share_heads(128, ranks.ranks)
     for num in (1, 32):
-        little, first = part_of(made, 1, 4, 16), None
+        little, of, first = part_of(made, 1, 4, 16), asked(num), None
         for turn in range(REPEATS):
             q = torch.randn(num, 128, 576, generator=made).bfloat16().cuda()
             own = q[:, own_heads(shares, ranks.rank)].contiguous()
             if turn % 3 == ranks.rank:
                 torch.cuda._sleep(10**7)
-            got, picked = selecting(ranks, own, shares)
+            got, picked = selecting(ranks, own, shares, *of)
             first = picked if first is None else first
             if not (same(got, q) and same(picked, first)):
                 wrong.append(f"selection {num}, turn {turn}")
@@ -156,7 +162,7 @@ def lose_one(ranks: Collectives, how: str) -> None:
             os._exit(9)
         time.sleep(600)
     if how.endswith("selection"):
-        selecting(ranks, torch.zeros(1, 64, 576, device="cuda", dtype=torch.bfloat16), [64, 64])
+        selecting(ranks, torch.zeros(1, 64, 576, device="cuda", dtype=torch.bfloat16), [64, 64], *asked(1))
         torch.cuda.synchronize()
     ranks.gather(torch.zeros(2, device="cuda")).sum().item()
 

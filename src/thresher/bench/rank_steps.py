@@ -13,15 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from thresher.bench.inputs import SCALE
+from thresher.bench.inputs import SCALE, Inputs
 from thresher.bench.ranks import RankWork
 from thresher.bench.timing import Prepared
-from thresher.bench.work import store_arguments, store_tokens
+from thresher.bench.work import attend_picked, store_arguments, store_tokens
 from thresher.distributed import IDSA, ExactMerge, Shard
 from thresher.distributed.attend import attend_merged, counts_of, slots_and_heads, store_and_send
-from thresher.ops import sparse_attend_mla_fp8
 from thresher.ops.dispatch import using
-from thresher.ops.to_slots import slots_of
 from thresher.selectors.base import Selector
 from thresher.types import IndexQuery, PartialAttention, Selection
 
@@ -65,9 +63,7 @@ def _whole(work: RankWork) -> PartialAttention:
     held = work.held
     with using(work.impl):
         query = store_tokens(held.tokens, held.index, held.attend)
-        picked, keys = _select(work, query), held.index.keys
-        slots = slots_of(picked, keys.page_table, query.requests, keys.page_size)
-        return sparse_attend_mla_fp8(held.attend.q, held.attend.latents, slots, SCALE, early=picked.slots is None)
+        return attend_picked(_select(work, query), Inputs(query, held.index.keys), held.attend)
 
 
 def _dealt(work: RankWork) -> PartialAttention:

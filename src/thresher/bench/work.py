@@ -29,7 +29,7 @@ from thresher.ops.dispatch import AUTO, TABLE, preferred, using
 from thresher.ops.sparse_attend import kernel_over_fp8
 from thresher.ops.to_slots import slots_of
 from thresher.selectors.base import Selector
-from thresher.types import IndexKeys, IndexQuery, Selection
+from thresher.types import IndexKeys, IndexQuery, PartialAttention, Selection
 
 THETA, STYLE = 1e4, "interleaved"  # of RoPE, as in V3.2
 # op -> kinds of case it is timed on; the first op of a kind is its default.
@@ -207,6 +207,11 @@ def _slots(picked: Selection, index: Inputs) -> Tensor:
     return slots_of(picked, index.keys.page_table, index.query.requests, index.keys.page_size)
 
 
+def attend_picked(picked: Selection, index: Inputs, attend: AttendInputs) -> PartialAttention:
+    """Attention to what was picked of these keys, in latents that share their page table."""
+    return sparse_attend_mla_fp8(attend.q, attend.latents, _slots(picked, index), SCALE, early=picked.slots is None)
+
+
 def store_tokens(tokens: NewTokens, index: Inputs, attend: AttendInputs) -> IndexQuery:
     """Quantises a layer's new tokens: key and latent into the caches, and the index query, which it returns."""
     return IndexQuery(*store_step(*store_arguments(tokens, index, attend)), index.query.positions, index.query.requests)
@@ -273,8 +278,7 @@ def _layer(work: Work) -> Any:
     assert work.attend is not None
     assert work.index is not None
     index = Inputs(_store(work), work.index.keys)
-    picked = _select(replace(work, index=index))
-    return sparse_attend_mla_fp8(work.attend.q, work.attend.latents, _slots(picked, index), SCALE, early=picked.slots is None)
+    return attend_picked(_select(replace(work, index=index)), index, work.attend)
 
 
 _RUNS: dict[str, Callable[[Work], Any]] = {
